@@ -1,0 +1,31 @@
+# Two commands do everything on a fresh machine, set-up included: `make demo` and `make test`.
+PYTHON ?= python3
+VENV   ?= .venv
+PY     := $(VENV)/bin/python
+OUT    ?= runs/demo
+
+.PHONY: demo test test-slow lint clean
+
+$(VENV)/.runtime: requirements.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.runtime requirements-dev.txt
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	@touch $@
+
+demo: $(VENV)/.runtime
+	$(PY) spo_train.py --out $(OUT)
+	$(PY) evaluate.py --lora base= spo=$(OUT) --out $(OUT)/evaluation
+	$(PY) evaluate.py --trace "three blue squares" --lora spo=$(OUT) --out $(OUT)/evaluation
+
+test: $(VENV)/.dev
+	$(PY) -m ruff check .
+	$(PY) -m pytest
+
+test-slow: $(VENV)/.dev
+	$(PY) -m pytest -m slow
+
+clean:
+	rm -rf $(VENV) runs

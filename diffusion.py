@@ -1,0 +1,245 @@
+"""A text-to-image model put together: tokenizers, text encoders, UNet, VAE and noise schedule.
+
+    pipe = load_pipeline("tiny")                      # or "sd15", "sdxl", a folder, a hub id, a .safetensors file
+    images = generate(pipe, ["a red circle"], seeds=[0])
+
+SD-1.5, SDXL and the embedded tiny model take the same path; only their configuration files differ.
+
+Shapes: N samples, C H W latent, L tokens, D width of the conditioning, P width of the pooled text.
+"""
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+import ddim
+from clip_spm import CLIP, CLIPConfig
+from unet import UNet, UNetConfig
+from vae import VAE, VAEConfig
+from weights import InputError, clean, fetch, load_strict, read_json, read_weights, weight_file
+
+TINY = Path(__file__).resolve().parent / "tiny" / "model"
+NAMES = {
+    "tiny": str(TINY),
+    "sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5",      # the original repository is gone
+    "sdxl": "stabilityai/stable-diffusion-xl-base-1.0",
+}
+SDXL_VAE = "madebyollin/sdxl-vae-fp16-fix"                      # SDXL's stock VAE overflows in half precision
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass
+class Conditioning:
+    """What the UNet is told about N samples."""
+    prompt_embeds: torch.Tensor                     # [N, L, D]
+    pooled: torch.Tensor | None = None              # [N, P], SDXL
+    time_ids: torch.Tensor | None = None            # [N, 6], SDXL: original h, w, crop top, left, target h, w
+
+    def map(self, function) -> "Conditioning":
+        """Apply a function to every tensor: indexing, moving, repeating."""
+        return Conditioning(*(None if t is None else function(t) for t in (self.prompt_embeds, self.pooled, self.time_ids)))
+
+    @staticmethod
+    def cat(parts: list["Conditioning"]) -> "Conditioning":
+        """Stack several along N."""
+        return Conditioning(*(None if ts[0] is None else torch.cat(ts) for ts in
+                              zip(*((p.prompt_embeds, p.pooled, p.time_ids) for p in parts))))
+
+
+@dataclass
+class Pipeline:
+    """The parts of a text-to-image model. The UNet and the VAE live on `device`; everything is frozen."""
+    name: str
+    tokenizers: list
+    text_encoders: list[CLIP]
+    unet: UNet
+    vae: VAE
+    schedule: ddim.Schedule
+    zero_negative: bool = False         # SDXL trains and samples with all-zero negative conditioning
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    @property
+    def is_sdxl(self) -> bool:
+        """True if the UNet also wants pooled text and picture sizes."""
+        return self.unet.config.addition_embed_type == "text_time"
+
+    def latent_shape(self, resolution: int | None = None) -> tuple[int, int, int]:
+        """(C, H, W) of a latent, at the model's own resolution or for pictures of `resolution` pixels a side."""
+        side = self.unet.config.sample_size if resolution is None else resolution // self.vae.factor
+        return self.unet.config.in_channels, side, side
+
+
+def _component(cls, config_cls, folder: Path, dtype: torch.dtype, device: torch.device):
+    """One network from its folder: config.json gives the shape, the weight file the numbers."""
+    try:
+        config = config_cls.from_json(read_json(folder / "config.json"))
+    except ValueError as error:
+        raise InputError(f"{folder / 'config.json'}: {error}") from None
+    with torch.device("meta"):
+        module = cls(config)
+    path = weight_file(folder)
+    return load_strict(module, clean(read_weights(path)), path, dtype, device)
+
+
+def load_clip(source: str, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu",
+              config: CLIPConfig | None = None) -> CLIP:
+    """A two-tower CLIP (PickScore, or an SPM if the file has adaLN weights) from a folder, hub id or weight file.
+
+    The configuration is the `config.json` beside the weights, or `config` where there is none (official SPM files).
+    """
+    path = fetch(source, ["config.json", "model.safetensors", "*step-aware_preference_model.bin"])
+    file = path if path.is_file() else weight_file(path)
+    weights = clean(read_weights(file))
+    step_aware = any("adaLN_modulation" in key for key in weights)
+    if (file.parent / "config.json").is_file():
+        config = CLIPConfig.from_json(read_json(file.parent / "config.json"))
+    elif config is None:
+        from clip_spm import clip_h
+        config = clip_h()
+    with torch.device("meta"):
+        clip = CLIP(replace(config, step_aware=step_aware))
+    return load_strict(clip, weights, file, dtype, device)
+
+
+def load_pipeline(source: str = "tiny", dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu",
+                  unet: str | None = None, vae: str | None = None, vae_dtype: torch.dtype | None = None) -> Pipeline:
+    """Load a model by name (`tiny`, `sd15`, `sdxl`), folder or hub id in the diffusers layout.
+
+    `unet` and `vae` replace those parts by the ones of another folder or hub id (a full fine-tune; SDXL's fp16-safe VAE).
+    Raises InputError where a file is missing or does not fit.
+    """
+    from transformers import CLIPTokenizer
+    device = torch.device(device)
+    parts = ["unet", "vae", "text_encoder", "text_encoder_2"]
+    root = fetch(NAMES.get(source, source), ["model_index.json", "scheduler/*", "tokenizer*/*"] + [
+        f"{p}/{f}" for p in parts for f in ("config.json", "*model.safetensors", "*model.safetensors.index.json", "*-of-*.safetensors")])
+    index = read_json(root / "model_index.json")
+    try:
+        schedule = ddim.Schedule.from_json(read_json(root / "scheduler/scheduler_config.json"))
+    except ValueError as error:
+        raise InputError(f"{root / 'scheduler'}: {error}") from None
+    names = [n for n in ("", "_2") if (root / f"text_encoder{n}").is_dir()]
+    tokenizers = [CLIPTokenizer.from_pretrained(root / f"tokenizer{n}") for n in names]
+    encoders = [_component(CLIP, CLIPConfig, root / f"text_encoder{n}", dtype, device) for n in names]
+    unet_root = root if unet is None else fetch(unet, ["unet/*", "config.json", "*.safetensors"])
+    unet_folder = unet_root / "unet" if (unet_root / "unet").is_dir() else unet_root
+    vae_root = root / "vae"
+    if vae is not None:
+        vae_root = fetch(vae, ["config.json", "diffusion_pytorch_model.safetensors", "vae/*"])
+        vae_root = vae_root / "vae" if (vae_root / "vae").is_dir() else vae_root
+    pipe = Pipeline(source, tokenizers, encoders, _component(UNet, UNetConfig, unet_folder, dtype, device),
+                    _component(VAE, VAEConfig, vae_root, dtype, device), schedule,
+                    bool(index.get("force_zeros_for_empty_prompt", False)), device)
+    if vae_dtype is not None or (pipe.vae.config.force_upcast and dtype == torch.float16):
+        pipe.vae.to(vae_dtype or torch.float32)
+    return pipe
+
+
+@torch.no_grad()
+def encode_prompts(pipe: Pipeline, prompts: list[str], resolution: int | None = None) -> Conditioning:
+    """Texts -> Conditioning for N = len(prompts), as the original pipelines encode them.
+
+    SD-1.5: the normed output of the one encoder. SDXL: the inputs of both encoders' last layers side by side, the
+    second encoder's projected end token as `pooled`, and (side, side, 0, 0, side, side) as `time_ids`.
+    """
+    embeds, pooled = [], None
+    for tokenizer, encoder in zip(pipe.tokenizers, pipe.text_encoders):
+        length = encoder.config.text.max_position_embeddings
+        ids = tokenizer(prompts, padding="max_length", truncation=True, max_length=length).input_ids
+        device = encoder.text_model.final_layer_norm.weight.device
+        penultimate, last, end = encoder.text_model(torch.tensor(ids, device=device))
+        embeds.append(penultimate if pipe.is_sdxl else last)
+        pooled = encoder.text_projection(end) if pipe.is_sdxl and encoder.config.projection_dim else pooled
+    prompt_embeds = torch.cat(embeds, dim=-1).to(pipe.device)
+    if not pipe.is_sdxl:
+        return Conditioning(prompt_embeds)
+    side = resolution or pipe.unet.config.sample_size * pipe.vae.factor
+    time_ids = torch.tensor([[side, side, 0, 0, side, side]], dtype=torch.float32, device=pipe.device)
+    return Conditioning(prompt_embeds, pooled.to(pipe.device), time_ids.repeat(len(prompts), 1))
+
+
+def negative(pipe: Pipeline, conditioning: Conditioning, encoded: Conditioning | None = None) -> Conditioning:
+    """The unconditional side of classifier-free guidance for one Conditioning: zeros, or "" encoded (N = 1)."""
+    if encoded is None:
+        zeros = conditioning.map(torch.zeros_like)
+        return replace(zeros, time_ids=conditioning.time_ids)
+    n = len(conditioning.prompt_embeds)
+    repeated = encoded.map(lambda t: t.expand(n, *t.shape[1:]))
+    return replace(repeated, time_ids=conditioning.time_ids)
+
+
+def encode_empty(pipe: Pipeline) -> Conditioning | None:
+    """"" encoded (N = 1), or None where the model's negative conditioning is all zero."""
+    return None if pipe.zero_negative else encode_prompts(pipe, [""])
+
+
+def guided_noise(unet, latents: torch.Tensor, timestep: torch.Tensor | int, cond: Conditioning,
+                 uncond: Conditioning | None, guidance_scale: float) -> torch.Tensor:
+    """Classifier-free guidance: one forward over [unconditional; conditional] -> noise_pred [N, C, H, W], fp32.
+
+    `timestep` is one number or [N]. With `uncond` None or guidance_scale 1 only the conditional half is computed.
+    """
+    if uncond is None or guidance_scale == 1:
+        return unet(latents, timestep, cond.prompt_embeds, cond.pooled, cond.time_ids).float()
+    both = Conditioning.cat([uncond, cond])
+    timestep = torch.cat([timestep, timestep]) if isinstance(timestep, torch.Tensor) and timestep.ndim else timestep
+    out = unet(torch.cat([latents, latents]), timestep, both.prompt_embeds, both.pooled, both.time_ids).float()
+    unconditional, conditional = out.chunk(2)
+    return unconditional + guidance_scale * (conditional - unconditional)
+
+
+@torch.no_grad()
+def decode(pipe: Pipeline, latents: torch.Tensor, chunk: int = 64) -> torch.Tensor:
+    """Scaled latents [N, C, h, w] -> pictures [N, 3, H, W] in about [-1, 1], fp32, `chunk` at a time."""
+    dtype = pipe.vae.post_quant_conv.weight.dtype
+    return torch.cat([pipe.vae.decode(part.to(dtype)).float() for part in latents.split(chunk)])
+
+
+def initial_noise(seeds: list[int], shape: tuple[int, int, int], device: torch.device) -> torch.Tensor:
+    """Start latents [N, C, H, W], one CPU generator per seed: a seed gives one picture in any batch, on any device."""
+    return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]).to(device)
+
+
+@torch.no_grad()
+def generate_latents(pipe: Pipeline, prompts: list[str], seeds: list[int], steps: int = 20, guidance_scale: float = 5.0,
+                     eta: float = 0.0, resolution: int | None = None) -> torch.Tensor:
+    """DDIM from noise to clean latents [N, C, h, w]; eta 0 is deterministic, eta 1 is SPO's training sampler."""
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    shape = pipe.latent_shape(resolution)
+    draw = lambda: torch.stack([torch.randn(shape, generator=g) for g in generators]).to(pipe.device)  # noqa: E731
+    latents = draw()
+    cond = encode_prompts(pipe, prompts, resolution)
+    uncond = negative(pipe, cond, encode_empty(pipe))
+    timesteps = pipe.schedule.timesteps(steps)
+    stride = len(pipe.schedule.alphas_cumprod) // steps
+    for t in timesteps:
+        noise_pred = guided_noise(pipe.unet, latents, t, cond, uncond, guidance_scale)
+        mean, std = ddim.step_gaussian(pipe.schedule, latents, noise_pred, t, t - stride, eta)
+        latents = mean + std * draw() if eta > 0 else mean
+    return latents
+
+
+def generate(pipe: Pipeline, prompts: list[str], seeds: list[int], batch: int = 16, **settings) -> torch.Tensor:
+    """Prompts and seeds -> pictures [N, 3, H, W] in [0, 1], fp32, on the CPU; `settings` as in generate_latents."""
+    images = []
+    for i in range(0, len(prompts), batch):
+        latents = generate_latents(pipe, prompts[i:i + batch], seeds[i:i + batch], **settings)
+        images.append((decode(pipe, latents) / 2 + 0.5).clamp(0, 1).cpu())
+    return torch.cat(images)
+
+
+def to_pil(images: torch.Tensor) -> list[Image.Image]:
+    """Pictures [N, 3, H, W] in [0, 1] -> PIL."""
+    array = (images.permute(0, 2, 3, 1) * 255).round().byte().cpu().numpy()
+    return [Image.fromarray(np.ascontiguousarray(a)) for a in array]
+
+
+def grid(images: torch.Tensor, columns: int, gap: int = 4) -> Image.Image:
+    """Pictures [N, 3, H, W] in [0, 1] side by side on white, row by row."""
+    n, _, height, width = images.shape
+    canvas = Image.new("RGB", (columns * (width + gap) + gap, -(-n // columns) * (height + gap) + gap), "white")
+    for i, image in enumerate(to_pil(images)):
+        canvas.paste(image, (gap + i % columns * (width + gap), gap + i // columns * (height + gap)))
+    return canvas

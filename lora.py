@@ -1,0 +1,280 @@
+"""Low-rank adaptation of the UNet's attentions: W x + (alpha / rank) B A x, with W frozen (paper, section 5.1).
+
+The same network is policy and reference: with LoRA switched off the UNet is bit for bit the base model, so
+SPO needs no second copy for p_ref (Eq. 4). A is Gaussian, B zero, alpha = rank, on to_q, to_k, to_v and to_out.0.
+
+    python lora.py convert IN.safetensors OUT.safetensors --model sdxl --format diffusers|kohya
+    python lora.py merge IN.safetensors OUT_FOLDER --model sdxl             # a checkpoint with the LoRA inside
+
+Files in four formats are read; the first and the last are written:
+    diffusers   unet.<module>.lora_A.weight / lora_B.weight                     (A, peft)
+                unet.<module>.lora.down.weight / lora.up.weight                 (B, the official SPO releases)
+                unet.<attention>.processor.to_q_lora.down.weight / up           (C, old)
+    kohya       lora_unet_<module, dots as underscores>.lora_down.weight / lora_up.weight / alpha   (D: ComfyUI, A1111)
+"""
+import contextlib
+import math
+import re
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
+
+
+class LoRALinear(nn.Linear):
+    """A frozen linear map with a trainable low-rank term, in fp32 beside a weight of any dtype.
+
+    It takes over the weight of the map that it replaces, so the base parameter keeps its name, and its own are
+    `<module>.lora_A.weight` [rank, in] and `<module>.lora_B.weight` [out, rank]: diffusers' names.
+    """
+
+    def __init__(self, base: nn.Linear, rank: int, alpha: float, generator: torch.Generator | None = None):
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = base.in_features, base.out_features
+        self.weight, self.bias = base.weight, base.bias
+        device = base.weight.device
+        self.lora_A = nn.Linear(self.in_features, rank, bias=False, device=device, dtype=torch.float32)
+        self.lora_B = nn.Linear(rank, self.out_features, bias=False, device=device, dtype=torch.float32)
+        with torch.no_grad():           # drawn on the CPU: the same start on every device
+            self.lora_A.weight.copy_(torch.randn(rank, self.in_features, generator=generator) / rank)
+            self.lora_B.weight.zero_()
+        self.rank, self.alpha, self.scaling, self.enabled = rank, alpha, alpha / rank, True
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = F.linear(x, self.weight, self.bias)
+        if not self.enabled:
+            return y
+        # Never merged into a bf16 weight: rounding would eat a small update (design note in README).
+        low = F.linear(x, self.lora_A.weight.to(x.dtype))
+        return y + self.scaling * F.linear(low, self.lora_B.weight.to(x.dtype))
+
+
+def layers(model: nn.Module) -> dict[str, LoRALinear]:
+    """Every LoRA layer of a model by module name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
+
+
+def parameters(model: nn.Module) -> list[nn.Parameter]:
+    """The LoRA parameters as a list. A list: an exhausted iterator is how the official gradient clip clips nothing."""
+    return [p for layer in layers(model).values() for p in (layer.lora_A.weight, layer.lora_B.weight)]
+
+
+def add(model: nn.Module, rank: int, alpha: float | None = None, targets: tuple[str, ...] = TARGETS,
+        seed: int = 0) -> list[nn.Parameter]:
+    """Freeze `model`, put LoRA on every linear map whose name ends in a target, and return the new parameters.
+
+    Raises ValueError if nothing matches.
+    """
+    model.requires_grad_(False)
+    generator = torch.Generator().manual_seed(seed)
+    found = [name for name, module in model.named_modules()
+             if isinstance(module, nn.Linear) and not isinstance(module, LoRALinear)
+             and any(name == t or name.endswith("." + t) for t in targets)]
+    if not found:
+        raise ValueError(f"no linear layer matches the LoRA targets {', '.join(targets)}")
+    for name in found:
+        _replace(model, name, LoRALinear(model.get_submodule(name), rank, rank if alpha is None else alpha, generator))
+    return parameters(model)
+
+
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put `module` where `name` says."""
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, module)
+
+
+def remove(model: nn.Module) -> None:
+    """Take all LoRA layers off again; the base model is what it was."""
+    for name, layer in layers(model).items():
+        with torch.device("meta"):
+            base = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None)
+        base.weight, base.bias = layer.weight, layer.bias
+        _replace(model, name, base)
+
+
+@contextlib.contextmanager
+def disabled(model: nn.Module):
+    """Inside, the model is the reference p_ref: every LoRA layer is off."""
+    switched = [layer for layer in layers(model).values() if layer.enabled]
+    for layer in switched:
+        layer.enabled = False
+    try:
+        yield model
+    finally:
+        for layer in switched:
+            layer.enabled = True
+
+
+def state(model: nn.Module) -> dict[str, torch.Tensor]:
+    """LoRA weights in diffusers' format (A): `unet.<module>.lora_A.weight`, fp32, on the CPU."""
+    out = {}
+    for name, layer in layers(model).items():
+        if layer.alpha != layer.rank:       # the format carries no alpha: fold it into B
+            out[f"unet.{name}.lora_B.weight"] = (layer.lora_B.weight * layer.scaling).detach().cpu().contiguous()
+        else:
+            out[f"unet.{name}.lora_B.weight"] = layer.lora_B.weight.detach().cpu().clone()
+        out[f"unet.{name}.lora_A.weight"] = layer.lora_A.weight.detach().cpu().clone()
+    return out
+
+
+def to_kohya(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Diffusers format (A) -> kohya's (D), with alpha = rank written down."""
+    out = {}
+    for key, value in weights.items():
+        module, part = re.fullmatch(r"unet\.(.+)\.lora_([AB])\.weight", key).groups()
+        name = "lora_unet_" + module.replace(".", "_")
+        out[f"{name}.lora_{'down' if part == 'A' else 'up'}.weight"] = value.contiguous()
+        out[f"{name}.alpha"] = torch.tensor(float(value.shape[0] if part == "A" else value.shape[1]))
+    return out
+
+
+def normalise(weights: dict[str, torch.Tensor], modules: list[str], source: str = "LoRA") -> dict[str, torch.Tensor]:
+    """Any of the formats A to D -> A, with alpha folded into B. `modules`: names of the model's linear layers.
+
+    Raises ValueError for files that other programs would load as a silent no-op (no `unet.` prefix, raw peft names),
+    for text-encoder or convolution LoRAs, and for modules that the model does not have.
+    """
+    by_kohya = {m.replace(".", "_"): m for m in modules}
+    out, alphas = {}, {}
+    for key, value in weights.items():
+        if key.startswith(("base_model.model.", "transformer_blocks", "down_blocks", "mid_block", "up_blocks")):
+            raise ValueError(f"{source}: key {key!r} has no `unet.` prefix; diffusers would load this file as a no-op. "
+                             "Rename its keys to `unet.<module>.lora_A.weight` and `.lora_B.weight`")
+        if key.startswith(("text_encoder", "lora_te")):
+            raise ValueError(f"{source}: key {key!r} belongs to a text encoder; only UNet attention LoRAs are supported")
+        if key.startswith("lora_unet_"):
+            name, _, part = key[len("lora_unet_"):].partition(".")
+            module = by_kohya.get(name)
+            if module is None:
+                raise ValueError(f"{source}: {key!r} is for a layer that this model does not have; "
+                                 "the file belongs to another model or another LoRA target set")
+            if part == "alpha":
+                alphas[module] = float(value)
+                continue
+        else:
+            key_ = re.sub(r"\.processor\.(to_[qkv]|to_out)_lora\.", lambda m: f".{m[1]}{'.0' if m[1] == 'to_out' else ''}.lora.", key)
+            match = re.fullmatch(r"unet\.(.+?)\.(lora_[AB]\.weight|lora\.(?:down|up)\.weight|alpha)", key_)
+            if match is None:
+                raise ValueError(f"{source}: cannot make sense of key {key!r}; expected diffusers or kohya LoRA names")
+            module, part = match.groups()
+            if part == "alpha":
+                alphas[module] = float(value)
+                continue
+        side = "A" if part in ("lora_A.weight", "lora.down.weight", "lora_down.weight") else "B"
+        if part not in ("lora_A.weight", "lora_B.weight", "lora.down.weight", "lora.up.weight", "lora_down.weight", "lora_up.weight"):
+            raise ValueError(f"{source}: {key!r} is not plain LoRA (LoHa, LoKr and DoRA are not supported)")
+        out[f"unet.{module}.lora_{side}.weight"] = value.flatten(1) if value.ndim == 4 else value
+    for module in sorted({k[5:].rpartition(".lora_")[0] for k in out} | alphas.keys()):
+        if module not in set(modules):
+            raise ValueError(f"{source}: layer {module!r} does not exist in this model; the LoRA is for another one")
+        missing = [s for s in "AB" if f"unet.{module}.lora_{s}.weight" not in out]
+        if missing:
+            raise ValueError(f"{source}: layer {module!r} lacks its lora_{missing[0]} weight; the file is incomplete")
+    if not out:
+        raise ValueError(f"{source}: no LoRA weights inside")
+    for module, alpha in alphas.items():
+        rank = out[f"unet.{module}.lora_A.weight"].shape[0]
+        out[f"unet.{module}.lora_B.weight"] = out[f"unet.{module}.lora_B.weight"].float() * (alpha / rank)
+    return out
+
+
+def load(model: nn.Module, weights: dict[str, torch.Tensor], source: str = "LoRA") -> None:
+    """Put a LoRA file (formats A to D) on `model`, replacing any LoRA that it has.
+
+    Raises ValueError on any mismatch, before the model is touched.
+    """
+    modules = {name: m for name, m in model.named_modules()
+               if isinstance(m, nn.Linear) and not name.endswith((".lora_A", ".lora_B"))}
+    weights = normalise(weights, list(modules), source)
+    ranks = {k[5:-len(".lora_A.weight")]: v.shape[0] for k, v in weights.items() if k.endswith("lora_A.weight")}
+    for name, rank in ranks.items():
+        a, b = weights[f"unet.{name}.lora_A.weight"], weights[f"unet.{name}.lora_B.weight"]
+        expected = ((rank, modules[name].in_features), (modules[name].out_features, rank))
+        if (tuple(a.shape), tuple(b.shape)) != expected:
+            raise ValueError(f"{source}: layer {name!r} has shapes {tuple(a.shape)}, {tuple(b.shape)}, this model needs "
+                             f"{expected[0]}, {expected[1]}; the LoRA is for another model")
+        if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
+            raise ValueError(f"{source}: layer {name!r} holds non-finite numbers; the file is damaged")
+    remove(model)
+    model.requires_grad_(False)
+    for name, rank in ranks.items():
+        layer = LoRALinear(model.get_submodule(name), rank, rank)
+        _replace(model, name, layer)
+        with torch.no_grad():
+            layer.lora_A.weight.copy_(weights[f"unet.{name}.lora_A.weight"])
+            layer.lora_B.weight.copy_(weights[f"unet.{name}.lora_B.weight"])
+
+
+@torch.no_grad()
+def merge(model: nn.Module) -> None:
+    """Add every LoRA term to its base weight (computed in fp32) and take the LoRA layers off."""
+    for layer in layers(model).values():
+        delta = layer.scaling * (layer.lora_B.weight @ layer.lora_A.weight)
+        layer.weight.copy_((layer.weight.float() + delta).to(layer.weight.dtype))
+    remove(model)
+
+
+def norm(model: nn.Module) -> float:
+    """Frobenius norm of all low-rank terms together: how far the policy's weights are from the reference's."""
+    with torch.no_grad():
+        squares = [((layer.lora_A.weight @ layer.lora_A.weight.T) * (layer.lora_B.weight.T @ layer.lora_B.weight)).sum()
+                   * layer.scaling ** 2 for layer in layers(model).values()]
+    return math.sqrt(max(float(sum(squares)), 0.0))
+
+
+def command_line() -> None:
+    """`convert` a LoRA file between formats, or `merge` it into a copy of its model's folder."""
+    import argparse
+    import shutil
+    from pathlib import Path
+
+    from safetensors.torch import save_file
+
+    from diffusion import NAMES
+    from unet import UNet, UNetConfig
+    from weights import InputError, clean, fetch, load_strict, read_json, read_weights, weight_file
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("action", choices=("convert", "merge"))
+    parser.add_argument("source", type=Path, help="a LoRA file in one of the formats A to D")
+    parser.add_argument("target", type=Path, help="convert: the file to write; merge: the folder to write")
+    parser.add_argument("--model", default="tiny", help="the model that the LoRA belongs to: tiny, sd15, sdxl, folder, hub id")
+    parser.add_argument("--format", choices=("diffusers", "kohya"), default="diffusers", help="convert: what to write")
+    options = parser.parse_args()
+    if options.target.exists():
+        raise InputError(f"{options.target}: exists already; nothing is overwritten")
+    root = fetch(NAMES.get(options.model, options.model), ["*.json", "*.txt", "*.safetensors"])
+    with torch.device("meta"):
+        unet = UNet(UNetConfig.from_json(read_json(root / "unet/config.json")))
+    weights, source = read_weights(options.source), str(options.source)
+    if options.action == "convert":
+        try:
+            out = normalise(weights, [n for n, m in unet.named_modules() if isinstance(m, nn.Linear)], source)
+        except ValueError as error:
+            raise InputError(str(error)) from None
+        save_file({k: v.contiguous() for k, v in (to_kohya(out) if options.format == "kohya" else out).items()}, options.target,
+                  metadata={"format": "pt"})
+        return print(f"{options.target}: {len(out) // 2} layers, {options.format} format")
+    file = weight_file(root / "unet")
+    load_strict(unet, clean(read_weights(file)), file)
+    try:
+        load(unet, weights, source)
+    except ValueError as error:
+        raise InputError(str(error)) from None
+    count = len(layers(unet))
+    merge(unet)
+    for part in ("tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2", "scheduler", "vae"):
+        if (root / part).is_dir():
+            shutil.copytree(root / part, options.target / part)
+    shutil.copy(root / "model_index.json", options.target)
+    (options.target / "unet").mkdir()
+    shutil.copy(root / "unet/config.json", options.target / "unet")
+    save_file(unet.state_dict(), options.target / "unet/diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
+    print(f"{options.target}: {options.model} with {count} LoRA layers merged")
+
+
+if __name__ == "__main__":
+    from training import run_script
+    run_script(command_line)

@@ -1,0 +1,524 @@
+"""SPO and MSPO: step-by-step preference optimization of a text-to-image model (paper, sections 4.1 and 4.3 to 4.5).
+
+    python spo_train.py                                             # the embedded tiny model, two minutes on a laptop
+    python spo_train.py --model sd15 --spm SPM.bin --prompts 4k_training_prompts.json          # one GPU
+    torchrun --nproc_per_node=4 spo_train.py --model sdxl --spm SPM.bin --prompts prompts.txt  # four
+
+One round:
+    sample   walk down the DDIM trajectory of every prompt; where t <= t_max draw k candidates of x_{t-1} from one x_t,
+             let the step-aware preference model score their predicted clean pictures, keep best and worst as a pair,
+             and go on from a candidate chosen at random (section 4.3)
+    train    DPO on the pairs (Eq. 4), each exactly once, in shuffled minibatches over all timesteps (Eq. 5)
+
+Shapes: B prompts, K candidates, J inner steps, S scored-trajectory steps, C H W latent, L tokens, D width, N pairs.
+"""
+import dataclasses
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from PIL import ImageDraw
+from safetensors.torch import save_file
+from tqdm import tqdm
+
+import ddim
+import lora
+from clip_spm import CLIP, preprocess_decoded
+from diffusion import (
+    DTYPES,
+    SDXL_VAE,
+    TINY,
+    Conditioning,
+    Pipeline,
+    decode,
+    encode_empty,
+    encode_prompts,
+    generate,
+    grid,
+    guided_noise,
+    load_clip,
+    load_pipeline,
+    negative,
+    to_pil,
+)
+from training import (
+    Clock,
+    Processes,
+    Run,
+    generator,
+    opt,
+    parse_options,
+    permutation,
+    read_prompts,
+    run_script,
+    start_processes,
+    write_atomic,
+)
+from weights import InputError
+
+
+@dataclass
+class SPOConfig:
+    """Every option of a run. Sources: P = the paper, O = the released official code, T = measured on the tiny model."""
+    model: str = opt("tiny", "tiny, sd15, sdxl, a folder, or a hub id in the diffusers layout")
+    out: str = opt("runs/spo", "run folder: LoRA files, log.jsonl, config.json, checkpoints, sample grids")
+    prompts: str = opt(str(TINY / "train_prompts.txt"), "training prompts: .txt, .json or .jsonl (P: 4k Pick-a-Pic captions)")
+    spm: str = opt("", "the judge's file or folder; empty: the one that belongs to the model and --judge")
+    judge: str = opt("spm", "who compares candidates (P, Table 5)", ("spm", "step-blind", "pickscore"))
+    seed: int = opt(0, "every random number of the run is keyed by it")
+    device: str = opt("", "cpu or cuda; empty: a GPU if there is one")
+    dtype: str = opt("bf16", "of the frozen weights; LoRA, schedule and loss are always fp32", tuple(DTYPES))
+    vae: str = opt("", "another VAE, folder or hub id; empty: the model's own (sdxl: the fp16-safe one)")
+    # Sampling (P 5.1)
+    steps: int = opt(20, "DDIM steps of a trajectory (P: 20)")
+    eta: float = opt(1.0, "DDIM stochasticity; SPO needs more than 0 (P: 1)")
+    guidance_scale: float = opt(5.0, "classifier-free guidance, in sampling and in both training forwards (P: 5)")
+    resolution: int = opt(0, "picture side in pixels; 0: the model's own")
+    k: int = opt(4, "candidates per pool (P Table 6: 4; O: 2 for SDXL)")
+    j: int = opt(1, "inner steps from a pool to its scores; more than 1 is MSPO (P Table 7: 4 for SDXL)")
+    t_max: int = opt(751, "pools open at timesteps up to this (P: kappa = 750, Table 8; O: from t = 751)")
+    t_min: int = opt(0, "and down to this (P Table 8)")
+    start: str = opt("random", "which candidate the trajectory goes on from (P Table 4)", ("random", "win", "lose"))
+    pair: str = opt("best-worst", "which two candidates are compared (P Table 9)", ("best-worst", "random"))
+    threshold: float = opt(0.3, "a pair counts if softmax(best, worst) differ by more (O: 0.3 SD-1.5, 0.4 SDXL)")
+    # Optimization (P 5.1)
+    beta: float = opt(10.0, "strength of regularization in Eq. 4 (P: 10, for the mean log-density)")
+    clamp: float = opt(0.1, "each probability ratio is clamped to 1 +- this; 0: not at all (O: 0.1)")
+    lr: float = opt(6e-5, "AdamW learning rate (P: 6e-5 SD-1.5, 1e-5 SDXL)")
+    weight_decay: float = opt(1e-4, "AdamW weight decay (O)")
+    clip_norm: float = opt(1.0, "bound on the gradient norm (O: 1.0, though theirs clips nothing)")
+    rank: int = opt(4, "LoRA rank (P: 4 SD-1.5, 64 SDXL); alpha = rank")
+    targets: str = opt(",".join(lora.TARGETS), "linear layers that get LoRA, by the end of their names (O)")
+    epochs: int = opt(10, "passes over the prompts (P: 10)")
+    rounds: int = opt(0, "stop after this many rounds; 0: when the epochs are done")
+    prompts_per_round: int = opt(40, "global batch of prompts per round (O: 4 x 10 SD-1.5, 4 x 2 SDXL)")
+    pairs_per_step: int = opt(40, "global batch of pairs per optimizer step (P: 40 SD-1.5; 8 x 2 SDXL)")
+    # What fits, and how often; none of these changes the mathematics
+    sample_batch: int = opt(10, "prompts that one process samples at a time")
+    train_batch: int = opt(10, "pairs in one forward and backward")
+    decode_batch: int = opt(16, "latents that the VAE decodes at a time")
+    checkpointing: bool = opt(False, "recompute the UNet's activations in the backward: less memory, slower")
+    compile: bool = opt(False, "torch.compile the UNet, the decoder and the judge")
+    save_every: int = opt(10, "rounds between checkpoints")
+    grid_every: int = opt(10, "rounds between sample grids; 0: never")
+
+
+PRESETS = {
+    "tiny": dict(dtype="fp32", guidance_scale=3.0, threshold=0.1, lr=1e-4, prompts_per_round=16, pairs_per_step=8, rounds=10,
+                 sample_batch=16, train_batch=32, decode_batch=64),
+    "sd15": dict(prompts="4k_training_prompts.json"),
+    "sdxl": dict(prompts="4k_training_prompts.json", vae=SDXL_VAE, k=2, j=4, threshold=0.4, lr=1e-5, rank=64,
+                 prompts_per_round=8, pairs_per_step=16, sample_batch=2, train_batch=2, decode_batch=2, checkpointing=True),
+}
+FREE = ("out", "device", "epochs", "rounds", "sample_batch", "train_batch", "decode_batch", "checkpointing", "compile",
+        "save_every", "grid_every")
+
+
+@dataclass
+class Pairs:
+    """Fixed slots, one per prompt and scored-trajectory step; index 0 of the pair axis is the winner, 1 the loser."""
+    x_t: torch.Tensor           # [B, S, 2, C, H, W]; both equal at the first step of a group
+    x_next: torch.Tensor        # [B, S, 2, C, H, W]
+    valid: torch.Tensor         # [B, S] bool: the scores differ by more than the threshold
+    scores: torch.Tensor        # [B, G, K] of each of the G groups
+
+
+def pool_groups(timesteps: list[int], t_min: int, t_max: int, j: int) -> list[list[int]]:
+    """Indices into `timesteps` where t_min <= t <= t_max, cut into groups of j (the last may be shorter).
+
+    20 steps, t <= 751, j = 4: [[4, 5, 6, 7], [8, ..], [12, ..], [16, 17, 18, 19]]; j = 1: sixteen groups of one.
+    """
+    inside = [i for i, t in enumerate(timesteps) if t_min <= t <= t_max]
+    if not inside:
+        raise InputError(f"no timestep lies in {t_min}..{t_max}; the {len(timesteps)} steps are {timesteps}")
+    return [inside[i:i + j] for i in range(0, len(inside), j)]
+
+
+def choose_pair(scores: torch.Tensor, threshold: float, how: str,
+                uniform: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Scores [B, K] -> (win [B], lose [B], valid [B]): indices of the pair, and whether it counts.
+
+    Best and worst of the pool (section 4.1), or two at random (Table 9), which the keyed `uniform` [B, 2] decides.
+    """
+    k = scores.shape[1]
+    if how == "best-worst":
+        win, lose = scores.argmax(1), scores.argmin(1)
+    else:
+        first = (uniform[:, 0] * k).long().clamp(max=k - 1)
+        second = (first + 1 + (uniform[:, 1] * (k - 1)).long().clamp(max=k - 2)) % k
+        rows = torch.arange(len(scores), device=scores.device)
+        better = scores[rows, first] >= scores[rows, second]
+        win, lose = torch.where(better, first, second), torch.where(better, second, first)
+    both = torch.stack([scores.gather(1, win[:, None])[:, 0], scores.gather(1, lose[:, None])[:, 0]], 1).softmax(1)
+    return win, lose, both[:, 0] - both[:, 1] > threshold
+
+
+@dataclass
+class Models:
+    """The networks as the loop calls them; compiled or not."""
+    unet: object                # policy with LoRA on, reference with LoRA off
+    decode: object              # latents -> pictures
+    judge: CLIP
+    image_features: object      # of the judge
+
+
+@torch.no_grad()
+def sample_pairs(pipe: Pipeline, models: Models, cond: Conditioning, uncond: Conditioning, text: torch.Tensor,
+                 generators: list[torch.Generator], config: SPOConfig, clock: Clock, trace: list | None = None) -> Pairs:
+    """Walk down B trajectories and collect win-lose pairs (section 4.1, Figures 3 and 4).
+
+    `cond`, `uncond`: conditioning of the B prompts; `text` [B, P]: the judge's text features; `generators`: one
+    per prompt, so that a prompt's pools do not depend on the batch. `trace`: collects each pool for a picture.
+    """
+    schedule, device, b, k = pipe.schedule, pipe.device, len(generators), config.k
+    shape = pipe.latent_shape(config.resolution or None)
+    timesteps = schedule.timesteps(config.steps)
+    stride = len(schedule.alphas_cumprod) // config.steps
+    groups = pool_groups(timesteps, config.t_min, config.t_max, config.j)
+    opens = {group[0]: group for group in groups}
+
+    def draw(*lead: int) -> torch.Tensor:                                           # [B, *lead, C, H, W]
+        return torch.stack([torch.randn(*lead, *shape, generator=g) for g in generators]).to(device)
+
+    def noise_of(latents: torch.Tensor, t: int, repeat: int = 1) -> torch.Tensor:
+        with clock("sampling"):
+            c, u = (x.map(lambda v: v.repeat_interleave(repeat, 0)) for x in (cond, uncond))
+            return guided_noise(models.unet, latents, t, c, u, config.guidance_scale)
+
+    def score(x0: torch.Tensor, t: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Predicted clean latents [B * K, C, H, W] -> (scores [B, K], pictures)."""
+        with clock("decoding"):
+            images = torch.cat([models.decode(part) for part in x0.split(config.decode_batch)])
+        with clock("scoring"):
+            pixels = preprocess_decoded(images, models.judge.config.vision.image_size)
+            features = models.image_features(pixels, torch.full((len(x0),), max(t, 0), device=device))
+            return models.judge.score(features, text.repeat_interleave(k, 0)).view(b, k), images
+
+    slots_x, slots_next, valid, all_scores = [], [], [], []
+    rows = torch.arange(b, device=device)
+    latents, i = draw(), 0
+    noise_pred = noise_of(latents, timesteps[0])
+    while i <= groups[-1][-1]:                  # below t_min nothing is scored, so nothing is sampled
+        t = timesteps[i]
+        if i not in opens:                      # t > kappa: an ordinary step (section 4.3)
+            mean, std = ddim.step_gaussian(schedule, latents, noise_pred, t, t - stride, config.eta)
+            latents, i = mean + std * draw(), i + 1
+            noise_pred = noise_of(latents, timesteps[i])
+            continue
+        # K candidates from one Gaussian; with J > 1 each goes J steps on its own (section 4.5).
+        group = opens[i]
+        noise, uniform = draw(len(group), k), torch.stack([torch.rand(3, generator=g) for g in generators]).to(device)
+        path = [latents[:, None].expand(-1, k, *shape)]                             # [B, K, C, H, W] each
+        for inner, step in enumerate(group):
+            t = timesteps[step]
+            if inner == 0:
+                mean, std = ddim.step_gaussian(schedule, latents, noise_pred, t, t - stride, config.eta)
+                mean = mean[:, None]                                                # [B, 1, C, H, W]
+            else:
+                flat = path[-1].flatten(0, 1)
+                mean, std = ddim.step_gaussian(schedule, flat, noise_of(flat, t, k), t, t - stride, config.eta)
+                mean = mean.unflatten(0, (b, k))
+            path.append(mean + std * noise[:, inner])
+        i, candidates, last = group[-1] + 1, path[-1].flatten(0, 1), group[-1] + 1 == len(timesteps)
+        if last:                                # the candidates are clean latents themselves
+            t_next, x0 = 0, candidates
+        else:
+            t_next = timesteps[i]
+            noise_pred = noise_of(candidates, t_next, k)
+            x0 = ddim.predict_x0(schedule, candidates, noise_pred, t_next)
+        scores, images = score(x0, t_next)                                          # [B, K]
+        win, lose, keep = choose_pair(scores, config.threshold, config.pair, uniform[:, 1:])
+        for before, after in zip(path, path[1:]):
+            slots_x.append(torch.stack([before[rows, win], before[rows, lose]], 1))     # [B, 2, C, H, W]
+            slots_next.append(torch.stack([after[rows, win], after[rows, lose]], 1))
+            valid.append(keep)
+        all_scores.append(scores)
+        chosen = {"random": (uniform[:, 0] * k).long().clamp(max=k - 1), "win": win, "lose": lose}[config.start]
+        latents = path[-1][rows, chosen]
+        if not last:                            # the chosen candidate's noise prediction is already there
+            noise_pred = noise_pred.unflatten(0, (b, k))[rows, chosen]
+        if trace is not None:
+            trace.append(dict(timestep=t_next, images=images.unflatten(0, (b, k))[0].cpu(), scores=scores[0].tolist(),
+                              win=int(win[0]), lose=int(lose[0]), chosen=int(chosen[0]), valid=bool(keep[0])))
+    return Pairs(torch.stack(slots_x, 1), torch.stack(slots_next, 1), torch.stack(valid, 1), torch.stack(all_scores, 1))
+
+
+def pair_log_ratios(unet, model: torch.nn.Module, schedule: ddim.Schedule, x_t: torch.Tensor, x_next: torch.Tensor,
+                    timestep: torch.Tensor, previous: torch.Tensor, shared: list[bool], cond: Conditioning,
+                    uncond: Conditioning, guidance_scale: float, eta: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
+    """log p_theta / p_ref of winner and loser, [N] each (the two logarithms inside Eq. 4).
+
+    x_t, x_next [N, 2, C, H, W]; timestep, previous [N]. Where a pair shares its x_t (`shared`), one policy and one
+    reference forward give both ratios; the official code runs four. `model` is the UNet that carries the LoRA,
+    `unet` what to call (it, or it compiled).
+    """
+    apart = [i for i, s in enumerate(shared) if not s]
+    rows = list(range(len(shared))) + apart                             # the winners' x_t, then losers' that differ
+    lose_row = list(range(len(shared)))
+    for place, i in enumerate(apart):
+        lose_row[i] = len(shared) + place
+    latents = torch.cat([x_t[:, 0], x_t[apart, 1]]) if apart else x_t[:, 0]
+    t, t_prev = timestep[rows], previous[rows]
+    c, u = cond.map(lambda v: v[rows]), uncond.map(lambda v: v[rows])
+    noise_pred = guided_noise(unet, latents, t, c, u, guidance_scale)
+    with torch.no_grad(), lora.disabled(model):
+        noise_ref = guided_noise(unet, latents, t, c, u, guidance_scale)
+    mean, std = ddim.step_gaussian(schedule, latents, noise_pred, t, t_prev, eta)
+    mean_ref, _ = ddim.step_gaussian(schedule, latents, noise_ref, t, t_prev, eta)
+
+    def ratio(sample: torch.Tensor, index: list[int]) -> torch.Tensor:
+        return ddim.log_prob(sample, mean[index], std[index]) - ddim.log_prob(sample, mean_ref[index], std[index])
+
+    return ratio(x_next[:, 0], rows[:len(shared)]), ratio(x_next[:, 1], lose_row)
+
+
+def spo_loss(win: torch.Tensor, lose: torch.Tensor, beta: float, clamp: float) -> torch.Tensor:
+    """Eq. 4 per pair [N], from the two log-ratios, each ratio clamped to 1 +- `clamp` (0: not clamped).
+
+    Outside the clamp the gradient is exactly zero, and with beta 10, clamp 0.1 the loss lies within 0.126..2.133.
+    """
+    if clamp > 0:
+        win, lose = (r.clamp(math.log(1 - clamp), math.log(1 + clamp)) for r in (win, lose))
+    return -F.logsigmoid(beta * (win - lose))                                                       # Eq. 4
+
+
+def cut_minibatches(slots: list[int], size: int, *key) -> list[list[int]]:
+    """Shuffle all valid slots and cut them into about equal minibatches of about `size`; no tiny remainder."""
+    order = [slots[i] for i in permutation(len(slots), *key)]
+    count = max(1, round(len(order) / size)) if order else 0
+    return [order[len(order) * i // count: len(order) * (i + 1) // count] for i in range(count)]
+
+
+def train_on_pairs(pipe: Pipeline, models: Models, optimizer: torch.optim.Optimizer, pairs: Pairs, cond: Conditioning,
+                   empty: Conditioning | None, config: SPOConfig, processes: Processes, clock: Clock, key: tuple) -> dict:
+    """Use every valid pair of the round once (Eq. 5). Returns means over the round's pairs and optimizer steps.
+
+    `pairs` and `cond` hold the whole round and are the same on every process; each takes its share of each minibatch.
+    """
+    timesteps = pipe.schedule.timesteps(config.steps)
+    stride = len(pipe.schedule.alphas_cumprod) // config.steps
+    groups = pool_groups(timesteps, config.t_min, config.t_max, config.j)
+    steps = [i for group in groups for i in group]
+    first = [i == group[0] for group in groups for i in group]
+    count = len(steps)
+    slots = pairs.valid.flatten().nonzero()[:, 0].tolist()
+    weights, sums, updates, skipped, norms = lora.parameters(pipe.unet), torch.zeros(7), 0, 0, []
+    for batch in cut_minibatches(slots, config.pairs_per_step, config.seed, "pairs", *key):
+        mine, stats = batch[processes.rank::processes.world], torch.zeros(7, device=pipe.device)
+        for begin in range(0, len(mine), config.train_batch):
+            part = mine[begin:begin + config.train_batch]
+            prompt, slot = [s // count for s in part], [s % count for s in part]
+            t = torch.tensor([timesteps[steps[s]] for s in slot], device=pipe.device)
+            c = cond.map(lambda v: v[prompt])
+            with clock("training"):
+                win, lose = pair_log_ratios(
+                    models.unet, pipe.unet, pipe.schedule, pairs.x_t[prompt, slot], pairs.x_next[prompt, slot], t, t - stride,
+                    [first[s] for s in slot], c, negative(pipe, c, empty), config.guidance_scale, config.eta)
+                loss = spo_loss(win, lose, config.beta, config.clamp)
+                (loss.sum() / len(batch)).backward()                # normalised by the global minibatch
+                with torch.no_grad():
+                    outside = [((r.exp() - 1).abs() > config.clamp).float() for r in (win, lose)]
+                    stats += torch.stack([v.sum() for v in (loss, win - lose, (win > lose).float(), win.exp(), lose.exp(),
+                                                            (outside[0] + outside[1]) / 2, torch.ones_like(win))])
+        for p in weights:                       # a process without pairs still takes part
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        processes.sum([p.grad for p in weights] + [stats])
+        norm = float(torch.nn.utils.clip_grad_norm_(weights, config.clip_norm))
+        if math.isfinite(norm):
+            optimizer.step()
+            updates += 1
+            norms.append(norm)
+            sums += stats.cpu()
+        else:
+            skipped += 1
+        optimizer.zero_grad(set_to_none=True)
+    n = max(float(sums[6]), 1.0)
+    names = ("loss", "margin", "accuracy", "ratio_win", "ratio_lose", "clipped")
+    return dict({name: float(v) / n for name, v in zip(names, sums)}, pairs=len(slots), updates=updates, skipped=skipped,
+                valid_share=len(slots) / max(pairs.valid.numel(), 1), grad_norm=sum(norms) / max(len(norms), 1))
+
+
+def judge_features(pipe: Pipeline, judge: CLIP, prompts: list[str]) -> torch.Tensor:
+    """The judge's text features [B, P]. All CLIPs here share one vocabulary; what pads a text does not matter."""
+    length = judge.config.text.max_position_embeddings
+    ids = pipe.tokenizers[0](prompts, padding="max_length", truncation=True, max_length=length).input_ids
+    with torch.no_grad():
+        return judge.text_features(torch.tensor(ids, device=judge.logit_scale.device))
+
+
+def judge_source(config: SPOConfig) -> str:
+    """Where the judge's weights are."""
+    if config.spm:
+        return config.spm
+    if config.model == "tiny":
+        return str(TINY / {"spm": "spm", "step-blind": "spm_step_blind", "pickscore": "pickscore"}[config.judge])
+    if config.judge == "pickscore":
+        return "yuvalkirstain/PickScore_v1"
+    if config.judge == "spm" and config.model in ("sd15", "sdxl"):
+        return {"sd15": "SPO-Diffusion-Models/Step-Aware_Preference_Models/sd-v1-5_step-aware_preference_model.bin",
+                "sdxl": "SPO-Diffusion-Models/Step-Aware_Preference_Models/sdxl_step-aware_preference_model.bin"}[config.model]
+    raise InputError(f"--judge {config.judge} with --model {config.model}: say with --spm where its weights are")
+
+
+def prepare(config: SPOConfig, processes: Processes) -> tuple[Pipeline, Models]:
+    """Load model and judge, put the LoRA on, compile if asked."""
+    dtype = DTYPES[config.dtype]
+    pipe = load_pipeline(config.model, dtype, processes.device, vae=config.vae or None)
+    judge = load_clip(judge_source(config), dtype, processes.device)
+    if config.judge != "spm" and judge.config.step_aware:
+        raise InputError(f"--judge {config.judge}: {judge_source(config)} is step-aware")
+    try:
+        lora.add(pipe.unet, config.rank, targets=tuple(config.targets.split(",")), seed=config.seed)
+    except ValueError as error:
+        raise InputError(f"--targets {config.targets}: {error}") from None
+    pipe.unet.checkpointing = config.checkpointing
+    models = Models(pipe.unet, lambda z: decode(pipe, z, config.decode_batch), judge, judge.image_features)
+    if config.compile:
+        models.unet = torch.compile(pipe.unet)
+        pipe.vae.decode = torch.compile(pipe.vae.decode)
+        models.image_features = torch.compile(judge.image_features)
+    return pipe, models
+
+
+def sample_round(pipe: Pipeline, models: Models, prompts: list[str], indices: list[int], empty: Conditioning | None,
+                 config: SPOConfig, processes: Processes, clock: Clock, epoch: int) -> tuple[Pairs, Conditioning]:
+    """This process's share of a round's prompts, sampled; then everybody's, in the order of `indices`."""
+    mine, parts, conds = processes.share(len(indices)), [], []
+    for begin in range(0, len(mine), config.sample_batch):
+        chosen = [indices[i] for i in mine[begin:begin + config.sample_batch]]
+        texts = [prompts[i] for i in chosen]
+        cond = encode_prompts(pipe, texts, config.resolution or None)
+        generators = [generator(config.seed, "pool", epoch, i) for i in chosen]
+        parts.append(sample_pairs(pipe, models, cond, negative(pipe, cond, empty), judge_features(pipe, models.judge, texts),
+                                  generators, config, clock))
+        conds.append(cond)
+    # Every process contributes equally many prompts, so that the messages have fixed shapes: pad with invalid ones.
+    count, slots = -(-len(indices) // processes.world), sum(map(len, pool_groups(
+        pipe.schedule.timesteps(config.steps), config.t_min, config.t_max, config.j)))
+    groups = -(-slots // config.j)
+    shape = pipe.latent_shape(config.resolution or None)
+    if not parts:
+        cond = encode_prompts(pipe, [prompts[indices[0]]], config.resolution or None)
+        blank = torch.zeros(0, slots, 2, *shape, device=pipe.device)
+        parts.append(Pairs(blank, blank, torch.zeros(0, slots, dtype=torch.bool, device=pipe.device),
+                           torch.zeros(0, groups, config.k, device=pipe.device)))
+        conds.append(cond.map(lambda v: v[:0]))
+
+    def whole(tensors: list[torch.Tensor]) -> torch.Tensor:
+        tensor = torch.cat(tensors)
+        padding = tensor.new_zeros(count - len(tensor), *tensor.shape[1:])
+        return processes.gather(torch.cat([tensor, padding]))[:len(indices)]
+
+    with clock("exchange"):
+        pairs = Pairs(*(whole([getattr(p, f.name) for p in parts]) for f in dataclasses.fields(Pairs)))
+        everyone = [(c.prompt_embeds, c.pooled, c.time_ids) for c in conds]
+        cond = Conditioning(*(None if ts[0] is None else whole(list(ts)) for ts in zip(*everyone)))
+    return pairs, cond
+
+
+def draw_trace(trace: list[dict], width: int = 96):
+    """The paper's Figures 3 and 5 of one trajectory: a row per scored step, candidates as decoded x0 with their scores.
+
+    Green frame: winner. Red frame: loser. Blue dot: the candidate that the next step starts from. Grey: no pair.
+    """
+    from PIL import Image
+    k, head, margin = len(trace[0]["scores"]), 16, 6
+    cell = (width + 2 * margin, width + head + 2 * margin)
+    canvas = Image.new("RGB", (64 + k * cell[0], len(trace) * cell[1]), "white")
+    pen = ImageDraw.Draw(canvas)
+    for r, row in enumerate(trace):
+        pen.text((8, r * cell[1] + cell[1] // 2), f"t = {row['timestep']}", fill="black")
+        for c, image in enumerate(to_pil((row["images"] / 2 + 0.5).clamp(0, 1))):
+            left, top = 64 + c * cell[0] + margin, r * cell[1] + margin
+            green, red = ("#1a9850", "#d73027") if row["valid"] else ("#999", "#999")
+            colour = {row["win"]: green, row["lose"]: red}.get(c)
+            if colour:
+                pen.rectangle((left - 4, top - 4, left + width + 3, top + width + 3), fill=colour)
+            canvas.paste(image.resize((width, width), Image.Resampling.LANCZOS), (left, top))
+            pen.text((left, top + width + 4), f"{row['scores'][c]:.2f}", fill=colour or "black")
+            if c == row["chosen"]:
+                pen.ellipse((left + width - 13, top + width + 5, left + width - 3, top + width + 15), fill="#2b6cff")
+    return canvas
+
+
+def trace_prompt(pipe: Pipeline, models: Models, prompt: str, config: SPOConfig, seed: int = 0):
+    """Sample one trajectory of `prompt` as in training and draw it."""
+    cond = encode_prompts(pipe, [prompt], config.resolution or None)
+    trace: list[dict] = []
+    sample_pairs(pipe, models, cond, negative(pipe, cond, encode_empty(pipe)), judge_features(pipe, models.judge, [prompt]),
+                 [generator(seed, "trace", prompt)], config, Clock(pipe.device), trace)
+    return draw_trace(trace)
+
+
+def save_lora(pipe: Pipeline, folder: Path) -> None:
+    """The LoRA in both formats: diffusers (`load_lora_weights(folder)`) and kohya (ComfyUI, A1111)."""
+    weights = lora.state(pipe.unet)
+    write_atomic(folder / "pytorch_lora_weights.safetensors", lambda p: save_file(weights, p, metadata={"format": "pt"}))
+    write_atomic(folder / "lora_kohya.safetensors", lambda p: save_file(lora.to_kohya(weights), p, metadata={"format": "pt"}))
+
+
+def main() -> None:
+    """Train as the command line says; continue if the run folder holds the same run."""
+    config = parse_options(SPOConfig, PRESETS, description=__doc__)
+    processes = start_processes(config.device or None)
+    prompts = read_prompts(config.prompts)
+    rounds_per_epoch = -(-len(prompts) // config.prompts_per_round)
+    total = min(config.rounds or math.inf, config.epochs * rounds_per_epoch)
+    run = Run(config.out, dataclasses.asdict(config), processes, FREE)
+    pipe, models = prepare(config, processes)
+    optimizer = torch.optim.AdamW(lora.parameters(pipe.unet), lr=config.lr, betas=(0.9, 0.999), eps=1e-8,
+                                  weight_decay=config.weight_decay)
+    empty, begin, bad = encode_empty(pipe), 0, 0
+    if state := run.resume():
+        for p, value in zip(lora.parameters(pipe.unet), state["lora"], strict=True):
+            p.data.copy_(value)
+        optimizer.load_state_dict(state["optimizer"])
+        begin = state["step"]
+    if processes.main:
+        print("\n".join(f"{name:18} {value}" for name, value in dataclasses.asdict(config).items()))
+        print(f"{len(prompts)} prompts, {total} rounds of {config.prompts_per_round}, LoRA of "
+              f"{sum(p.numel() for p in lora.parameters(pipe.unet)):,} parameters, {processes.world} x {pipe.device}, "
+              f"starting at round {begin}", flush=True)
+    preview = ([prompts[i] for i in permutation(len(prompts), 0, "preview")[:16]])
+    progress = tqdm(total=total, initial=begin, desc="spo", unit="round", disable=not processes.main)
+    for step in range(begin, total):
+        started, clock = time.perf_counter(), Clock(pipe.device)
+        epoch, place = divmod(step, rounds_per_epoch)
+        order = permutation(len(prompts), config.seed, "order", epoch)
+        indices = order[place * config.prompts_per_round:(place + 1) * config.prompts_per_round]
+        pairs, cond = sample_round(pipe, models, prompts, indices, empty, config, processes, clock, epoch)
+        stats = train_on_pairs(pipe, models, optimizer, pairs, cond, empty, config, processes, clock, (epoch, place))
+        gap = pairs.scores.amax(-1) - pairs.scores.amin(-1)
+        seconds = time.perf_counter() - started
+        record = dict(round=step + 1, epoch=epoch, **stats, score=float(pairs.scores.mean()), score_gap=float(gap.mean()),
+                      lora_norm=lora.norm(pipe.unet), prompts_per_second=len(indices) / seconds,
+                      seconds={name: round(v, 3) for name, v in clock.seconds().items()},
+                      eta_minutes=(total - step - 1) * seconds / 60)
+        run.log(record)
+        progress.set_postfix(score=f"{record['score']:.2f}", pairs=stats["pairs"], margin=f"{stats['margin']:.4f}", refresh=False)
+        progress.update()
+        bad = bad + 1 if stats["skipped"] and not stats["updates"] else 0
+        done = step + 1
+        ending = processes.any(run.stop) or bad >= 10
+        if done % config.save_every == 0 or done == total or ending:
+            run.save(done, dict(lora=[p.detach().cpu() for p in lora.parameters(pipe.unet)], optimizer=optimizer.state_dict()))
+            if processes.main:
+                save_lora(pipe, run.folder)
+        if processes.main and config.grid_every and (done % config.grid_every == 0 or done == total):
+            images = generate(pipe, preview, list(range(len(preview))), guidance_scale=config.guidance_scale, steps=config.steps)
+            grid(images, 8).save(run.folder / f"samples-{done:05d}.png")
+        processes.barrier()
+        if bad >= 10:
+            raise InputError(f"round {done}: every gradient of 10 rounds was not finite; the last LoRA is in {run.folder}")
+        if ending:
+            break
+    progress.close()
+    if processes.main:
+        print(f"LoRA in {run.folder / 'pytorch_lora_weights.safetensors'} (diffusers) and lora_kohya.safetensors (ComfyUI, A1111)")
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,323 @@
+"""lora.py against peft and diffusers' own LoRA loader."""
+import copy
+import re
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from diffusers.loaders import StableDiffusionLoraLoaderMixin
+from diffusers.utils import convert_state_dict_to_kohya
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
+
+import lora
+from conftest import assert_close, randomize, sd15_shaped, sdxl_shaped, seeded
+from unet import UNet, UNetConfig
+
+INPUTS = dict(latents=torch.randn(2, 4, 16, 16, generator=seeded(1)), timestep=torch.tensor([951, 1]),
+              prompt_embeds=torch.randn(2, 7, 12, generator=seeded(2)))
+
+
+def base_model() -> UNet:
+    """A small UNet with random weights, the same each time."""
+    return randomize(UNet(UNetConfig.from_json(sd15_shaped())))
+
+
+def predict(model: torch.nn.Module) -> torch.Tensor:
+    """Our UNet's or diffusers' output on fixed inputs."""
+    out = model(*INPUTS.values())
+    return out if torch.is_tensor(out) else out.sample
+
+
+@torch.no_grad()
+def fill(parameters, seed: int = 5) -> None:
+    """Random LoRA weights of a size that matters."""
+    g = seeded(seed)
+    for p in parameters:
+        p.copy_(0.3 * torch.randn(p.shape, generator=g))
+
+
+def with_lora(rank: int = 3, alpha: float | None = None) -> UNet:
+    """The base model with a LoRA that is not zero."""
+    model = base_model()
+    fill(lora.add(model, rank, alpha))
+    return model
+
+
+@pytest.mark.parametrize("alpha", [3, 5, 0.7])
+def test_output_and_gradients_equal_peft(alpha):
+    ours = with_lora(3, alpha)
+    theirs = UNet2DConditionModel(**sd15_shaped())
+    theirs.load_state_dict(base_model().state_dict())
+    theirs.add_adapter(LoraConfig(r=3, lora_alpha=alpha, target_modules=list(lora.TARGETS), init_lora_weights="gaussian"))
+    pairs = {}
+    for name, p in theirs.named_parameters():
+        if p.requires_grad:
+            module, side = re.fullmatch(r"(.+)\.lora_([AB])\.default\.weight", name).groups()
+            pairs[name] = (getattr(lora.layers(ours)[module], f"lora_{side}").weight, p)
+    assert {id(a) for a, _ in pairs.values()} == {id(p) for p in lora.parameters(ours)}     # the same layers on both sides
+    for a, p in pairs.values():
+        p.data.copy_(a.data)
+    out, expected = predict(ours), predict(theirs)
+    assert_close(out, expected)
+    assert (out - predict(base_model())).abs().max() > 0.1
+    weight = torch.randn(out.shape, generator=seeded(3))
+    (out * weight).sum().backward()
+    (expected * weight).sum().backward()
+    for name, (a, p) in pairs.items():
+        size = p.grad.abs().max()
+        assert size > 1e-6
+        assert_close(a.grad / size, p.grad / size, what=name)
+
+
+def test_only_the_lora_is_trained():
+    model = base_model()
+    parameters = lora.add(model, 4)
+    assert isinstance(parameters, list) and len(parameters) == 2 * len(lora.layers(model)) == 2 * 4 * 2 * 16
+    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trainable == {f"{m}.lora_{s}.weight" for m in lora.layers(model) for s in "AB"}
+    assert {id(p) for p in parameters} == {id(p) for p in model.parameters() if p.requires_grad}
+
+
+def test_initial_values():
+    model, again, other = base_model(), base_model(), base_model()
+    for m, seed in ((model, 0), (again, 0), (other, 1)):
+        lora.add(m, 4, seed=seed)
+    a = torch.cat([layer.lora_A.weight.detach().flatten() for layer in lora.layers(model).values()])
+    assert abs(float(a.std()) * 4 - 1) < 0.05 and abs(float(a.mean())) < 0.02         # peft's "gaussian": std 1 / rank
+    assert all(not layer.lora_B.weight.any() for layer in lora.layers(model).values())
+    assert all(torch.equal(p, q) for p, q in zip(lora.parameters(model), lora.parameters(again)))
+    assert not torch.equal(lora.parameters(model)[0], lora.parameters(other)[0])
+
+
+def test_fresh_lora_changes_nothing():
+    model = base_model()
+    expected = predict(model)
+    lora.add(model, 4)
+    assert torch.equal(predict(model), expected)
+
+
+def test_disabled_is_bit_for_bit_the_base_model():
+    model, expected = with_lora(), predict(base_model())
+    on = predict(model)
+    with lora.disabled(model) as reference:
+        assert torch.equal(predict(reference), expected)
+        with lora.disabled(model):
+            pass
+        assert torch.equal(predict(model), expected)        # the inner block does not switch the outer one back on
+    assert torch.equal(predict(model), on) and not torch.equal(on, expected)
+    with pytest.raises(RuntimeError), lora.disabled(model):
+        raise RuntimeError
+    assert torch.equal(predict(model), on)
+
+
+def test_remove_restores_the_base_model():
+    model, base = with_lora(), base_model()
+    lora.remove(model)
+    assert torch.equal(predict(model), predict(base))
+    assert {k: v.shape for k, v in model.state_dict().items()} == {k: v.shape for k, v in base.state_dict().items()}
+    assert not lora.layers(model) and str(model) == str(base)
+
+
+def test_base_weights_keep_their_names():
+    state = with_lora().state_dict()
+    assert all(torch.equal(v, state[k]) for k, v in base_model().state_dict().items())
+
+
+def to_b(weights: dict) -> dict:
+    """Format A -> B, the official releases' one."""
+    return {k.replace("lora_A", "lora.down").replace("lora_B", "lora.up"): v for k, v in weights.items()}
+
+
+def to_c(weights: dict) -> dict:
+    """Format A -> C, diffusers' old one."""
+    return {re.sub(r"\.(to_[qkv]|to_out)(?:\.0)?\.lora\.", r".processor.\1_lora.", k): v for k, v in to_b(weights).items()}
+
+
+def to_d(weights: dict, alpha: float = 2.0) -> dict:
+    """Format A -> kohya's with an alpha that differs from the rank, B made up for it."""
+    return {k: torch.tensor(alpha) if k.endswith("alpha") else v * 3 / alpha if "lora_up" in k else v
+            for k, v in lora.to_kohya(weights).items()}
+
+
+FORMATS = {"A": dict, "B": to_b, "C": to_c, "D": lora.to_kohya, "D-alpha": to_d,
+           "D-no-alpha": lambda w: {k: v for k, v in lora.to_kohya(w).items() if not k.endswith("alpha")}}
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_every_format_is_read(form):
+    trained, model = with_lora(), base_model()
+    lora.load(model, FORMATS[form](lora.state(trained)))
+    assert len(lora.layers(model)) == len(lora.layers(trained))
+    assert_close(predict(model), predict(trained))
+    if form != "D-alpha":       # no arithmetic: the same bits
+        assert torch.equal(predict(model), predict(trained))
+        state = lora.state(trained)
+        assert all(torch.equal(v, state[k]) for k, v in lora.state(model).items()) and len(state) == len(lora.state(model))
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_diffusers_reads_the_same_from_every_format(form):
+    trained = with_lora()
+    theirs = UNet2DConditionModel(**sd15_shaped())
+    theirs.load_state_dict(base_model().state_dict())
+    loader = StableDiffusionLoraLoaderMixin                  # what pipe.load_lora_weights calls
+    weights, alphas = loader.lora_state_dict({k: v.clone() for k, v in FORMATS[form](lora.state(trained)).items()})
+    loader.load_lora_into_unet(weights, network_alphas=alphas, unet=theirs)
+    assert_close(predict(theirs), predict(trained))
+
+
+def test_state_equals_peft_names():
+    theirs = UNet2DConditionModel(**sd15_shaped())
+    theirs.add_adapter(LoraConfig(r=3, target_modules=list(lora.TARGETS)))
+    expected = {f"unet.{k}": v.shape for k, v in get_peft_model_state_dict(theirs).items()}
+    state = lora.state(with_lora())
+    assert {k: v.shape for k, v in state.items()} == expected
+    assert all(v.dtype == torch.float32 and not v.requires_grad for v in state.values())
+
+
+def test_kohya_equals_diffusers_conversion():
+    state = lora.state(with_lora())
+    ours, theirs = lora.to_kohya(state), convert_state_dict_to_kohya({k: v.clone() for k, v in state.items()})
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[k].float(), theirs[k].float()) for k in ours)
+
+
+def test_kohya_round_trip():
+    model = with_lora()
+    state = lora.state(model)
+    modules = [n for n, m in base_model().named_modules() if isinstance(m, torch.nn.Linear)]
+    again = lora.normalise(lora.to_kohya(state), modules)
+    assert again.keys() == state.keys() and all(torch.equal(again[k], state[k]) for k in state)
+
+
+@pytest.mark.parametrize("alpha", [1, 6, 2.5])
+def test_alpha_other_than_rank_survives_saving(alpha):
+    trained, model = with_lora(3, alpha), base_model()
+    assert (predict(trained) - predict(with_lora(3, 3))).abs().max() > 1e-2
+    for weights in (lora.state(trained), lora.to_kohya(lora.state(trained))):
+        lora.load(model, weights)
+        assert_close(predict(model), predict(trained))
+
+
+def test_state_is_a_snapshot():
+    model = with_lora()
+    state = lora.state(model)
+    before = {k: v.clone() for k, v in state.items()}
+    fill(lora.parameters(model), seed=6)
+    assert all(torch.equal(state[k], before[k]) for k in state)
+
+
+LAYER = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+
+
+def without(weights: dict, *parts: str) -> dict:
+    """The weights without the first layer's `parts`."""
+    return {k: v for k, v in weights.items() if not (LAYER.replace(".", "_") in k.replace(".", "_") and k.endswith(parts))}
+
+
+@pytest.mark.parametrize("damage, message", [
+    (lambda w: {k.removeprefix("unet."): v for k, v in w.items()}, "prefix"),                                       # E
+    (lambda w: {k.replace("unet.", "base_model.model."): v for k, v in w.items()}, "prefix"),                       # F
+    (lambda w: w | {"text_encoder.text_model.encoder.layers.0.self_attn.q_proj.lora_A.weight": torch.ones(3, 8)}, "text encoder"),
+    (lambda w: lora.to_kohya(w) | {"lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_down.weight": torch.ones(3, 8)}, "text encoder"),
+    (lambda w: lora.to_kohya(w) | {"lora_unet_no_such_layer.lora_down.weight": torch.ones(3, 8)}, "no_such_layer"),
+    (lambda w: w | {"unet.no.such.layer.lora_A.weight": torch.ones(3, 8), "unet.no.such.layer.lora_B.weight": torch.ones(8, 3)}, "no.such.layer"),
+    (lambda w: w | {f"unet.{LAYER}.lora_magnitude_vector": torch.ones(8)}, "lora_magnitude_vector"),
+    (lambda w: lora.to_kohya(w) | {f"lora_unet_{LAYER.replace('.', '_')}.dora_scale": torch.ones(8)}, "dora_scale"),
+    (lambda w: w | {f"unet.{LAYER}.lora_A.weight": torch.full((3, 8), float("nan"))}, LAYER),
+    (lambda w: w | {f"unet.{LAYER}.lora_B.weight": torch.ones(8, 2)}, LAYER),
+    (lambda w: w | {f"unet.{LAYER}.lora_B.weight": torch.ones(8)}, LAYER),
+    (lambda w: without(w, "lora_A.weight"), f"{LAYER}.*lacks"),
+    (lambda w: without(w, "lora_B.weight"), f"{LAYER}.*lacks"),
+    (lambda w: without(lora.to_kohya(w), "lora_down.weight"), f"{LAYER}.*lacks"),
+    (lambda w: without(lora.to_kohya(w), "lora_up.weight"), f"{LAYER}.*lacks"),
+    (lambda w: without(lora.to_kohya(w), "lora_down.weight", "lora_up.weight"), f"{LAYER}.*lacks"),
+    (lambda w: {"emb_params": torch.ones(3)}, "emb_params"), (lambda w: {}, "no LoRA"),
+])
+def test_other_files_are_refused_and_leave_the_model_alone(damage, message):
+    model = with_lora(rank=2)
+    before = predict(model)
+    with pytest.raises(ValueError, match=f"(?s)some.safetensors: .*{message}"):
+        lora.load(model, damage(lora.state(with_lora())), "some.safetensors")
+    assert torch.equal(predict(model), before)
+
+
+@pytest.mark.parametrize("form", [dict, lora.to_kohya])
+@pytest.mark.parametrize("config", [sd15_shaped(block_out_channels=[16, 32, 48, 48]), sdxl_shaped(), sd15_shaped(cross_attention_dim=20)])
+def test_lora_of_another_model_is_refused_by_name(config, form):
+    other = UNet(UNetConfig.from_json(config))
+    lora.add(other, 3)
+    with pytest.raises(ValueError, match="blocks.*another"):
+        lora.load(base_model(), form(lora.state(other)))
+
+
+def test_load_replaces_and_ranks_may_differ():
+    model, state = with_lora(rank=2), lora.state(with_lora(rank=3))
+    state[f"unet.{LAYER}.lora_A.weight"], state[f"unet.{LAYER}.lora_B.weight"] = torch.randn(1, 8), torch.randn(8, 1)
+    lora.load(model, state)
+    assert {layer.rank for layer in lora.layers(model).values()} == {1, 3}
+    assert all(torch.equal(v, state[k]) for k, v in lora.state(model).items())
+    assert {id(p) for p in lora.parameters(model)} == {id(p) for p in model.parameters() if p.requires_grad}
+
+
+def test_half_precision_files_are_read():
+    state = {k: v.half() for k, v in lora.state(with_lora()).items()}
+    model = base_model()
+    lora.load(model, state)
+    assert all(p.dtype == torch.float32 for p in lora.parameters(model))
+    assert all(torch.equal(v, state[k].float()) for k, v in lora.state(model).items())
+
+
+@pytest.mark.parametrize("alpha", [3, 5])
+def test_merged_equals_unmerged(alpha):
+    model = with_lora(3, alpha)
+    expected = predict(model)
+    lora.merge(model)
+    assert not lora.layers(model) and model.state_dict().keys() == base_model().state_dict().keys()
+    assert_close(predict(model), expected)
+    assert (expected - predict(base_model())).abs().max() > 0.1
+
+
+def test_gradient_clip_really_clips():
+    model = with_lora()
+    predict(model).square().sum().backward()
+    before = torch.cat([p.grad.flatten() for p in lora.parameters(model)]).norm()
+    assert before > 1
+    total = torch.nn.utils.clip_grad_norm_(lora.parameters(model), 0.25)
+    after = torch.cat([p.grad.flatten() for p in lora.parameters(model)]).norm()
+    assert_close(total, before)
+    assert float(after) == pytest.approx(0.25, rel=1e-4)
+
+
+def test_lora_stays_fp32_beside_a_bf16_base():
+    model = base_model().to(torch.bfloat16)
+    parameters = lora.add(model, 4)
+    fill(parameters)
+    assert {p.dtype for p in parameters} == {torch.float32}
+    assert {p.dtype for p in model.parameters() if not p.requires_grad} == {torch.bfloat16}
+    out = predict(model)
+    assert out.dtype == torch.bfloat16
+    out.float().square().sum().backward()
+    before = [p.detach().clone() for p in parameters]
+    assert all(p.grad.dtype == torch.float32 and p.grad.any() for p in parameters)
+    torch.optim.SGD(parameters, lr=1e-6).step()             # bf16 would round most of so small an update away
+    moved = sum(int((p != b).sum()) for p, b in zip(parameters, before))
+    assert moved > 0.9 * sum(p.numel() for p in parameters)
+
+
+@pytest.mark.parametrize("alpha", [3, 5])
+def test_norm_is_the_frobenius_norm_of_the_change(alpha):
+    model = with_lora(3, alpha)
+    merged, base = copy.deepcopy(model), base_model().state_dict()
+    lora.merge(merged)
+    change = torch.cat([(v.double() - base[k].double()).flatten() for k, v in merged.state_dict().items()])
+    assert lora.norm(model) == pytest.approx(float(change.norm()), rel=1e-5)
+    for layer in lora.layers(model).values():
+        layer.lora_B.weight.data.zero_()
+    assert lora.norm(model) == 0 and lora.norm(base_model()) == 0
+
+
+def test_no_match_is_refused():
+    with pytest.raises(ValueError, match="to_nothing"):
+        lora.add(base_model(), 4, targets=("to_nothing",))

@@ -1,0 +1,296 @@
+"""A world in which the truth is known: captions, pictures, and what is right and beautiful about them.
+
+A picture shows one, two or three coloured shapes on a light ground. Its caption fixes the content.
+Two hidden factors that no caption mentions fix how well it is *rendered*: how vivid the colours are
+and how clean the ground is. So, as in Pick-a-Pic, a "generic" preference between two pictures of
+one caption blends two things that often disagree (paper, sections 1 and 4.6):
+
+    alignment   does the picture show what the caption says?   read from the pixels by a verifier
+    aesthetics  is it vivid and clean?                         read from the pixels by a formula
+
+No model is ever trained on either of these two numbers. PickScore and the step-aware preference model see
+only the blended labels of `generic_preference`, and SPO sees only the step-aware preference model.
+
+Shapes of tensors: N pictures, 3 channels, S x S pixels (S = 64), values in [0, 1].
+"""
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+SIZE = 64
+COLOURS = {  # sRGB in 0..255, hues at least 35 degrees apart so that a washed-out one can still be named
+    "red": (226, 42, 46), "yellow": (247, 188, 20), "green": (44, 166, 62),
+    "cyan": (20, 186, 196), "blue": (38, 92, 228), "purple": (154, 48, 208),
+}
+SHAPES = ("circle", "square", "triangle", "cross")
+RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
+OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
+COUNTS = {2: "two", 3: "three"}
+PALE = 0.32          # share of a colour's chroma that is left at vividness 0
+BLOTCH = 0.42        # largest darkening of the ground at cleanliness 0
+RGB = torch.tensor([COLOURS[c] for c in COLOURS], dtype=torch.float32) / 255
+
+
+@dataclass(frozen=True)
+class Caption:
+    """What a picture must show: `objects` as (colour, shape); `relation` of the first to the second."""
+    text: str
+    kind: str                                   # "single" | "count" | "relation"
+    objects: tuple[tuple[str, str], ...]
+    relation: str | None = None
+
+
+def all_captions() -> list[Caption]:
+    """Every caption of the world: 24 singles, 48 counts and 1,920 relations, 1,992 in all."""
+    things = [(c, s) for c in COLOURS for s in SHAPES]
+    plural = {s: s + ("es" if s == "cross" else "s") for s in SHAPES}
+    single = [Caption(f"a {c} {s}", "single", ((c, s),)) for c, s in things]
+    count = [Caption(f"{COUNTS[n]} {c} {plural[s]}", "count", ((c, s),) * n) for n in COUNTS for c, s in things]
+    relation = [Caption(f"a {a[0]} {a[1]} {r} a {b[0]} {b[1]}", "relation", (a, b), r)
+                for r in RELATIONS for a in things for b in things if a[0] != b[0]]
+    return single + count + relation
+
+
+def split_captions(seed: int = 0) -> tuple[list[Caption], list[Caption]]:
+    """(training captions, 256 held-out captions): 4 singles, 8 counts, 122 relations said both ways round.
+
+    "A left of B" and "B right of A" describe one scene, so they are held out together.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    captions, held = all_captions(), []
+    by_text = {c.text: c for c in captions}
+    for kind, share in (("single", 4), ("count", 8), ("relation", 122)):
+        group = [c for c in captions if c.kind == kind and c.relation not in ("right of", "below")]
+        for i in torch.randperm(len(group), generator=generator)[:share].tolist():
+            held.append(group[i])
+            if kind == "relation":
+                (a, b), back = group[i].objects, OPPOSITE[group[i].relation]
+                held.append(by_text[f"a {b[0]} {b[1]} {back} a {a[0]} {a[1]}"])
+    texts = {c.text for c in held}
+    return [c for c in captions if c.text not in texts], held
+
+
+def _place(caption: Caption, rand) -> list[tuple[float, float, float]]:
+    """Centre and radius in pixels, (x, y, r), of every object of a caption; `rand(low, high)` draws a number."""
+    if caption.kind == "single":
+        r = rand(13, 20)
+        return [(rand(r + 3, SIZE - r - 3), rand(r + 3, SIZE - r - 3), r)]
+    if caption.kind == "relation":
+        dx, dy = RELATIONS[caption.relation]
+        near, far = [(rand(15, 19), rand(20, 44)) for _ in range(2)]
+        sizes = [rand(9, 12.5) for _ in range(2)]
+        along = (near[0], SIZE - far[0])        # the two halves of the axis that the relation is about
+        first, second = (along if dx + dy < 0 else along[::-1])
+        if dx:
+            return [(first, near[1], sizes[0]), (second, far[1], sizes[1])]
+        return [(near[1], first, sizes[0]), (far[1], second, sizes[1])]
+    while True:                                  # a few of a kind: anywhere, but apart
+        r = rand(8, 10.5)
+        spots = [(rand(r + 3, SIZE - r - 3), rand(r + 3, SIZE - r - 3), r) for _ in caption.objects]
+        if all(math.dist(a[:2], b[:2]) > 2.5 * r + 2 for i, a in enumerate(spots) for b in spots[:i]):
+            return spots
+
+
+def signed_distance(shape: torch.Tensor, dx: torch.Tensor, dy: torch.Tensor, r: torch.Tensor) -> torch.Tensor:
+    """Distance in pixels from the edge of a shape, negative inside; `shape` indexes SHAPES. All broadcast."""
+    circle = (dx.square() + dy.square()).sqrt() - r
+    square = torch.maximum(dx.abs(), dy.abs()) - 0.88 * r
+    slope = (1.0 / 1.85, 1 / math.hypot(1, 1 / 1.85))        # half width per unit of height of the triangle
+    triangle = torch.maximum((dx.abs() - (dy + 1.05 * r) * slope[0]) * slope[1], dy - 0.8 * r)
+    arm = torch.maximum(dx.abs() - r, dy.abs() - 0.34 * r)
+    cross = torch.minimum(arm, torch.maximum(dy.abs() - r, dx.abs() - 0.34 * r))
+    return torch.where(shape == 0, circle, torch.where(shape == 1, square, torch.where(shape == 2, triangle, cross)))
+
+
+def render(captions: list[Caption], generator: torch.Generator, vividness: torch.Tensor | None = None,
+           cleanliness: torch.Tensor | None = None) -> torch.Tensor:
+    """Draw one picture per caption -> [N, 3, 64, 64] in [0, 1]. Factors in [0, 1], [N]; uniform if not given."""
+    n = len(captions)
+    vividness = torch.rand(n, generator=generator) if vividness is None else vividness
+    cleanliness = torch.rand(n, generator=generator) if cleanliness is None else cleanliness
+    pool = iter(torch.rand(n * 400, generator=generator).tolist())
+    colour_of, shape_of = {c: i for i, c in enumerate(COLOURS)}, {s: i for i, s in enumerate(SHAPES)}
+    rows = torch.zeros(n, 3, 5)                                             # colour, shape, x, y, radius
+    rows[:, :, 3] = -1e3                                                    # an absent object lies far away
+    for i, caption in enumerate(captions):
+        spots = _place(caption, lambda low, high: low + (high - low) * next(pool))
+        for j, ((c, s), spot) in enumerate(zip(caption.objects, spots)):
+            rows[i, j] = torch.tensor([colour_of[c], shape_of[s], *spot])
+
+    axis = torch.arange(SIZE) + 0.5
+    y, x = axis[:, None], axis[None, :]
+    # The ground: a light tone that darkens a little downwards, with grey blotches where it is not clean.
+    tone = 0.955 + 0.03 * torch.rand(n, 1, 1, 1, generator=generator) - 0.07 * (y / SIZE)
+    tint = 0.012 * (torch.rand(n, 3, 1, 1, generator=generator) - 0.5)
+    blotch = F.interpolate(torch.randn(n, 1, 5, 5, generator=generator), SIZE, mode="bicubic", align_corners=True)
+    blotch = blotch.clamp(-1.5, 1.5) / 3 + 0.5
+    image = tone + tint - BLOTCH * (1 - cleanliness.view(n, 1, 1, 1)) * blotch
+    for j in range(3):
+        colour, shape, cx, cy, r = (v.view(n, 1, 1) for v in rows[:, j].unbind(1))
+        edge = signed_distance(shape, x - cx, y - cy, r)                    # [N, S, S]
+        shadow = signed_distance(shape, x - cx - 1.5, y - cy - 2, r)
+        image = image * (1 - 0.10 * ((2 - shadow) / 4).clamp(0, 1)[:, None])
+        pure = RGB[rows[:, j, 0].long()].view(n, 3, 1, 1)
+        grey = pure.mean(1, keepdim=True) * 0.4 + 0.42
+        strength = (PALE + (1 - PALE) * vividness).view(n, 1, 1, 1)
+        light = 1 - 0.09 * ((x - cx + y - cy) / (2 * r.clamp(min=1))).clamp(-1, 1)[:, None]
+        cover = (0.5 - edge).clamp(0, 1)[:, None]                           # [N, 1, S, S], anti-aliased
+        image = image * (1 - cover) + cover * (grey + strength * (pure - grey)) * light
+    return image.clamp(0, 1)
+
+
+@dataclass
+class Thing:
+    """An object that the verifier found: its names and its centre in pixels."""
+    colour: str
+    shape: str
+    x: float
+    y: float
+
+
+def _templates(side: int = 24) -> torch.Tensor:
+    """Each shape's mask, stretched to its own bounding box -> [4, side * side]."""
+    axis = torch.arange(96) - 47.5
+    masks = []
+    for i in range(len(SHAPES)):
+        mask = signed_distance(torch.tensor(i), axis[None, :], axis[:, None], torch.tensor(36.0)) < 0
+        masks.append(_fit(mask, side))
+    return torch.stack(masks)
+
+
+def _fit(mask: torch.Tensor, side: int = 24) -> torch.Tensor:
+    """Cut a [S, S] boolean mask to its bounding box and stretch it -> [side * side] in [0, 1]."""
+    ys, xs = mask.any(1).nonzero(), mask.any(0).nonzero()
+    box = mask[int(ys[0]):int(ys[-1]) + 1, int(xs[0]):int(xs[-1]) + 1].float()
+    return F.interpolate(box[None, None], (side, side), mode="bilinear", align_corners=False).flatten()
+
+
+def _chroma(images: torch.Tensor) -> torch.Tensor:
+    """Largest minus smallest channel -> [N, S, S]; grey is 0."""
+    return images.amax(1) - images.amin(1)
+
+
+def _components(mask: torch.Tensor) -> torch.Tensor:
+    """Label the connected regions of boolean masks [N, S, S]; 0 is the ground, labels are unique per picture."""
+    n, h, w = mask.shape
+    label = torch.arange(1, h * w + 1, dtype=torch.float32).view(1, h, w) * mask
+    while True:                                  # the largest label floods its region
+        spread = F.max_pool2d(label[:, None], 3, stride=1, padding=1)[:, 0] * mask
+        if torch.equal(spread, label):
+            return label.long()
+        label = spread
+
+
+def find_things(images: torch.Tensor) -> list[list[Thing]]:
+    """Read the objects of each picture [N, 3, S, S] from its pixels alone.
+
+    Coloured regions are cut out by chroma, named by hue, and matched with each shape's template.
+    """
+    images = images.float().clamp(0, 1)
+    labels = _components(_chroma(images) > 0.11)
+    templates = _templates()
+    hues = F.normalize(RGB - RGB.mean(1, keepdim=True), dim=1)              # [6, 3] direction of each colour
+    found = []
+    for image, label in zip(images, labels):
+        things = []
+        for value in label.unique().tolist():
+            region = label == value
+            area = int(region.sum())
+            if value == 0 or area < 24:
+                continue
+            mean = image[:, region].mean(1)
+            colour = int((hues @ F.normalize(mean - mean.mean(), dim=0)).argmax())
+            mask = _fit(region)
+            overlap = torch.minimum(templates, mask).sum(1) / torch.maximum(templates, mask).sum(1)
+            ys, xs = region.nonzero().float().unbind(1)
+            wide, high = xs.max() - xs.min() + 1, ys.max() - ys.min() + 1
+            if overlap.max() < 0.6 or not 0.6 < wide / high < 1.65:
+                things.append(Thing(list(COLOURS)[colour], "blob", float(xs.mean()), float(ys.mean())))
+                continue
+            things.append(Thing(list(COLOURS)[colour], SHAPES[int(overlap.argmax())], float(xs.mean()), float(ys.mean())))
+        found.append(things)
+    return found
+
+
+def fulfils(things: list[Thing], caption: Caption) -> bool:
+    """True if exactly the caption's objects are there and stand as it says."""
+    if sorted((t.colour, t.shape) for t in things) != sorted(caption.objects):
+        return False
+    if caption.kind != "relation":
+        return True
+    first, second = (next(t for t in things if (t.colour, t.shape) == o) for o in caption.objects)
+    dx, dy = RELATIONS[caption.relation]
+    along, across = (first.x - second.x) * abs(dx) + (first.y - second.y) * abs(dy), \
+        (first.x - second.x) * abs(dy) + (first.y - second.y) * abs(dx)
+    return along * (dx + dy) > 6 and abs(along) > 0.5 * abs(across)
+
+
+def alignment(images: torch.Tensor, captions: list[Caption]) -> torch.Tensor:
+    """1 where a picture [N, 3, S, S] shows exactly what its caption says, else 0 -> [N]."""
+    return torch.tensor([float(fulfils(t, c)) for t, c in zip(find_things(images), captions)])
+
+
+def aesthetics(images: torch.Tensor) -> torch.Tensor:
+    """10 x the mean of vividness and cleanliness, both read from the pixels -> [N] in 0..10; blind to the caption."""
+    images = images.float().clamp(0, 1)
+    chroma = _chroma(images)
+    mask = chroma > 0.11
+    inner = -F.max_pool2d(-mask[:, None].float(), 3, 1, 1)[:, 0]            # without the anti-aliased edge
+    ground = 1 - F.max_pool2d(mask[:, None].float(), 9, 1, 4)[:, 0]         # without edge and shadow
+    hues = F.normalize(RGB - RGB.mean(1, keepdim=True), dim=1)
+    direction = F.normalize(images - images.mean(1, keepdim=True), dim=1)
+    nearest = torch.einsum("kc,nchw->nkhw", hues, direction).argmax(1)      # colour name of every pixel
+    full = (RGB.amax(1) - RGB.amin(1))[nearest]
+    vivid = ((chroma / full).clamp(max=1) * inner).sum((1, 2)) / inner.sum((1, 2)).clamp(min=1)
+    vivid = ((vivid - PALE) / (0.98 - PALE)).clamp(0, 1)
+    # Cleanliness: what is left of the ground's brightness after its best plane is taken away.
+    n, s = images.shape[0], images.shape[-1]
+    axis = torch.linspace(-1, 1, s)
+    plane = torch.stack([torch.ones(s, s), axis[None, :].expand(s, s), axis[:, None].expand(s, s)], -1).view(1, -1, 3)
+    weight, light = ground.view(n, -1, 1), images.mean(1).view(n, -1, 1)
+    normal = plane.transpose(1, 2) @ (plane * weight) + 1e-4 * torch.eye(3)
+    fit = torch.linalg.solve(normal, plane.transpose(1, 2) @ (light * weight))
+    error = (((light - plane @ fit).square() * weight).sum((1, 2)) / weight.sum((1, 2)).clamp(min=1)).sqrt()
+    clean = (1 - (error - 0.004) / 0.085).clamp(0, 1)
+    return 5 * (vivid + clean)
+
+
+def generic_preference(aligned: torch.Tensor, beauty: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Which of two pictures a person of this world likes: 1 if the first, else 0; inputs [N, 2] -> [N].
+
+    Bernoulli of sigmoid((10 x alignment + 0.5 x aesthetics) / 0.6), first against second.
+    """
+    value = (10 * aligned + 0.5 * beauty) / 0.6
+    return torch.bernoulli(torch.sigmoid(value[:, 0] - value[:, 1]), generator=generator)
+
+
+def mistaken(caption: Caption, captions: list[Caption], rand: torch.Generator) -> Caption:
+    """A caption that a careless painter might have painted instead: one word differs (relations: order too)."""
+    while True:
+        other = captions[int(torch.randint(len(captions), (1,), generator=rand))]
+        if other.kind == caption.kind and other.text != caption.text:
+            words, others = caption.text.split(), other.text.split()
+            if len(words) == len(others) and sum(a != b for a, b in zip(words, others)) <= 2:
+                return other
+
+
+def preference_pairs(count: int, seed: int, mistakes: float = 0.35) -> tuple[torch.Tensor, list[str], torch.Tensor]:
+    """Generic preference data of this world: pictures uint8 [N, 2, 3, S, S], captions, labels [N] (1: first liked).
+
+    Two painters paint each training caption with their own rendering; each gets the content wrong with probability
+    `mistakes`. What the labels blend is the truth: what was painted, and the aesthetics formula on the pixels.
+    """
+    train, _ = split_captions()
+    kinds = [[c for c in train if c.kind == kind] for kind in ("single", "count", "relation")]
+    rand = torch.Generator().manual_seed(seed)
+    share = torch.tensor([0.2, 0.2, 0.6]).multinomial(count, replacement=True, generator=rand).tolist()
+    draw = torch.rand(count, generator=rand).tolist()
+    captions = [kinds[k][int(u * len(kinds[k]))] for k, u in zip(share, draw)]
+    wrong = torch.rand(count, 2, generator=rand) < mistakes
+    painted = [mistaken(c, train, rand) if w else c for c, row in zip(captions, wrong.tolist()) for w in row]
+    images = torch.cat([render(painted[i:i + 256], rand) for i in range(0, 2 * count, 256)])
+    beauty = torch.cat([aesthetics(part) for part in images.split(256)]).view(count, 2)
+    labels = generic_preference((~wrong).float(), beauty, rand)
+    return (images * 255).round().byte().view(count, 2, 3, SIZE, SIZE), [c.text for c in captions], labels

@@ -1,0 +1,334 @@
+"""What the trainers share: options, processes, keyed random numbers, checkpoints, the log.
+
+Three rules keep runs exact. Every random draw is keyed by what it is for, never taken from a global state; so resuming
+needs no random state, and any number of processes draws the same numbers. Every collective is called by every
+process. Everything on disk is replaced atomically.
+"""
+import argparse
+import contextlib
+import dataclasses
+import difflib
+import hashlib
+import json
+import os
+import signal
+import sys
+import time
+import types
+import typing
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from weights import InputError
+
+
+def opt(default, help: str, choices: tuple | None = None):
+    """A documented option of a configuration dataclass."""
+    return dataclasses.field(default=default, metadata=dict(help=help, choices=choices))
+
+
+def _convert(text: str, kind: type):
+    """A command-line word as the type of its field."""
+    if isinstance(kind, types.UnionType):
+        if text.lower() == "none":
+            return None
+        kind = next(k for k in typing.get_args(kind) if k is not type(None))
+    if kind is bool:
+        if text.lower() not in ("true", "false"):
+            raise ValueError("true or false")
+        return text.lower() == "true"
+    return kind(text)
+
+
+def parse_options(cls, presets: dict[str, dict], arguments: list[str] | None = None, description: str = ""):
+    """Command line -> an instance of the dataclass `cls`: command line over preset (`--model`) over default.
+
+    Unknown options are errors with a suggestion; `--help` lists every field with its help text and default.
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    kinds = typing.get_type_hints(cls)
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    for f in dataclasses.fields(cls):
+        names = [f"--{f.name}"] + ([f"--{f.name.replace('_', '-')}"] if "_" in f.name else [])
+        flag = dict(nargs="?", const="true") if kinds[f.name] is bool else {}
+        flag = dict(nargs="+") if typing.get_origin(kinds[f.name]) is tuple else flag
+        parser.add_argument(*names, dest=f.name, default=argparse.SUPPRESS, metavar="X",
+                            help=f"{f.metadata['help']} [{f.default}]".replace("%", "%%"), **flag)
+    known, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        options = [n for a in parser._actions for n in a.option_strings]
+        near = difflib.get_close_matches(unknown[0].split("=")[0], options, n=1)
+        raise InputError(f"unknown option {unknown[0]!r}" + (f"; did you mean {near[0]}?" if near else "; see --help"))
+    given = {}
+    for name, text in vars(known).items():
+        try:
+            given[name] = tuple(text) if isinstance(text, list) else _convert(text, kinds[name])
+        except ValueError as error:
+            raise InputError(f"--{name} {text}: {error}") from None
+    model = given.get("model", next(f.default for f in dataclasses.fields(cls) if f.name == "model"))
+    config = cls(**(presets.get(model, {}) | given))
+    for f in dataclasses.fields(cls):
+        choices = f.metadata["choices"]
+        if choices and getattr(config, f.name) not in choices:
+            raise InputError(f"--{f.name} {getattr(config, f.name)}: choose one of {', '.join(map(str, choices))}")
+    return config
+
+
+def run_script(main) -> None:
+    """Run a script's main; what the user can mend becomes one line on stderr and exit status 2."""
+    try:
+        main()
+    except InputError as error:
+        sys.exit(_fail(str(error)))
+    except torch.cuda.OutOfMemoryError:
+        sys.exit(_fail("out of GPU memory; lower --sample_batch, --train_batch or --decode_batch, or set --checkpointing"))
+    except KeyboardInterrupt:
+        sys.exit(130)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _fail(message: str) -> int:
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    return 2
+
+
+@dataclass
+class Processes:
+    """This process among all: its rank, how many there are, and its device."""
+    rank: int
+    world: int
+    device: torch.device
+
+    @property
+    def main(self) -> bool:
+        """True on the one process that writes files."""
+        return self.rank == 0
+
+    def share(self, count: int) -> list[int]:
+        """The indices of this process among `count` things that are dealt out in turn; may be empty."""
+        return list(range(self.rank, count, self.world))
+
+    def sum(self, tensors: list[torch.Tensor]) -> None:
+        """Add tensors up over all processes, in place, in one message."""
+        if self.world > 1:
+            flat = torch.cat([t.reshape(-1) for t in tensors])
+            dist.all_reduce(flat)
+            for t, part in zip(tensors, flat.split([t.numel() for t in tensors])):
+                t.copy_(part.view_as(t))
+
+    def gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Tensors of one shape [n, ...] from every process -> [n * world, ...] in the order 0..n*world as dealt by `share`."""
+        if self.world == 1:
+            return tensor
+        parts = [torch.empty_like(tensor) for _ in range(self.world)]
+        dist.all_gather(parts, tensor.contiguous())
+        return torch.stack(parts, dim=1).flatten(0, 1)
+
+    def any(self, flag: bool) -> bool:
+        """True everywhere if it is true anywhere."""
+        value = torch.tensor([float(flag)], device=self.device)
+        self.sum([value])
+        return bool(value.item() > 0)
+
+    def barrier(self) -> None:
+        """Wait for everybody."""
+        if self.world > 1:
+            dist.barrier()
+
+
+def start_processes(device: str | None = None) -> Processes:
+    """Join the process group that torchrun describes, or be alone. GPU if there is one; NCCL there, gloo on CPU."""
+    world, rank, local = (int(os.environ.get(k, d)) for k, d in (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0)))
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    place = torch.device(f"cuda:{local}" if device == "cuda" else device)
+    if place.type == "cuda":
+        torch.cuda.set_device(place)
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    elif world > 1 and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // world))
+    if world > 1:
+        dist.init_process_group("nccl" if place.type == "cuda" else "gloo", timeout=timedelta(minutes=30))
+    return Processes(rank, world, place)
+
+
+def generator(*key) -> torch.Generator:
+    """A CPU random generator for one purpose, e.g. generator(seed, "noise", epoch, prompt). Same key, same numbers."""
+    digest = hashlib.sha256(repr(key).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+
+
+def permutation(count: int, *key) -> list[int]:
+    """A keyed shuffle of 0..count-1."""
+    return torch.randperm(count, generator=generator(*key)).tolist()
+
+
+def write_atomic(path: Path, write) -> None:
+    """Call `write(temporary path)`, make it durable, and only then let it take the place of `path`."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        with open(temporary, "rb+") as handle:
+            os.fsync(handle.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror}); what was saved before is untouched") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value) -> None:
+    """A JSON file, replaced atomically."""
+    write_atomic(path, lambda p: p.write_text(json.dumps(value, indent=2) + "\n"))
+
+
+class Run:
+    """A run's folder: config.json, log.jsonl, checkpoints. Only the main process writes.
+
+    The same command again continues the run. A folder that holds another configuration is refused, not overwritten;
+    `free` names the fields that may differ (how long, how often), since they do not change what a step computes.
+    """
+
+    def __init__(self, folder: str, config: dict, processes: Processes, free: tuple[str, ...] = (), keep: int = 2):
+        self.folder, self.processes, self.keep, self.stop = Path(folder), processes, keep, False
+        self.start = time.time()
+        path = self.folder / "config.json"
+        problem = ""
+        if processes.main:
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                if path.exists():
+                    old = json.loads(path.read_text())
+                    changed = [k for k in sorted(old.keys() | config.keys()) if k not in free and old.get(k) != config.get(k)]
+                    if changed:
+                        problem = (f"{folder}: holds a run with other options ({', '.join(changed)}); "
+                                   "choose another --out or repeat its options")
+                if not problem:
+                    write_json(path, config)
+            except (OSError, json.JSONDecodeError) as error:
+                problem = f"{folder}: cannot be used as a run folder ({error})"
+            except InputError as error:
+                problem = str(error)
+        if processes.any(bool(problem)):
+            raise InputError(problem or f"{folder}: refused, see the first process's message")
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._on_signal)
+
+    def _on_signal(self, number, frame) -> None:
+        if self.stop:                   # asked twice: at once
+            raise KeyboardInterrupt
+        self.stop = True
+
+    def log(self, record: dict) -> None:
+        """Append one JSON line to log.jsonl."""
+        if self.processes.main:
+            with open(self.folder / "log.jsonl", "a") as handle:
+                handle.write(json.dumps({k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in record.items()}) + "\n")
+
+    def save(self, step: int, state: dict) -> None:
+        """Write checkpoint-<step>.pt with its own checksum; the last `keep` ones stay. Call on every process."""
+        if self.processes.main:
+            log = self.folder / "log.jsonl"
+            state = dict(state, step=step, log_bytes=log.stat().st_size if log.exists() else 0)
+            path = self.folder / f"checkpoint-{step:06d}.pt"
+            write_atomic(path, lambda p: torch.save(state, p))
+            write_json(path.with_suffix(".json"), dict(step=step, sha256=hashlib.sha256(path.read_bytes()).hexdigest()))
+            for old in sorted(self.folder.glob("checkpoint-*.pt"))[:-self.keep]:
+                old.unlink()
+                old.with_suffix(".json").unlink(missing_ok=True)
+        self.processes.barrier()
+
+    def resume(self) -> dict | None:
+        """The newest sound checkpoint, or None. Damaged ones are passed over with a message; later log lines are cut off."""
+        for path in sorted(self.folder.glob("checkpoint-*.pt"), reverse=True):
+            try:
+                expected = json.loads(path.with_suffix(".json").read_text())["sha256"]
+                if hashlib.sha256(path.read_bytes()).hexdigest() != expected:
+                    raise ValueError("checksum differs")
+                state = torch.load(path, map_location="cpu", weights_only=True)
+            except Exception as error:
+                if self.processes.main:
+                    print(f"{path}: damaged ({error}); going back to the one before", file=sys.stderr)
+                continue
+            self.processes.barrier()
+            if self.processes.main and (self.folder / "log.jsonl").exists():
+                with open(self.folder / "log.jsonl", "rb+") as handle:
+                    handle.truncate(state["log_bytes"])
+            return state
+        if self.processes.main:
+            (self.folder / "log.jsonl").unlink(missing_ok=True)
+        return None
+
+
+def learning_rate(step: int, peak: float, warmup: int) -> float:
+    """Linear warm-up over `warmup` steps, then constant."""
+    return peak * min(1.0, (step + 1) / max(warmup, 1))
+
+
+def read_prompts(source: str) -> list[str]:
+    """Training prompts from .txt (one a line), .json (list of strings, or of objects with `caption`) or .jsonl.
+
+    Raises InputError that names the file, the line and what is wrong.
+    """
+    path = Path(source)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{source}: not UTF-8 (byte {error.start}); save the prompts as UTF-8") from None
+    except OSError as error:
+        raise InputError(f"{source}: cannot be read ({error.strerror})") from None
+    if path.suffix not in (".json", ".jsonl"):
+        prompts = [line.strip() for line in text.splitlines()]
+    else:
+        try:
+            rows = json.loads(text) if path.suffix == ".json" else [json.loads(line) for line in text.splitlines() if line.strip()]
+        except json.JSONDecodeError as error:
+            raise InputError(f"{source}: not valid {path.suffix[1:].upper()} ({error})") from None
+        if not isinstance(rows, list):
+            raise InputError(f"{source}: expected a list of prompts")
+        prompts = []
+        for i, row in enumerate(rows):
+            prompt = row.get("caption", row.get("prompt")) if isinstance(row, dict) else row
+            if not isinstance(prompt, str):
+                raise InputError(f"{source}: entry {i + 1} is neither a string nor an object with `caption`")
+            prompts.append(prompt.strip())
+    prompts = [p for p in prompts if p]
+    if not prompts:
+        raise InputError(f"{source}: holds no prompts")
+    return prompts
+
+
+class Clock:
+    """Seconds spent in named phases; on a GPU by events, so that measuring does not wait for it."""
+
+    def __init__(self, device: torch.device):
+        self.cuda, self.marks = device.type == "cuda", []
+
+    @contextlib.contextmanager
+    def __call__(self, phase: str):
+        begin = self._now()
+        yield
+        self.marks.append((phase, begin, self._now()))
+
+    def _now(self):
+        if not self.cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def seconds(self) -> dict[str, float]:
+        """Phase -> seconds so far."""
+        if self.cuda:
+            torch.cuda.synchronize()
+        out: dict[str, float] = {}
+        for phase, begin, end in self.marks:
+            out[phase] = out.get(phase, 0.0) + (begin.elapsed_time(end) / 1000 if self.cuda else end - begin)
+        return out
