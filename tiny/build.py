@@ -339,7 +339,7 @@ def build_pickscore(out: Path, device: torch.device, seed: int, steps: int = 600
 
     progress = tqdm(range(steps), desc="pickscore", mininterval=5)
     for step in progress:
-        schedule_lr(optimizer, step, steps, peak=3e-4, warmup=30)
+        schedule_lr(optimizer, step, steps, peak=2e-4, warmup=30)
         pick = torch.randint(train, (batch,))
         both = scores(pick)
         loss = preference_loss(both[:, 0], both[:, 1], labels[pick].to(device)).mean()
