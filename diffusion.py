@@ -15,10 +15,11 @@ import torch
 from PIL import Image
 
 import ddim
-from clip_spm import CLIP, CLIPConfig
+from clip_spm import CLIP, CLIPConfig, TowerConfig, clip_h, clip_l
 from unet import UNet, UNetConfig
 from vae import VAE, VAEConfig
-from weights import InputError, clean, fetch, load_strict, read_json, read_weights, weight_file
+from weights import (InputError, clean, fetch, from_open_clip, load_strict, original_unet_name, original_vae_name, read_json,
+                     read_weights, rename, take, weight_file)
 
 TINY = Path(__file__).resolve().parent / "tiny" / "model"
 NAMES = {
@@ -28,6 +29,17 @@ NAMES = {
 }
 SDXL_VAE = "madebyollin/sdxl-vae-fp16-fix"                      # SDXL's stock VAE overflows in half precision
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+FILES = ["model_index.json", "scheduler/*", "tokenizer*/*"] + [
+    f"{part}/{file}" for part in ("unet", "vae", "text_encoder", "text_encoder_2")
+    for file in ("config.json", "model.safetensors*", "diffusion_pytorch_model.safetensors*", "*-of-*.safetensors")]
+# Single files carry no configuration; these are the official ones.
+SDXL_UNET = UNetConfig(
+    sample_size=128, block_out_channels=(320, 640, 1280), down_block_types=("DownBlock2D",) + ("CrossAttnDownBlock2D",) * 2,
+    up_block_types=("CrossAttnUpBlock2D",) * 2 + ("UpBlock2D",), cross_attention_dim=2048, attention_head_dim=(5, 10, 20),
+    transformer_layers_per_block=(1, 2, 10), use_linear_projection=True, addition_embed_type="text_time",
+    addition_time_embed_dim=256, projection_class_embeddings_input_dim=2816)
+SCHEDULER = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", set_alpha_to_one=False, steps_offset=1)
 
 
 @dataclass
@@ -95,26 +107,48 @@ def load_clip(source: str, dtype: torch.dtype = torch.float32, device: torch.dev
     step_aware = any("adaLN_modulation" in key for key in weights)
     if (file.parent / "config.json").is_file():
         config = CLIPConfig.from_json(read_json(file.parent / "config.json"))
-    elif config is None:
-        from clip_spm import clip_h
-        config = clip_h()
     with torch.device("meta"):
-        clip = CLIP(replace(config, step_aware=step_aware))
+        clip = CLIP(replace(config or clip_h(), step_aware=step_aware))
     return load_strict(clip, weights, file, dtype, device)
 
 
-def load_pipeline(source: str = "tiny", dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu",
-                  unet: str | None = None, vae: str | None = None, vae_dtype: torch.dtype | None = None) -> Pipeline:
-    """Load a model by name (`tiny`, `sd15`, `sdxl`), folder or hub id in the diffusers layout.
+def _single_file(path: Path, dtype: torch.dtype, device: torch.device, tokenizer: str, prediction_type: str,
+                 shapes: dict | None = None) -> Pipeline:
+    """A checkpoint in the original layout: SD-1.5 (`cond_stage_model`) or SDXL (`conditioner.embedders`).
 
-    `unet` and `vae` replace those parts by the ones of another folder or hub id (a full fine-tune; SDXL's fp16-safe VAE).
-    Raises InputError where a file is missing or does not fit.
+    The file holds no configuration: the official shapes are assumed, or `shapes` (unet, vae, text encoders' configs).
     """
     from transformers import CLIPTokenizer
-    device = torch.device(device)
-    parts = ["unet", "vae", "text_encoder", "text_encoder_2"]
-    root = fetch(NAMES.get(source, source), ["model_index.json", "scheduler/*", "tokenizer*/*"] + [
-        f"{p}/{f}" for p in parts for f in ("config.json", "*model.safetensors", "*model.safetensors.index.json", "*-of-*.safetensors")])
+    weights = read_weights(path)
+    if not any(k.startswith("model.diffusion_model.") for k in weights):
+        raise InputError(f"{path}: no model.diffusion_model.* tensors; not a Stable Diffusion checkpoint in the original layout")
+    sdxl = any(k.startswith("conditioner.embedders.1.") for k in weights)
+    bigg = CLIPConfig(TowerConfig(1280, 5120, 32, 20, "gelu"), None, 1280)
+    text_l = replace(clip_l(), vision=None, projection_dim=None)
+    unet_config, vae_config, *texts = shapes or (
+        SDXL_UNET if sdxl else UNetConfig(), VAEConfig(scaling_factor=0.13025, force_upcast=True) if sdxl else VAEConfig(), text_l, bigg)
+    with torch.device("meta"):
+        unet, vae, encoders = UNet(unet_config), VAE(vae_config), [CLIP(c) for c in texts[:1 + sdxl]]
+    up = [kind.startswith("CrossAttn") for kind in unet_config.up_block_types]
+    parts = [(unet, rename(unet, take(weights, "model.diffusion_model."),
+                           lambda k: original_unet_name(k, unet_config.layers_per_block, up))),
+             (vae, rename(vae, take(weights, "first_stage_model."), lambda k: original_vae_name(k, len(vae_config.block_out_channels)))),
+             (encoders[0], take(weights, "conditioner.embedders.0.transformer." if sdxl else "cond_stage_model.transformer."))]
+    if sdxl:
+        second = from_open_clip(take(weights, "conditioner.embedders.1.model."))
+        second.pop("logit_scale", None)
+        parts.append((encoders[1], second))
+    for module, tensors in parts:
+        load_strict(module, clean(tensors), path, dtype, device)
+    home = fetch(tokenizer or NAMES["sdxl" if sdxl else "sd15"], ["tokenizer*/*"])
+    tokenizers = [CLIPTokenizer.from_pretrained(home / name) for name in ("tokenizer", "tokenizer_2")[:1 + sdxl]]
+    schedule = ddim.Schedule.from_json(dict(SCHEDULER, prediction_type=prediction_type or "epsilon"))
+    return Pipeline(str(path), tokenizers, encoders, unet, vae, schedule, zero_negative=sdxl, device=device)
+
+
+def _folder(source: str, root: Path, dtype: torch.dtype, device: torch.device) -> Pipeline:
+    """A checkpoint in the diffusers layout."""
+    from transformers import CLIPTokenizer
     index = read_json(root / "model_index.json")
     try:
         schedule = ddim.Schedule.from_json(read_json(root / "scheduler/scheduler_config.json"))
@@ -123,17 +157,34 @@ def load_pipeline(source: str = "tiny", dtype: torch.dtype = torch.float32, devi
     names = [n for n in ("", "_2") if (root / f"text_encoder{n}").is_dir()]
     tokenizers = [CLIPTokenizer.from_pretrained(root / f"tokenizer{n}") for n in names]
     encoders = [_component(CLIP, CLIPConfig, root / f"text_encoder{n}", dtype, device) for n in names]
-    unet_root = root if unet is None else fetch(unet, ["unet/*", "config.json", "*.safetensors"])
-    unet_folder = unet_root / "unet" if (unet_root / "unet").is_dir() else unet_root
-    vae_root = root / "vae"
-    if vae is not None:
-        vae_root = fetch(vae, ["config.json", "diffusion_pytorch_model.safetensors", "vae/*"])
-        vae_root = vae_root / "vae" if (vae_root / "vae").is_dir() else vae_root
-    pipe = Pipeline(source, tokenizers, encoders, _component(UNet, UNetConfig, unet_folder, dtype, device),
-                    _component(VAE, VAEConfig, vae_root, dtype, device), schedule,
+    return Pipeline(source, tokenizers, encoders, _component(UNet, UNetConfig, root / "unet", dtype, device),
+                    _component(VAE, VAEConfig, root / "vae", dtype, device), schedule,
                     bool(index.get("force_zeros_for_empty_prompt", False)), device)
-    if vae_dtype is not None or (pipe.vae.config.force_upcast and dtype == torch.float16):
-        pipe.vae.to(vae_dtype or torch.float32)
+
+
+def load_pipeline(source: str = "tiny", dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu",
+                  unet: str | None = None, vae: str | None = None, prediction_type: str = "", tokenizer: str = "") -> Pipeline:
+    """Load a model by name (`tiny`, `sd15`, `sdxl`), folder or hub id in the diffusers layout, or single-file checkpoint.
+
+    `unet` and `vae` replace those parts by the ones of another folder or hub id (a full fine-tune; SDXL's fp16-safe VAE).
+    `prediction_type` (epsilon, v_prediction) and `tokenizer` (a folder or hub id with `tokenizer/`) are for single files,
+    which carry neither. A VAE that asks for it stays fp32. Raises InputError where a file is missing or does not fit.
+    """
+    device, name = torch.device(device), NAMES.get(source, source)
+    if name.endswith((".safetensors", ".ckpt")):
+        pipe = _single_file(Path(name), dtype, device, tokenizer, prediction_type)
+    else:
+        pipe = _folder(source, fetch(name, FILES), dtype, device)
+        if prediction_type:
+            pipe.schedule = replace(pipe.schedule, prediction_type=prediction_type)
+    if unet:
+        root = fetch(unet, ["unet/config.json", "unet/*.safetensors*", "config.json", "*.safetensors"])
+        pipe.unet = _component(UNet, UNetConfig, root / "unet" if (root / "unet").is_dir() else root, dtype, device)
+    if vae:
+        root = fetch(vae, ["config.json", "diffusion_pytorch_model.safetensors", "vae/*"])
+        pipe.vae = _component(VAE, VAEConfig, root / "vae" if (root / "vae").is_dir() else root, dtype, device)
+    if pipe.vae.config.force_upcast and dtype == torch.float16:
+        pipe.vae.float()
     return pipe
 
 
@@ -195,11 +246,6 @@ def decode(pipe: Pipeline, latents: torch.Tensor, chunk: int = 64) -> torch.Tens
     """Scaled latents [N, C, h, w] -> pictures [N, 3, H, W] in about [-1, 1], fp32, `chunk` at a time."""
     dtype = pipe.vae.post_quant_conv.weight.dtype
     return torch.cat([pipe.vae.decode(part.to(dtype)).float() for part in latents.split(chunk)])
-
-
-def initial_noise(seeds: list[int], shape: tuple[int, int, int], device: torch.device) -> torch.Tensor:
-    """Start latents [N, C, H, W], one CPU generator per seed: a seed gives one picture in any batch, on any device."""
-    return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]).to(device)
 
 
 @torch.no_grad()

@@ -27,7 +27,7 @@ from weights import InputError, fetch, read_weights
 @dataclass
 class EvaluateConfig:
     """Every option."""
-    model: str = opt("tiny", "tiny, sd15, sdxl, a folder, or a hub id in the diffusers layout")
+    model: str = opt("tiny", "tiny, sd15, sdxl, a folder or hub id in the diffusers layout, or a single-file checkpoint")
     lora: tuple[str, ...] = opt(("base=",), "candidates as name=LORA (file or run folder; nothing after = is the base model)")
     prompts: str = opt(str(TINY / "held_out_prompts.txt"), "prompts to draw: .txt, .json or .jsonl")
     metrics: tuple[str, ...] = opt(("pickscore",), "what to score by, see metrics.py")
@@ -43,6 +43,9 @@ class EvaluateConfig:
     dtype: str = opt("bf16", "of the weights", tuple(DTYPES))
     device: str = opt("", "cpu or cuda; empty: a GPU if there is one")
     vae: str = opt("", "another VAE, folder or hub id; empty: the model's own")
+    prediction_type: str = opt("", "single files: epsilon or v_prediction; empty: epsilon, or as the folder says",
+                               ("", "epsilon", "v_prediction"))
+    tokenizer: str = opt("", "single files: folder or hub id with tokenizer/ (and tokenizer_2/); empty: the official one")
     prompt: str = opt("", "only draw this prompt with every candidate, no scores")
     trace: str = opt("", "only draw one SPO trajectory of this prompt with its candidates and scores")
 
@@ -160,7 +163,8 @@ def main() -> None:
     config = parse_options(EvaluateConfig, PRESETS, description=__doc__)
     processes = start_processes(config.device or None)
     models, folder = candidates(config), Path(config.out)
-    pipe = load_pipeline(config.model, DTYPES[config.dtype], processes.device, vae=config.vae or None)
+    pipe = load_pipeline(config.model, DTYPES[config.dtype], processes.device, vae=config.vae or None,
+                         prediction_type=config.prediction_type, tokenizer=config.tokenizer)
     if config.trace:
         return trace(pipe, models, config, folder)
     if config.prompt:

@@ -56,7 +56,7 @@ REPORT_AT = (0, 251, 501, 701, 951)
 @dataclass
 class SPMConfig:
     """Every option of a run. Sources: P = the paper, O = the released official code, T = measured on the tiny model."""
-    model: str = opt("tiny", "whose latents and noise: tiny, sd15, sdxl, a folder, or a hub id")
+    model: str = opt("tiny", "whose latents and noise: tiny, sd15, sdxl, a folder, hub id, or single-file checkpoint")
     out: str = opt("runs/spm", "run folder: model.safetensors, log.jsonl, config.json, results.json, checkpoints")
     pickscore: str = opt("yuvalkirstain/PickScore_v1", "the CLIP to start from (P: PickScore), folder or hub id")
     pairs: str = opt("", "folder with pairs.jsonl (caption, image_0, image_1, label_0, label_1); empty: the tiny world's own")
@@ -65,6 +65,9 @@ class SPMConfig:
     device: str = opt("", "cpu or cuda; empty: a GPU if there is one")
     dtype: str = opt("bf16", "of the frozen UNet and VAE, and of the CLIP's arithmetic; its weights stay fp32", tuple(DTYPES))
     vae: str = opt("", "another VAE, folder or hub id; empty: the model's own")
+    prediction_type: str = opt("", "single files: epsilon or v_prediction; empty: epsilon, or as the folder says",
+                               ("", "epsilon", "v_prediction"))
+    tokenizer: str = opt("", "single files: folder or hub id with tokenizer/ (and tokenizer_2/); empty: the official one")
     resolution: int = opt(0, "picture side in pixels; 0: the model's own")
     guidance_scale: float = opt(5.0, "classifier-free guidance of the x0 prediction (O: 5)")
     lr: float = opt(3e-6, "AdamW learning rate (P: 3e-6 SD-1.5, 1e-6 SDXL)")
@@ -241,7 +244,8 @@ def main() -> None:
     processes = start_processes(config.device or None)
     run = Run(config.out, dataclasses.asdict(config), processes, FREE)
     dtype = DTYPES[config.dtype]
-    pipe = load_pipeline(config.model, dtype, processes.device, vae=config.vae or None)
+    pipe = load_pipeline(config.model, dtype, processes.device, vae=config.vae or None, prediction_type=config.prediction_type,
+                         tokenizer=config.tokenizer)
     pickscore = load_clip(config.pickscore, torch.float32, processes.device)
     images, captions, label, weight = load_pairs(config)
     length = pickscore.config.text.max_position_embeddings

@@ -63,7 +63,7 @@ from weights import InputError
 @dataclass
 class SPOConfig:
     """Every option of a run. Sources: P = the paper, O = the released official code, T = measured on the tiny model."""
-    model: str = opt("tiny", "tiny, sd15, sdxl, a folder, or a hub id in the diffusers layout")
+    model: str = opt("tiny", "tiny, sd15, sdxl, a folder or hub id in the diffusers layout, or a single-file checkpoint")
     out: str = opt("runs/spo", "run folder: LoRA files, log.jsonl, config.json, checkpoints, sample grids")
     prompts: str = opt(str(TINY / "train_prompts.txt"), "training prompts: .txt, .json or .jsonl (P: 4k Pick-a-Pic captions)")
     spm: str = opt("", "the judge's file or folder; empty: the one that belongs to the model and --judge")
@@ -72,6 +72,9 @@ class SPOConfig:
     device: str = opt("", "cpu or cuda; empty: a GPU if there is one")
     dtype: str = opt("bf16", "of the frozen weights; LoRA, schedule and loss are always fp32", tuple(DTYPES))
     vae: str = opt("", "another VAE, folder or hub id; empty: the model's own (sdxl: the fp16-safe one)")
+    prediction_type: str = opt("", "single files: epsilon or v_prediction; empty: epsilon, or as the folder says",
+                               ("", "epsilon", "v_prediction"))
+    tokenizer: str = opt("", "single files: folder or hub id with tokenizer/ (and tokenizer_2/); empty: the official one")
     # Sampling (P 5.1)
     steps: int = opt(20, "DDIM steps of a trajectory (P: 20)")
     eta: float = opt(1.0, "DDIM stochasticity; SPO needs more than 0 (P: 1)")
@@ -366,7 +369,8 @@ def judge_source(config: SPOConfig) -> str:
 def prepare(config: SPOConfig, processes: Processes) -> tuple[Pipeline, Models]:
     """Load model and judge, put the LoRA on, compile if asked."""
     dtype = DTYPES[config.dtype]
-    pipe = load_pipeline(config.model, dtype, processes.device, vae=config.vae or None)
+    pipe = load_pipeline(config.model, dtype, processes.device, vae=config.vae or None, prediction_type=config.prediction_type,
+                         tokenizer=config.tokenizer)
     judge = load_clip(judge_source(config), dtype, processes.device)
     if config.judge != "spm" and judge.config.step_aware:
         raise InputError(f"--judge {config.judge}: {judge_source(config)} is step-aware")

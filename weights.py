@@ -145,3 +145,97 @@ def load_strict(module: nn.Module, weights: dict[str, torch.Tensor], source: obj
     module.load_state_dict({k: v.to(device=device, dtype=dtype if v.is_floating_point() else None)
                             for k, v in weights.items()}, assign=True)
     return module.requires_grad_(False).eval()
+
+
+def from_open_clip(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """open_clip's names (SDXL's second text encoder in single files, HPSv2) -> transformers'.
+
+    Fused q, k, v are split in thirds; projections, stored [in, out], are transposed.
+    """
+    plain = {
+        "token_embedding.weight": "text_model.embeddings.token_embedding.weight",
+        "positional_embedding": "text_model.embeddings.position_embedding.weight",
+        "visual.class_embedding": "vision_model.embeddings.class_embedding",
+        "visual.positional_embedding": "vision_model.embeddings.position_embedding.weight",
+        "visual.conv1.weight": "vision_model.embeddings.patch_embedding.weight",
+        "logit_scale": "logit_scale",
+    }
+    parts = {"ln_final.": "text_model.final_layer_norm.", "visual.ln_pre.": "vision_model.pre_layrnorm.",
+             "visual.ln_post.": "vision_model.post_layernorm.", "ln_1.": "layer_norm1.", "ln_2.": "layer_norm2.",
+             "attn.out_proj.": "self_attn.out_proj.", "mlp.c_fc.": "mlp.fc1.", "mlp.c_proj.": "mlp.fc2."}
+    out = {}
+    for key, value in weights.items():
+        block = re.fullmatch(r"(visual\.)?transformer\.resblocks\.(\d+)\.(.+)", key)
+        lead, rest = "", key
+        if block:
+            lead, rest = f"{'vision' if block[1] else 'text'}_model.encoder.layers.{block[2]}.", block[3]
+        if key in plain:
+            out[plain[key]] = value
+        elif key in ("text_projection", "visual.proj"):
+            out["text_projection.weight" if key == "text_projection" else "visual_projection.weight"] = value.T.contiguous()
+        elif rest in ("attn.in_proj_weight", "attn.in_proj_bias"):
+            for name, third in zip("qkv", value.chunk(3)):
+                out[f"{lead}self_attn.{name}_proj.{rest.rpartition('_')[2]}"] = third
+        else:
+            part = next((p for p in parts if rest.startswith(p)), None)
+            out[key if part is None else lead + parts[part] + rest[len(part):]] = value
+    return out
+
+
+RESNET = {"norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1", "norm2": "out_layers.0",
+          "conv2": "out_layers.3", "conv_shortcut": "skip_connection"}
+
+
+def original_unet_name(key: str, layers: int, up_attentions: list[bool]) -> str:
+    """A UNet parameter's name in a single-file checkpoint (`model.diffusion_model.` left out).
+
+    `layers` is layers_per_block; `up_attentions` says which up blocks have attention, which shifts their upsampler.
+    """
+    plain = {"conv_in": "input_blocks.0.0", "time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2",
+             "add_embedding.linear_1": "label_emb.0.0", "add_embedding.linear_2": "label_emb.0.2", "conv_norm_out": "out.0",
+             "conv_out": "out.2"}
+    for ours, theirs in plain.items():
+        if key.startswith(ours + "."):
+            return theirs + key[len(ours):]
+    match = re.fullmatch(r"(down_blocks|up_blocks|mid_block)\.(?:(\d+)\.)?(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.+)", key)
+    where, i, kind, j, rest = match[1], int(match[2] or 0), match[3], int(match[4]), match[5]
+    if kind == "resnets":
+        inner, _, leaf = rest.rpartition(".")
+        rest = f"{RESNET[inner]}.{leaf}"
+    if where == "mid_block":
+        return f"middle_block.{1 if kind == 'attentions' else 2 * j}.{rest}"
+    place = (layers + 1) * i + j
+    if where == "down_blocks":
+        if kind == "downsamplers":
+            return f"input_blocks.{(layers + 1) * (i + 1)}.0.{rest.replace('conv.', 'op.')}"
+        return f"input_blocks.{place + 1}.{int(kind == 'attentions')}.{rest}"
+    if kind == "upsamplers":
+        return f"output_blocks.{(layers + 1) * i + layers}.{1 + up_attentions[i]}.{rest}"
+    return f"output_blocks.{place}.{int(kind == 'attentions')}.{rest}"
+
+
+def original_vae_name(key: str, levels: int) -> str:
+    """A VAE parameter's name in a single-file checkpoint (`first_stage_model.` left out); decoder levels count backwards."""
+    key = re.sub(r"encoder\.down_blocks\.(\d+)\.resnets\.(\d+)", r"encoder.down.\1.block.\2", key)
+    key = re.sub(r"encoder\.down_blocks\.(\d+)\.downsamplers\.0", r"encoder.down.\1.downsample", key)
+    key = re.sub(r"decoder\.up_blocks\.(\d+)\.resnets\.(\d+)", lambda m: f"decoder.up.{levels - 1 - int(m[1])}.block.{m[2]}", key)
+    key = re.sub(r"decoder\.up_blocks\.(\d+)\.upsamplers\.0", lambda m: f"decoder.up.{levels - 1 - int(m[1])}.upsample", key)
+    key = re.sub(r"mid_block\.resnets\.(\d)", lambda m: f"mid.block_{int(m[1]) + 1}", key)
+    for ours, theirs in (("group_norm", "norm"), ("to_q", "q"), ("to_k", "k"), ("to_v", "v"), ("to_out.0", "proj_out")):
+        key = key.replace(f"mid_block.attentions.0.{ours}.", f"mid.attn_1.{theirs}.")
+    return key.replace("conv_shortcut", "nin_shortcut").replace("conv_norm_out", "norm_out")
+
+
+def take(weights: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    """The tensors under a prefix, which is cut off."""
+    return {k[len(prefix):]: v for k, v in weights.items() if k.startswith(prefix)}
+
+
+def rename(module: nn.Module, weights: dict[str, torch.Tensor], name_of) -> dict[str, torch.Tensor]:
+    """Foreign names -> `module`'s, where name_of(our key) is the foreign one; what is left over stays, for load_strict to report."""
+    out, shapes = dict(weights), {k: v.shape for k, v in module.state_dict().items()}
+    for key, shape in shapes.items():
+        value = out.pop(name_of(key), None)
+        if value is not None:           # attention weights stored as 1x1 convolutions
+            out[key] = value.flatten(1) if value.ndim == 4 and len(shape) == 2 else value
+    return out
