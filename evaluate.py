@@ -162,6 +162,8 @@ def main() -> None:
     """Draw, score and compare as the command line says."""
     config = parse_options(EvaluateConfig, PRESETS, description=__doc__)
     processes = start_processes(config.device or None)
+    if not 1 <= config.steps <= 999:
+        raise InputError(f"--steps {config.steps}: must lie in 1..999")
     models, folder = candidates(config), Path(config.out)
     pipe = load_pipeline(config.model, DTYPES[config.dtype], processes.device, vae=config.vae or None,
                          prediction_type=config.prediction_type, tokenizer=config.tokenizer)

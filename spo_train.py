@@ -323,7 +323,7 @@ def train_on_pairs(pipe: Pipeline, models: Models, optimizer: torch.optim.Optimi
                 loss = spo_loss(win, lose, config.beta, config.clamp)
                 (loss.sum() / len(batch)).backward()                # normalised by the global minibatch
                 with torch.no_grad():
-                    outside = [((r.exp() - 1).abs() > config.clamp).float() for r in (win, lose)]
+                    outside = [((r.exp() - 1).abs() > (config.clamp or math.inf)).float() for r in (win, lose)]
                     stats += torch.stack([v.sum() for v in (loss, win - lose, (win > lose).float(), win.exp(), lose.exp(),
                                                             (outside[0] + outside[1]) / 2, torch.ones_like(win))])
         for p in weights:                       # a process without pairs still takes part
@@ -366,14 +366,29 @@ def judge_source(config: SPOConfig) -> str:
     raise InputError(f"--judge {config.judge} with --model {config.model}: say with --spm where its weights are")
 
 
+def check(config: SPOConfig) -> None:
+    """Refuse numbers that no run could use, before anything is loaded."""
+    least = dict(k=2, j=1, steps=1, rank=1, epochs=1, rounds=0, prompts_per_round=1, pairs_per_step=1, sample_batch=1, train_batch=1,
+                 decode_batch=1, save_every=1)
+    for name, low in least.items():
+        if getattr(config, name) < low:
+            raise InputError(f"--{name} {getattr(config, name)}: must be at least {low}")
+    if config.steps > 999:
+        raise InputError(f"--steps {config.steps}: must be at most 999")
+    if not 0 < config.eta <= 1:
+        raise InputError(f"--eta {config.eta}: must lie in 0..1 and not be 0, which leaves a step without a probability")
+    if not 0 <= config.clamp < 1:
+        raise InputError(f"--clamp {config.clamp}: must be at least 0 and below 1")
+
+
 def prepare(config: SPOConfig, processes: Processes) -> tuple[Pipeline, Models]:
     """Load model and judge, put the LoRA on, compile if asked."""
     dtype = DTYPES[config.dtype]
     pipe = load_pipeline(config.model, dtype, processes.device, vae=config.vae or None, prediction_type=config.prediction_type,
                          tokenizer=config.tokenizer)
     judge = load_clip(judge_source(config), dtype, processes.device)
-    if config.judge != "spm" and judge.config.step_aware:
-        raise InputError(f"--judge {config.judge}: {judge_source(config)} is step-aware")
+    if (config.judge == "spm") != judge.config.step_aware:
+        raise InputError(f"--judge {config.judge}: {judge_source(config)} is {'' if judge.config.step_aware else 'not '}step-aware")
     try:
         lora.add(pipe.unet, config.rank, targets=tuple(config.targets.split(",")), seed=config.seed)
     except ValueError as error:
@@ -467,6 +482,7 @@ def save_lora(pipe: Pipeline, folder: Path) -> None:
 def main() -> None:
     """Train as the command line says; continue if the run folder holds the same run."""
     config = parse_options(SPOConfig, PRESETS, description=__doc__)
+    check(config)
     processes = start_processes(config.device or None)
     prompts = read_prompts(config.prompts)
     rounds_per_epoch = -(-len(prompts) // config.prompts_per_round)
@@ -494,6 +510,8 @@ def main() -> None:
         order = permutation(len(prompts), config.seed, "order", epoch)
         indices = order[place * config.prompts_per_round:(place + 1) * config.prompts_per_round]
         pairs, cond = sample_round(pipe, models, prompts, indices, empty, config, processes, clock, epoch)
+        if not torch.isfinite(pairs.scores).all():
+            raise InputError(f"round {step + 1}: the judge's scores are not finite; try --dtype fp32 or another --vae")
         stats = train_on_pairs(pipe, models, optimizer, pairs, cond, empty, config, processes, clock, (epoch, place))
         gap = pairs.scores.amax(-1) - pairs.scores.amin(-1)
         seconds = time.perf_counter() - started
@@ -508,11 +526,12 @@ def main() -> None:
         done = step + 1
         ending = processes.any(run.stop) or bad >= 10
         if done % config.save_every == 0 or done == total or ending:
-            run.save(done, dict(lora=[p.detach().cpu() for p in lora.parameters(pipe.unet)], optimizer=optimizer.state_dict()))
-            if processes.main:
+            if processes.main:          # before the checkpoint: whoever is killed in between writes it again
                 save_lora(pipe, run.folder)
+            run.save(done, dict(lora=[p.detach().cpu() for p in lora.parameters(pipe.unet)], optimizer=optimizer.state_dict()))
         if processes.main and config.grid_every and (done % config.grid_every == 0 or done == total):
-            images = generate(pipe, preview, list(range(len(preview))), guidance_scale=config.guidance_scale, steps=config.steps)
+            images = generate(pipe, preview, list(range(len(preview))), guidance_scale=config.guidance_scale, steps=config.steps,
+                              resolution=config.resolution or None)
             grid(images, 8).save(run.folder / f"samples-{done:05d}.png")
         processes.barrier()
         if bad >= 10:

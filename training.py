@@ -22,6 +22,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 
 from weights import InputError
 
@@ -53,6 +54,7 @@ def parse_options(cls, presets: dict[str, dict], arguments: list[str] | None = N
     kinds = typing.get_type_hints(cls)
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = _refuse
     for f in dataclasses.fields(cls):
         names = [f"--{f.name}"] + ([f"--{f.name.replace('_', '-')}"] if "_" in f.name else [])
         flag = dict(nargs="?", const="true") if kinds[f.name] is bool else {}
@@ -77,6 +79,11 @@ def parse_options(cls, presets: dict[str, dict], arguments: list[str] | None = N
         if choices and getattr(config, f.name) not in choices:
             raise InputError(f"--{f.name} {getattr(config, f.name)}: choose one of {', '.join(map(str, choices))}")
     return config
+
+
+def _refuse(message: str) -> None:
+    """In place of argparse's own exit, which prints the whole usage."""
+    raise InputError(f"{message}; see --help")
 
 
 def run_script(main) -> None:
@@ -178,8 +185,9 @@ def write_atomic(path: Path, write) -> None:
         with open(temporary, "rb+") as handle:
             os.fsync(handle.fileno())
         os.replace(temporary, path)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror}); what was saved before is untouched") from None
+    except (OSError, RuntimeError, SafetensorError) as error:       # torch.save and save_file have their own for a full disk
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise InputError(f"{path}: cannot be written ({reason}); what was saved before is untouched") from None
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -279,16 +287,16 @@ def read_prompts(source: str) -> list[str]:
     """
     path = Path(source)
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(f"{source}: not UTF-8 (byte {error.start}); save the prompts as UTF-8") from None
     except OSError as error:
         raise InputError(f"{source}: cannot be read ({error.strerror})") from None
     if path.suffix not in (".json", ".jsonl"):
-        prompts = [line.strip() for line in text.splitlines()]
+        prompts = [line.strip() for line in text.split("\n")]      # not splitlines: JSON strings may hold U+2028 and its kin
     else:
         try:
-            rows = json.loads(text) if path.suffix == ".json" else [json.loads(line) for line in text.splitlines() if line.strip()]
+            rows = json.loads(text) if path.suffix == ".json" else [json.loads(line) for line in text.split("\n") if line.strip()]
         except json.JSONDecodeError as error:
             raise InputError(f"{source}: not valid {path.suffix[1:].upper()} ({error})") from None
         if not isinstance(rows, list):

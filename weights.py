@@ -31,11 +31,14 @@ def read_json(path: Path) -> dict:
 
 
 def read_weights(path: Path) -> dict[str, torch.Tensor]:
-    """All tensors of one file, or of a sharded set given by its `.index.json`. Pickles only with weights_only=True."""
+    """All tensors of one file, or of a sharded set given by its index (`.index.json`, `.index.fp16.json`).
+
+    Pickles only with weights_only=True.
+    """
     path = Path(path)
     if not path.is_file():
         raise InputError(f"{path}: no such weight file")
-    if path.name.endswith(".index.json"):
+    if path.suffix == ".json":
         out = {}
         for name in sorted(set(read_json(path)["weight_map"].values())):
             if Path(name).name != name:
@@ -93,10 +96,13 @@ def clean(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Undo the harmless differences between official files of one layout.
 
     Drops `position_ids` buffers, renames the VAE's old attention names (query -> to_q, ...), flattens attention
-    weights that were stored as 1x1 convolutions, and takes off the SPM files' prefix `model.`.
+    weights that were stored as 1x1 convolutions, takes off the SPM files' prefix `model.`, and puts back the prefix
+    `text_model.` that transformers 5 leaves out when it saves a text encoder.
     """
     if weights and all(k.startswith("model.") for k in weights):
         weights = {k[len("model."):]: v for k, v in weights.items()}
+    if "embeddings.token_embedding.weight" in weights:
+        weights = {f"text_model.{k}": v for k, v in weights.items()}
     old = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
     out = {}
     for key, value in weights.items():

@@ -6,10 +6,11 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import pytest
 import torch
 
 torch.set_num_threads(min(2, torch.get_num_threads()))
-FACTS = Path("/work/shared/facts")      # full key lists of the official files; tests that read them skip without it
+FACTS = Path(__file__).resolve().parents[2] / "shared" / "facts"      # full key lists of the official files; tests skip without them
 
 
 def sd15_shaped(**changes) -> dict:
@@ -80,3 +81,40 @@ def count(module: torch.nn.Module) -> tuple[int, int]:
     """(number of tensors, number of parameters) of a state dict."""
     values = list(module.state_dict().values())
     return len(values), sum(v.numel() for v in values)
+
+
+@pytest.fixture(scope="session")
+def sd(tmp_path_factory):
+    """Folder of a minuscule random SD-1.5-shaped checkpoint."""
+    import helpers
+    return helpers.write_sd(tmp_path_factory.mktemp("checkpoints") / "sd")
+
+
+@pytest.fixture(scope="session")
+def sdxl(tmp_path_factory):
+    """Folder of a minuscule random SDXL-shaped checkpoint."""
+    import helpers
+    return helpers.write_sdxl(tmp_path_factory.mktemp("checkpoints") / "sdxl")
+
+
+@pytest.fixture(scope="session")
+def pickscore(tmp_path_factory):
+    """Folder of a minuscule random CLIP of both towers."""
+    import helpers
+    return helpers.write_pickscore(tmp_path_factory.mktemp("checkpoints") / "pickscore")
+
+
+@pytest.fixture(scope="session")
+def spm(tmp_path_factory, pickscore):
+    """Folder of a minuscule random step-aware preference model."""
+    import helpers
+    return helpers.write_spm(tmp_path_factory.mktemp("checkpoints") / "spm", pickscore)
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    """Seven prompts in a file: no batch size divides them."""
+    import helpers
+    path = tmp_path / "prompts.txt"
+    path.write_text("\n".join(helpers.PROMPTS) + "\n")
+    return path

@@ -3,7 +3,6 @@ import json
 
 import pytest
 import torch
-import torch.nn.functional as F
 import transformers
 from PIL import Image
 from transformers import CLIPModel, CLIPTextModel, CLIPTextModelWithProjection

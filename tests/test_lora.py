@@ -222,7 +222,7 @@ def without(weights: dict, *parts: str) -> dict:
     (lambda w: w | {"text_encoder.text_model.encoder.layers.0.self_attn.q_proj.lora_A.weight": torch.ones(3, 8)}, "text encoder"),
     (lambda w: lora.to_kohya(w) | {"lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_down.weight": torch.ones(3, 8)}, "text encoder"),
     (lambda w: lora.to_kohya(w) | {"lora_unet_no_such_layer.lora_down.weight": torch.ones(3, 8)}, "no_such_layer"),
-    (lambda w: w | {"unet.no.such.layer.lora_A.weight": torch.ones(3, 8), "unet.no.such.layer.lora_B.weight": torch.ones(8, 3)}, "no.such.layer"),
+    (lambda w: w | {"unet.no.such.lora_A.weight": torch.ones(3, 8), "unet.no.such.lora_B.weight": torch.ones(8, 3)}, "no.such"),
     (lambda w: w | {f"unet.{LAYER}.lora_magnitude_vector": torch.ones(8)}, "lora_magnitude_vector"),
     (lambda w: lora.to_kohya(w) | {f"lora_unet_{LAYER.replace('.', '_')}.dora_scale": torch.ones(8)}, "dora_scale"),
     (lambda w: w | {f"unet.{LAYER}.lora_A.weight": torch.full((3, 8), float("nan"))}, LAYER),

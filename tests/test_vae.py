@@ -35,7 +35,7 @@ def test_encoder_equals_diffusers(size, dtype, tolerance):
     (mean, std), posterior = ours.moments(x), theirs.encode(y).latent_dist
     assert_close(mean, posterior.mean, tolerance, "mean")
     assert_close(std, posterior.std, tolerance, "std")
-    for a, b, image in ((mean, std, x), (posterior.mean, posterior.std, y)):
+    for a, b, _ in ((mean, std, x), (posterior.mean, posterior.std, y)):
         g = seeded(2)
         (a * torch.randn(a.shape, generator=g).to(dtype) + b * torch.randn(b.shape, generator=g).to(dtype)).sum().backward()
     assert_close(x.grad, y.grad, tolerance, "gradient of the pixels")

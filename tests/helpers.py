@@ -1,0 +1,119 @@
+"""Minuscule random checkpoints in the official layouts, written by diffusers and transformers themselves; ways to run the scripts."""
+import contextlib
+import importlib
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+import clip_spm
+import spm_train
+from conftest import randomize, sd15_shaped, sdxl_shaped, seeded
+from diffusion import TINY, load_clip
+
+ROOT = Path(__file__).resolve().parent.parent
+PROMPTS = ["a red circle", "two blue squares", "a green cross above a yellow triangle", "three cyan crosses", "a purple square",
+           "a blue circle left of a red square", "two yellow triangles"]
+SCHEDULER = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", num_train_timesteps=1000,
+                 set_alpha_to_one=False, steps_offset=1, clip_sample=False, timestep_spacing="leading", prediction_type="epsilon")
+TEXT = dict(vocab_size=579, max_position_embeddings=16, bos_token_id=577, eos_token_id=578, num_attention_heads=2)
+
+
+def _tokenizer(pad: str = "<|endoftext|>"):
+    from transformers import CLIPTokenizer
+    return CLIPTokenizer.from_pretrained(TINY / "tokenizer", pad_token=pad)
+
+
+def _vae(seed: int):
+    from diffusers import AutoencoderKL
+    return randomize(AutoencoderKL(block_out_channels=[8, 8], down_block_types=["DownEncoderBlock2D"] * 2, latent_channels=4,
+                                   up_block_types=["UpDecoderBlock2D"] * 2, layers_per_block=1, norm_num_groups=4, sample_size=16), seed)
+
+
+def write_sd(folder: Path) -> Path:
+    """SD-1.5's structure with 8 to 24 channels, latents 4 x 8 x 8, pictures 16 x 16, 16 tokens."""
+    from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+    text = CLIPTextConfig(hidden_size=12, intermediate_size=24, num_hidden_layers=2, hidden_act="quick_gelu", **TEXT)
+    StableDiffusionPipeline(
+        vae=_vae(1), text_encoder=randomize(CLIPTextModel(text), 2), tokenizer=_tokenizer(),
+        unet=randomize(UNet2DConditionModel(**sd15_shaped(sample_size=8)), 3), scheduler=DDIMScheduler(**SCHEDULER), safety_checker=None,
+        feature_extractor=None, requires_safety_checker=False).save_pretrained(folder)
+    return folder
+
+
+def write_sdxl(folder: Path) -> Path:
+    """SDXL's structure: two text encoders, the second padded with "!", text_time embedding, zero negative conditioning."""
+    from diffusers import DDIMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+    one = CLIPTextConfig(hidden_size=8, intermediate_size=16, num_hidden_layers=2, hidden_act="quick_gelu", **TEXT)
+    two = CLIPTextConfig(hidden_size=12, intermediate_size=24, num_hidden_layers=3, hidden_act="gelu", projection_dim=10, **TEXT)
+    StableDiffusionXLPipeline(
+        vae=_vae(4), text_encoder=randomize(CLIPTextModel(one), 5), text_encoder_2=randomize(CLIPTextModelWithProjection(two), 6),
+        tokenizer=_tokenizer(), tokenizer_2=_tokenizer("!"), unet=randomize(UNet2DConditionModel(**sdxl_shaped(sample_size=8)), 7),
+        scheduler=DDIMScheduler(**SCHEDULER), force_zeros_for_empty_prompt=True, add_watermarker=False).save_pretrained(folder)
+    return folder
+
+
+def write_pickscore(folder: Path) -> Path:
+    """A CLIP of both towers as transformers saves it."""
+    from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig
+    text = CLIPTextConfig(hidden_size=12, intermediate_size=24, num_hidden_layers=2, hidden_act="gelu", projection_dim=10, **TEXT)
+    vision = CLIPVisionConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, hidden_act="gelu",
+                              image_size=16, patch_size=4, projection_dim=10)
+    clip = randomize(CLIPModel(CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=10)), 8)
+    clip.logit_scale.data.fill_(4.6)
+    clip.save_pretrained(folder)
+    return folder
+
+
+def write_spm(folder: Path, pickscore: Path) -> Path:
+    """An SPM made from that CLIP, with adaLN weights that really act."""
+    torch.manual_seed(0)
+    spm = clip_spm.make_step_aware(load_clip(str(pickscore)))
+    with torch.no_grad():
+        for i, (name, p) in enumerate(spm.named_parameters()):
+            if "adaLN" in name:
+                p.add_(0.1 * torch.randn(p.shape, generator=seeded(i)))
+    spm_train.save_spm(spm, folder)
+    return folder
+
+
+def environment() -> dict[str, str]:
+    """Of a child process: offline, one thread, this repository importable."""
+    return os.environ | dict(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT), CUDA_VISIBLE_DEVICES="")
+
+
+def shell(*words: object, check: bool = True, processes: int = 1) -> subprocess.CompletedProcess:
+    """Run one of the scripts as a user does; with `processes` > 1 under torchrun."""
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
+    done = subprocess.run([sys.executable, *launch, *map(str, words)], cwd=ROOT, env=environment(), capture_output=True, text=True)
+    assert not check or done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+def call(script: str, *words: object) -> str:
+    """Run a script's main in this process, which spares the imports; returns what it printed."""
+    module, out = importlib.import_module(script), io.StringIO()
+    handlers = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}
+    argv, sys.argv = sys.argv, [script, *map(str, words), "--device", "cpu"]
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(io.StringIO()):
+            module.main()
+    finally:
+        sys.argv = argv
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    return out.getvalue()
+
+
+def log_of(folder: Path, timing: bool = False) -> list[dict]:
+    """The records of log.jsonl; fields that measure time only if asked for."""
+    rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    measured = () if timing else ("seconds", "eta_minutes", "prompts_per_second", "pairs_per_second")
+    return [{k: v for k, v in row.items() if k not in measured} for row in rows]

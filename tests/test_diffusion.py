@@ -1,0 +1,239 @@
+"""diffusion.py and weights.py on small random checkpoints, against diffusers' pipelines on the same folders."""
+import json
+import pickle
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+from safetensors.torch import load_file, save_file
+
+from conftest import assert_close
+from diffusion import decode, encode_empty, encode_prompts, generate, generate_latents, grid, load_clip, load_pipeline, negative, to_pil
+from helpers import PROMPTS
+from weights import InputError, read_weights, weight_file
+
+STEPS, SEEDS = 4, [3, 4, 5]
+
+
+@pytest.fixture(scope="module", params=["sd", "sdxl"])
+def both(request):
+    """(ours, diffusers') of either shape."""
+    folder = request.getfixturevalue(request.param)
+    theirs = (StableDiffusionPipeline if request.param == "sd" else StableDiffusionXLPipeline).from_pretrained(folder)
+    theirs.set_progress_bar_config(disable=True)
+    return load_pipeline(str(folder)), theirs
+
+
+def test_prompt_encoding_equals_diffusers(both):
+    ours, theirs = both
+    cond = encode_prompts(ours, PROMPTS)
+    uncond = negative(ours, cond, encode_empty(ours))
+    want = theirs.encode_prompt(PROMPTS, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=True)
+    assert_close(cond.prompt_embeds, want[0])
+    assert_close(uncond.prompt_embeds, want[1])
+    if ours.is_sdxl:
+        assert_close(cond.pooled, want[2])
+        assert_close(uncond.pooled, want[3])
+        assert cond.time_ids.tolist() == uncond.time_ids.tolist() == [[16, 16, 0, 0, 16, 16]] * len(PROMPTS)
+        assert encode_prompts(ours, PROMPTS[:1], resolution=32).time_ids.tolist() == [[32, 32, 0, 0, 32, 32]]
+
+
+def test_negative_is_zero_for_sdxl_and_the_empty_text_for_sd15(sd, sdxl):
+    ours = load_pipeline(str(sdxl))
+    uncond = negative(ours, encode_prompts(ours, PROMPTS[:2]), encode_empty(ours))
+    assert encode_empty(ours) is None and not uncond.prompt_embeds.any() and not uncond.pooled.any() and uncond.time_ids.any()
+    ours = load_pipeline(str(sd))
+    uncond = negative(ours, encode_prompts(ours, PROMPTS[:2]), encode_empty(ours))
+    assert torch.equal(uncond.prompt_embeds[1:], encode_prompts(ours, [""]).prompt_embeds) and uncond.prompt_embeds.any()
+
+
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_pictures_equal_diffusers(both, eta):
+    """Same start latents, same noise in every step, guidance 5: same clean latents and same pictures."""
+    ours, theirs = both
+    generators = [torch.Generator().manual_seed(s) for s in SEEDS]
+    start = torch.stack([torch.randn(ours.latent_shape(), generator=g) for g in generators])
+    states = [g.get_state() for g in generators]        # diffusers goes on drawing from the same generators
+    kind = dict(num_inference_steps=STEPS, guidance_scale=5.0, eta=eta, generator=generators)
+    latents = theirs(PROMPTS[:3], latents=start.clone(), output_type="latent", **kind).images
+    mine = generate_latents(ours, PROMPTS[:3], SEEDS, steps=STEPS, guidance_scale=5.0, eta=eta)
+    assert_close(mine, latents)
+    for g, state in zip(generators, states):
+        g.set_state(state)
+    images = theirs(PROMPTS[:3], latents=start.clone(), output_type="pt", **kind).images
+    assert_close(generate(ours, PROMPTS[:3], SEEDS, steps=STEPS, guidance_scale=5.0, eta=eta), images)
+    assert_close(decode(ours, latents), theirs.vae.decode(latents / theirs.vae.config.scaling_factor, return_dict=False)[0])
+
+
+def test_guidance_one_and_eta_really_matter(both):
+    ours, _ = both
+    runs = [generate_latents(ours, PROMPTS[:1], [0], steps=STEPS, guidance_scale=g, eta=e) for g, e in ((1, 0), (5, 0), (5, 1))]
+    assert (runs[0] - runs[1]).abs().max() > 1e-2 and (runs[1] - runs[2]).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("shape", ["sd", "sdxl"])
+def test_a_seed_gives_the_same_picture_in_any_batch(shape, request):
+    """Networks in fp64, so that only the random numbers could differ, not the rounding of a matrix product by batch size."""
+    ours, seeds = load_pipeline(str(request.getfixturevalue(shape)), torch.float64), list(range(len(PROMPTS)))
+    whole = generate(ours, PROMPTS, seeds, batch=7, steps=STEPS, eta=1.0)
+    for batch in (1, 3):
+        assert (generate(ours, PROMPTS, seeds, batch=batch, steps=STEPS, eta=1.0) - whole).abs().max() <= 1e-6
+    assert (generate(ours, PROMPTS[:1] * 2, [0, 1], steps=STEPS).diff(dim=0)).abs().max() > 1e-2
+
+
+def test_resolution_changes_the_size(both):
+    ours, _ = both
+    images = generate(ours, PROMPTS[:1], [0], steps=2, resolution=32)
+    assert images.shape == (1, 3, 32, 32) and 0 <= images.min() and images.max() <= 1
+
+
+def test_pictures_on_disk(tmp_path):
+    """to_pil rounds to the nearest of 256 values; grid keeps order, row by row."""
+    images = torch.stack([torch.full((3, 4, 4), v / 255 + 0.3 / 255) for v in (0, 100, 254)])
+    assert [int(np.asarray(p)[0, 0, 0]) for p in to_pil(images)] == [0, 100, 254]
+    canvas = np.asarray(grid(images, columns=2, gap=1))
+    assert canvas.shape == (11, 11, 3) and (canvas[2, 2, 0], canvas[2, 7, 0], canvas[7, 2, 0], canvas[7, 7, 0]) == (0, 100, 254, 255)
+
+
+def damaged(folder, tmp_path, change, part="unet/diffusion_pytorch_model.safetensors"):
+    """A copy of a checkpoint in which change(tensors) has been applied to one weight file."""
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    weights = load_file(copy / part)
+    change(weights)
+    save_file(weights, copy / part, metadata={"format": "pt"})
+    return copy
+
+
+@pytest.mark.parametrize("change, words", [
+    (lambda w: w.pop("conv_in.bias"), "1 missing (conv_in.bias)"),
+    (lambda w: w.update(extra=torch.ones(1)), "1 unexpected (extra)"),
+    (lambda w: w.update({"conv_in.bias": torch.ones(9)}), "conv_in.bias is (9,), expected (8,)"),
+    (lambda w: w["conv_in.weight"].view(-1)[5:6].fill_(float("nan")), "conv_in.weight holds NaN"),
+    (lambda w: w["conv_in.weight"].view(-1)[:2].copy_(torch.tensor([float("inf"), -float("inf")])), "conv_in.weight holds NaN or infinity"),
+])
+def test_weights_that_do_not_fit_are_one_clear_line(sd, tmp_path, change, words):
+    with pytest.raises(InputError) as caught:
+        load_pipeline(str(damaged(sd, tmp_path, change)))
+    message = str(caught.value)
+    assert words in message and "unet/diffusion_pytorch_model.safetensors" in message and "\n" not in message
+
+
+@pytest.mark.parametrize("name", ["model_index.json", "scheduler/scheduler_config.json", "unet/config.json", "text_encoder", "tokenizer",
+                                  "vae/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"])
+def test_missing_files_are_one_clear_line(sd, tmp_path, name):
+    copy = tmp_path / "copy"
+    shutil.copytree(sd, copy)
+    shutil.rmtree(copy / name) if (copy / name).is_dir() else (copy / name).unlink()
+    with pytest.raises(InputError) as caught:
+        load_pipeline(str(copy))
+    assert name.split("/")[0] in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_unsupported_configurations_are_refused(sd, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(sd, copy)
+    for file, field, value in (("scheduler/scheduler_config.json", "prediction_type", "sample"), ("unet/config.json", "act_fn", "gelu")):
+        text = (copy / file).read_text()
+        (copy / file).write_text(json.dumps(json.loads(text) | {field: value}))
+        with pytest.raises(InputError, match=field):
+            load_pipeline(str(copy))
+        (copy / file).write_text(text)
+    (copy / "unet/config.json").write_text("{")
+    with pytest.raises(InputError, match="not valid JSON"):
+        load_pipeline(str(copy))
+
+
+def test_truncated_file_and_foreign_names(sd, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(sd, copy)
+    file = copy / "unet/diffusion_pytorch_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(InputError, match="damaged or truncated"):
+        load_pipeline(str(copy))
+    for source in (str(tmp_path / "nothing"), "./nothing", "not a name"):
+        with pytest.raises(InputError, match="nothing|not a name"):
+            load_pipeline(source)
+    with pytest.raises(InputError, match="hub cache"):
+        load_pipeline("owner/no-such-repository-here")
+
+
+class Hostile:
+    """A pickle that would run code."""
+
+    def __reduce__(self):
+        return print, ("code ran",)
+
+
+def test_pickles_load_as_data_and_never_run_code(tmp_path, capsys):
+    torch.save({"a": torch.ones(2)}, tmp_path / "good.bin")
+    assert read_weights(tmp_path / "good.bin")["a"].tolist() == [1, 1]
+    torch.save({"a": Hostile()}, tmp_path / "torch.bin")
+    (tmp_path / "plain.bin").write_bytes(pickle.dumps(Hostile()))
+    torch.save({"a": {"b": torch.ones(1)}}, tmp_path / "nested.bin")
+    (tmp_path / "empty.bin").write_bytes(b"")
+    for name in ("torch.bin", "plain.bin", "nested.bin", "empty.bin"):
+        with pytest.raises(InputError, match=name) as caught:
+            read_weights(tmp_path / name)
+        assert "\n" not in str(caught.value)
+    assert "code ran" not in capsys.readouterr().out
+
+
+def test_fp16_variant_and_shards_load(sd, tmp_path):
+    """The variants on the hub: `.fp16.safetensors`, and several files with an index."""
+    expected = load_pipeline(str(sd)).unet.state_dict()
+    weights = load_file(sd / "unet/diffusion_pytorch_model.safetensors")
+    half = {k: v.half() for k, v in weights.items()}
+    first = sorted(weights)[:len(weights) // 2]
+    for variant in ("fp16", "shards", "fp16-shards", "bin"):
+        copy = tmp_path / variant
+        shutil.copytree(sd, copy)
+        (copy / "unet/diffusion_pytorch_model.safetensors").unlink()
+        if variant == "fp16":
+            save_file(half, copy / "unet/diffusion_pytorch_model.fp16.safetensors")
+        elif variant == "bin":
+            torch.save(weights, copy / "unet/diffusion_pytorch_model.bin")
+        else:
+            source, dot = (half, ".fp16") if variant == "fp16-shards" else (weights, "")
+            names = [f"diffusion_pytorch_model{dot}-0000{i}-of-00002.safetensors" for i in (1, 2)]
+            save_file({k: source[k] for k in first}, copy / "unet" / names[0])
+            save_file({k: v for k, v in source.items() if k not in first}, copy / "unet" / names[1])
+            (copy / f"unet/diffusion_pytorch_model.safetensors.index{dot}.json").write_text(
+                json.dumps(dict(weight_map={k: names[k not in first] for k in source})))
+        got = load_pipeline(str(copy)).unet.state_dict()
+        assert got.keys() == expected.keys()
+        for key, value in expected.items():
+            want = value.half().float() if "fp16" in variant else value
+            assert got[key].dtype == torch.float32 and torch.equal(got[key], want)
+    (copy / "unet/x.safetensors.index.json").write_text(json.dumps(dict(weight_map={"a": "../../secret.safetensors"})))
+    with pytest.raises(InputError, match="leaves the folder"):
+        read_weights(copy / "unet/x.safetensors.index.json")
+
+
+def test_weight_file_prefers_full_precision(tmp_path):
+    for name in ("model.fp16.safetensors", "model.safetensors"):
+        (tmp_path / name).touch()
+        assert weight_file(tmp_path).name == name
+
+
+def test_dtype_and_freezing(sd):
+    """Loaded networks are frozen, in eval mode and of the type asked for; a bf16 UNet still returns fp32 noise."""
+    ours = load_pipeline(str(sd), torch.bfloat16)
+    for module in (ours.unet, ours.vae, *ours.text_encoders):
+        assert not module.training and all(p.dtype == torch.bfloat16 and not p.requires_grad for p in module.parameters())
+    assert generate(ours, PROMPTS[:1], [0], steps=2).dtype == torch.float32
+
+
+def test_unet_and_vae_can_be_replaced(sd, sdxl, tmp_path):
+    copy = damaged(sd, tmp_path, lambda w: w["conv_in.bias"].add_(1))
+    ours = load_pipeline(str(sd), unet=str(copy), vae=str(sdxl / "vae"))
+    assert torch.equal(ours.unet.conv_in.bias, load_pipeline(str(sd)).unet.conv_in.bias + 1)
+    assert torch.equal(ours.vae.decoder.conv_in.weight, load_pipeline(str(sdxl)).vae.decoder.conv_in.weight)
+
+
+def test_judges_load_from_folders(pickscore, spm):
+    """PickScore's and the SPM's folders tell themselves apart."""
+    assert not load_clip(str(pickscore)).config.step_aware and load_clip(str(spm)).config.step_aware
+    assert all(k.startswith("model.") for k in load_file(spm / "model.safetensors"))

@@ -1,0 +1,457 @@
+"""spo_train.py: pools, pairs, the loss and its gradients, MSPO's slots, and every option for one round."""
+import dataclasses
+import json
+import math
+from collections import Counter
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+import ddim
+import lora
+import spo_train
+from conftest import assert_close, assert_same_gradients, seeded
+from diffusion import encode_empty, encode_prompts, guided_noise, load_pipeline, negative
+from helpers import PROMPTS, ROOT, call, log_of, shell
+from spo_train import Pairs, SPOConfig, choose_pair, cut_minibatches, pool_groups, spo_loss
+from training import Clock, Processes, generator
+from weights import InputError
+
+STEPS_20 = [951 - 50 * i for i in range(20)]
+STEPS_6 = [831, 665, 499, 333, 167, 1]
+ALONE = Processes(0, 1, torch.device("cpu"))
+
+
+# Pools and pairs
+
+def test_pool_groups_by_hand():
+    assert pool_groups(STEPS_20, 0, 751, 1) == [[i] for i in range(4, 20)]
+    assert pool_groups(STEPS_20, 0, 750, 1) == [[i] for i in range(5, 20)]
+    assert pool_groups(STEPS_20, 0, 751, 4) == [[4, 5, 6, 7], [8, 9, 10, 11], [12, 13, 14, 15], [16, 17, 18, 19]]
+    assert pool_groups(STEPS_20, 501, 751, 4) == [[4, 5, 6, 7], [8, 9]]
+    assert pool_groups(STEPS_20, 0, 999, 20) == [list(range(20))] == pool_groups(STEPS_20, 0, 999, 99)
+    assert pool_groups(STEPS_20, 251, 251, 3) == [[14]]
+    for low, high in ((752, 799), (2, 50), (800, 100)):
+        with pytest.raises(InputError, match=f"{low}..{high}"):
+            pool_groups(STEPS_20, low, high, 1)
+
+
+def pair_of(scores, threshold=0.3, how="best-worst", uniform=(0.0, 0.0)):
+    """(win, lose, valid) of one pool."""
+    return tuple(v.item() for v in choose_pair(torch.tensor([scores]), threshold, how, torch.tensor([uniform])))
+
+
+def test_choose_pair_best_and_worst():
+    assert pair_of([1.0, 5.0, -2.0, 3.0]) == (1, 2, True)
+    assert pair_of([7.0, 7.0, 7.0])[2] is False and pair_of([7.0, 7.0], threshold=0.0)[2] is False       # ties never count
+    # Softmax of two scores that differ by d differs by tanh(d / 2): 0.3 at d = 0.6190392.
+    edge = 2 * math.atanh(0.3)
+    assert pair_of([20.0, 20.0 + edge + 1e-3]) == (1, 0, True) and pair_of([20.0 + edge - 1e-3, 20.0]) == (0, 1, False)
+    assert pair_of([20.0, 20.0 + edge + 1e-3], threshold=0.4)[2] is False
+
+
+def test_choose_pair_works_on_a_batch():
+    win, lose, valid = choose_pair(torch.tensor([[0.0, 1.0, 9.0], [4.0, 4.1, 4.05], [3.0, 2.0, 1.0]]), 0.3, "best-worst", torch.zeros(3, 2))
+    assert (win.tolist(), lose.tolist(), valid.tolist()) == ([2, 1, 0], [0, 0, 2], [True, False, True])
+
+
+@pytest.mark.parametrize("k", [2, 3, 4])
+def test_random_pair_takes_two_different_ones_and_orders_them(k):
+    """Any ordered choice is equally likely, so each unordered pair is; the better one wins."""
+    n = 6000
+    scores = torch.randn(n, k, generator=seeded(0))
+    win, lose, _ = choose_pair(scores, 0.3, "random", torch.rand(n, 2, generator=seeded(1)))
+    assert (win != lose).all() and (scores.gather(1, win[:, None]) > scores.gather(1, lose[:, None])).all()
+    counts = Counter((min(p), max(p)) for p in zip(win.tolist(), lose.tolist()))
+    expected = n / (k * (k - 1) / 2)
+    assert len(counts) == k * (k - 1) // 2 and all(abs(c - expected) < 5 * expected ** 0.5 for c in counts.values())
+    assert pair_of([1.0] * k, 0.0, "random", (1.0, 1.0))[:2] != (k - 1, k - 1)          # rounding up to 1 stays inside
+    assert k == 2 or any(w != s.argmax() for w, s in zip(win, scores))
+
+
+# The loss
+
+def test_loss_of_two_pairs_by_hand():
+    """-log sigmoid(beta (log r_w - log r_l)), the second pair clamped on both sides."""
+    loss = spo_loss(torch.tensor([0.02, 0.5]), torch.tensor([-0.03, -0.5]), beta=10.0, clamp=0.1)
+    assert loss.tolist() == pytest.approx([math.log(1 + math.exp(-0.5)), math.log(1 + math.exp(-10 * math.log(1.1 / 0.9)))], abs=1e-6)
+    loss = spo_loss(torch.tensor([0.02, 0.5]), torch.tensor([-0.03, -0.5]), beta=10.0, clamp=0.0)
+    assert loss.tolist() == pytest.approx([math.log(1 + math.exp(-0.5)), math.log(1 + math.exp(-10.0))], abs=1e-7)
+    assert spo_loss(torch.zeros(1), torch.zeros(1), 10.0, 0.1).item() == pytest.approx(math.log(2))
+
+
+def test_loss_bounds_under_the_clamp():
+    win, lose = torch.tensor([9.0, -9.0]), torch.tensor([-9.0, 9.0])
+    assert spo_loss(win, lose, 10.0, 0.1).tolist() == pytest.approx([0.126, 2.133], abs=5e-4)
+
+
+def test_gradient_is_exactly_zero_outside_the_clamp_and_right_inside():
+    win = torch.tensor([0.3, -0.3, 0.05, 0.05], requires_grad=True)
+    lose = torch.tensor([0.0, 0.02, 0.3, -0.02], requires_grad=True)
+    spo_loss(win, lose, 10.0, 0.1).sum().backward()
+    assert win.grad[:2].tolist() == [0, 0] and lose.grad[2].item() == 0
+    assert win.grad[3].item() == pytest.approx(-10 / (1 + math.exp(10 * 0.07)), rel=1e-5)
+    assert lose.grad[3].item() == pytest.approx(10 / (1 + math.exp(10 * 0.07)), rel=1e-5)
+    assert lose.grad[0].item() == pytest.approx(10 / (1 + math.exp(10 * math.log(1.1))), rel=1e-5)
+
+
+@settings(deadline=None, max_examples=200)
+@given(slots=st.lists(st.integers(0, 10 ** 6), unique=True, max_size=120), size=st.integers(1, 50), seed=st.integers(0, 99))
+def test_minibatches_hold_every_slot_once(slots, size, seed):
+    batches = cut_minibatches(slots, size, seed, "pairs", 0)
+    assert sorted(s for b in batches for s in b) == sorted(slots)
+    sizes = [len(b) for b in batches]
+    assert all(sizes) and (not sizes or max(sizes) - min(sizes) <= 1)
+    assert len(slots) < size or all(2 * size / 3 <= n <= 3 * size / 2 for n in sizes)
+    assert batches == cut_minibatches(slots, size, seed, "pairs", 0)
+
+
+def test_minibatches_are_shuffled_by_key():
+    orders = {tuple(s for b in cut_minibatches(list(range(40)), 8, 0, "pairs", e, r) for s in b) for e in range(3) for r in range(3)}
+    assert len(orders) == 9 and all(list(o) != sorted(o) for o in orders)
+
+
+# Sampling on the random checkpoint
+
+def setup(sd, spm, **changes):
+    """(pipe, models, config, cond, uncond, text features) of the seven prompts."""
+    config = SPOConfig(**(dict(model=str(sd), spm=str(spm), dtype="fp32", steps=6, k=3, threshold=0.0, lr=1e-3) | changes))
+    torch.manual_seed(0)
+    pipe, models = spo_train.prepare(config, ALONE)
+    cond = encode_prompts(pipe, PROMPTS)
+    return pipe, models, config, cond, negative(pipe, cond, encode_empty(pipe)), spo_train.judge_features(pipe, models.judge, PROMPTS)
+
+
+def sample(parts, chosen=None, **changes) -> Pairs:
+    """Pairs of some of the prompts; each prompt's generator is keyed by its place in the list."""
+    pipe, models, config, cond, uncond, text = parts
+    chosen = list(range(len(PROMPTS))) if chosen is None else chosen
+    cond, uncond = (c.map(lambda v: v[chosen]) for c in (cond, uncond))
+    return spo_train.sample_pairs(pipe, models, cond, uncond, text[chosen], [generator(0, "pool", 0, i) for i in chosen],
+                                  dataclasses.replace(config, **changes), Clock(pipe.device))
+
+
+@pytest.fixture
+def parts(sd, spm):
+    """Fresh policy with LoRA at its start."""
+    return setup(sd, spm)
+
+
+@torch.no_grad()
+def perturb(pipe, size: float, seed: int = 0) -> None:
+    """Move the LoRA off its start, so that policy and reference differ."""
+    for i, layer in enumerate(lora.layers(pipe.unet).values()):
+        layer.lora_B.weight.copy_(size * torch.randn(layer.lora_B.weight.shape, generator=seeded(seed + i)))
+
+
+def test_pairs_have_fixed_slots(parts):
+    pairs = sample(parts, t_max=751, j=2)                   # 665, 499 | 333, 167 | 1
+    assert pairs.x_t.shape == pairs.x_next.shape == (7, 5, 2, 4, 8, 8) and pairs.valid.shape == (7, 5) and pairs.scores.shape == (7, 3, 3)
+    assert torch.isfinite(pairs.x_next).all() and pairs.scores.std() > 0
+    group = [0, 0, 1, 1, 2]
+    best, worst = pairs.scores.amax(-1)[:, group], pairs.scores.amin(-1)[:, group]
+    assert torch.equal(pairs.valid, torch.tanh((best - worst) / 2) > 0.0)
+
+
+@pytest.mark.parametrize("j", [1, 3])
+def test_paths_of_winner_and_loser_connect(parts, j):
+    """MSPO: a group starts from one x_t, and each slot's x_next is the same candidate's next x_t (section 4.5)."""
+    pairs = sample(parts, j=j)
+    groups = pool_groups(STEPS_6, 0, 751, j)
+    slot = 0
+    for group in groups:
+        assert torch.equal(pairs.x_t[:, slot, 0], pairs.x_t[:, slot, 1])
+        assert not torch.equal(pairs.x_next[:, slot, 0], pairs.x_next[:, slot, 1])
+        for inner in range(1, len(group)):
+            assert torch.equal(pairs.x_t[:, slot + inner], pairs.x_next[:, slot + inner - 1])
+        slot += len(group)
+    assert slot == pairs.x_t.shape[1] == 5
+
+
+@pytest.mark.parametrize("j", [1, 2])
+def test_trajectory_goes_on_from_the_chosen_candidate(parts, j):
+    ends = [i for i, g in enumerate(g for group in pool_groups(STEPS_6, 0, 751, j) for g in [0] * (len(group) - 1) + [1]) if g][:-1]
+    for start, place in (("win", 0), ("lose", 1)):
+        pairs = sample(parts, j=j, start=start)
+        for end in ends:
+            assert torch.equal(pairs.x_t[:, end + 1, 0], pairs.x_next[:, end, place])
+    pairs = sample(parts, j=j, k=2, start="random")         # of two candidates one is the winner, the other the loser
+    taken = torch.stack([(pairs.x_t[:, e + 1, :1] == pairs.x_next[:, e]).flatten(2).all(-1) for e in ends])
+    assert (taken.sum(-1) == 1).all() and 0 < taken[..., 0].float().mean() < 1
+
+
+def test_one_pool_recomputed_by_hand(parts):
+    """Candidates are mean + sigma x noise of the keyed generator; the random start is the third kind of draw."""
+    pipe, models, config, cond, uncond, text = parts
+    pairs, i = sample(parts, [2, 4, 5]), 1                  # the middle one of three prompts, prompt 4 of the list
+    g, c, u = generator(0, "pool", 0, 4), cond.map(lambda v: v[4:5]), uncond.map(lambda v: v[4:5])
+    step = lambda x, t: ddim.step_gaussian(pipe.schedule, x, guided_noise(pipe.unet, x, t, c, u, 5.0), t, t - 166)
+    with torch.no_grad():
+        mean, std = step(torch.randn(1, 4, 8, 8, generator=g), 831)
+        x_t = mean + std * torch.randn(1, 4, 8, 8, generator=g)
+        for slot, t in enumerate(STEPS_6[1:]):
+            assert_close(pairs.x_t[i, slot, :1], x_t, what=f"x_t at {t}")
+            mean, std = step(x_t, t)
+            noise, uniform = torch.randn(1, 3, 4, 8, 8, generator=g)[0], torch.rand(3, generator=g)
+            pool = mean + std * noise
+            win, lose = pairs.scores[i, slot].argmax(), pairs.scores[i, slot].argmin()
+            assert_close(pairs.x_next[i, slot], pool[[win, lose]], what=f"pool at {t}")
+            x_t = pool[int(uniform[0] * 3)][None]
+
+
+def test_scores_are_the_judge_on_the_next_timestep(parts):
+    """x0 predicted at the next smaller timestep, decoded, with that timestep; after the last step the latent itself at 0."""
+    from clip_spm import preprocess_decoded
+    pipe, models, config, cond, uncond, text = parts
+    pairs = sample(parts, k=2)
+    with torch.no_grad():
+        for slot, t in enumerate(STEPS_6[2:] + [0]):
+            x = pairs.x_next[:, slot].flatten(0, 1)
+            c, u = (v.map(lambda w: w.repeat_interleave(2, 0)) for v in (cond, uncond))
+            x0 = x if t == 0 else ddim.predict_x0(pipe.schedule, x, guided_noise(pipe.unet, x, t, c, u, 5.0), t)
+            features = models.judge.image_features(preprocess_decoded(pipe.vae.decode(x0), 16), torch.full((14,), t))
+            scores = models.judge.score(features, text.repeat_interleave(2, 0)).view(7, 2)
+            assert_close(scores, pairs.scores[:, slot].sort(descending=True).values, 1e-4)
+
+
+@pytest.mark.parametrize("changes", [{}, dict(j=2, pair="random")])
+def test_pool_does_not_depend_on_the_batch(parts, changes):
+    whole = sample(parts, [0, 3, 6], **changes)
+    for place, i in enumerate([0, 3, 6]):
+        alone = sample(parts, [i], **changes)
+        for ours, theirs in zip(dataclasses.astuple(alone), dataclasses.astuple(whole)):
+            assert_close(ours[0].float(), theirs[place].float())
+
+
+def test_nothing_is_sampled_below_t_min(parts):
+    """The walk ends with the last scored step."""
+    pipe, calls = parts[0], []
+    handle = pipe.unet.register_forward_pre_hook(lambda module, inputs: calls.append(int(torch.as_tensor(inputs[1]).max())))
+    pairs = sample(parts, t_min=300, t_max=500)
+    handle.remove()
+    assert pairs.x_t.shape[1] == 2 and calls == [831, 665, 499, 333, 167]        # 167 scores the candidates of 333
+
+
+# Training on the pairs
+
+def train(parts, pairs, optimizer, times=1, processes=ALONE, **changes) -> list[dict]:
+    """Several rounds of updates on the same pairs."""
+    pipe, models, config, cond, uncond, text = parts
+    config = dataclasses.replace(config, **changes)
+    return [spo_train.train_on_pairs(pipe, models, optimizer, pairs, cond, encode_empty(pipe), config, processes, Clock(pipe.device), (i, 0))
+            for i in range(times)]
+
+
+def ratios_of(parts, pairs, slot: int, t: int, shared: bool):
+    """Log-ratios of all prompts at one slot, through the function under test."""
+    pipe, models, config, cond, uncond, text = parts
+    steps = torch.full((7,), t)
+    return spo_train.pair_log_ratios(pipe.unet, pipe.unet, pipe.schedule, pairs.x_t[:, slot], pairs.x_next[:, slot], steps, steps - 166,
+                                     [shared] * 7, cond, uncond, 5.0)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_log_ratio_is_exactly_zero_at_the_start(sd, spm, dtype):
+    parts = setup(sd, spm, dtype=dtype)
+    pairs = sample(parts, j=2)
+    for slot, t in enumerate(STEPS_6[1:]):
+        for values in ratios_of(parts, pairs, slot, t, shared=slot in (0, 2, 4)):
+            assert torch.equal(values, torch.zeros(7)) and values.requires_grad
+    perturb(parts[0], 0.05)
+    assert all(v.abs().min() > 0 for v in ratios_of(parts, pairs, 0, 665, True))
+
+
+def test_reference_is_untouched_by_training(parts, sd):
+    pipe = parts[0]
+    base = load_pipeline(str(sd))
+    train(parts, sample(parts), torch.optim.AdamW(lora.parameters(pipe.unet), lr=1e-2), 3, pairs_per_step=8)
+    ours = {k: v for k, v in pipe.unet.state_dict().items() if ".lora_" not in k}
+    assert ours.keys() == base.unet.state_dict().keys() and all(torch.equal(v, ours[k]) for k, v in base.unet.state_dict().items())
+    x, cond = torch.randn(2, 4, 8, 8, generator=seeded(0)), parts[3].map(lambda v: v[:2])
+    with torch.no_grad():
+        plain = base.unet(x, 500, cond.prompt_embeds)
+        with lora.disabled(pipe.unet):
+            assert torch.equal(pipe.unet(x, 500, cond.prompt_embeds), plain)
+        assert (pipe.unet(x, 500, cond.prompt_embeds) - plain).abs().max() > 1e-3
+
+
+def four_forwards(parts, pairs, batch, t, config) -> torch.Tensor:
+    """Eq. 4 as it stands: policy and reference, winner and loser, each on its own; the mean over a minibatch of (prompt, slot)."""
+    pipe, models, _, cond, uncond, text = parts
+    total = 0.0
+    for prompt, slot in batch:
+        c, u, log_ratio = cond.map(lambda v: v[[prompt]]), uncond.map(lambda v: v[[prompt]]), []
+        for x_t, x_next in zip(pairs.x_t[prompt, slot], pairs.x_next[prompt, slot]):
+            log_p = []
+            for off in (False, True):
+                with lora.disabled(pipe.unet) if off else torch.enable_grad():
+                    noise_pred = guided_noise(pipe.unet, x_t[None], t[slot], c, u, config.guidance_scale)
+                mean, std = ddim.step_gaussian(pipe.schedule, x_t[None], noise_pred, t[slot], t[slot] - 166)
+                log_p.append(torch.distributions.Normal(mean, std.expand_as(mean)).log_prob(x_next).mean())
+            log_ratio.append((log_p[0] - log_p[1].detach()).clamp(math.log(1 - config.clamp), math.log(1 + config.clamp)))
+        total = total - torch.sigmoid(config.beta * (log_ratio[0] - log_ratio[1])).log() / len(batch)
+    return total
+
+
+@pytest.mark.parametrize("j, train_batch", [(1, 100), (3, 100), (3, 4)])
+def test_shared_forward_equals_four_forwards(sd, spm, j, train_batch):
+    """Same loss and same gradient of every LoRA weight, with one x_t per pair, and with two where paths have parted."""
+    ours, plain = (setup(sd, spm, j=j, train_batch=train_batch, clip_norm=1e9) for _ in range(2))
+    pairs = sample(ours)
+    for parts in (ours, plain):
+        perturb(parts[0], 0.02)
+    pairs.valid[:] = False
+    batch = [(0, 0), (0, 1), (2, 1), (3, 2), (4, 2), (5, 4), (6, 0)]
+    for prompt, slot in batch:
+        pairs.valid[prompt, slot] = True
+    loss = four_forwards(plain, pairs, batch, STEPS_6[1:], plain[2])
+    loss.backward()
+
+    class Still(torch.optim.SGD):
+        """Keeps the gradients, moves nothing."""
+
+        def step(self):
+            self.kept = [p.grad.clone() for p in lora.parameters(ours[0].unet)]
+
+    optimizer = Still(lora.parameters(ours[0].unet), lr=1.0)
+    stats = train(ours, pairs, optimizer, pairs_per_step=len(batch))[0]
+    assert stats["loss"] == pytest.approx(loss.item(), abs=1e-5) and stats["updates"] == 1 and stats["pairs"] == len(batch)
+    for p, grad in zip(lora.parameters(ours[0].unet), optimizer.kept, strict=True):
+        p.grad = grad
+    assert 0 < stats["clipped"] < 1 or j == 1               # some ratios inside, some outside the clamp
+    assert_same_gradients(ours[0].unet, plain[0].unet)
+
+
+def test_updates_move_winners_above_losers(parts):
+    """On the pairs trained on: exact tie at the start, then the log-ratio of the winner is the larger one."""
+    pairs = sample(parts, k=4)
+    first, *_, last = train(parts, pairs, torch.optim.AdamW(lora.parameters(parts[0].unet), lr=1e-3), 6, pairs_per_step=100)
+    assert first["margin"] == 0 and first["accuracy"] == 0 and first["loss"] == pytest.approx(math.log(2)) and first["updates"] == 1
+    assert last["margin"] > 1e-3 and last["accuracy"] > 0.8 and last["loss"] < first["loss"] and last["ratio_win"] > last["ratio_lose"]
+
+
+def test_gradient_is_really_clipped(parts):
+    """What the optimizer sees is at most the bound, though the gradient itself is far above it."""
+    pipe, seen = parts[0], []
+    perturb(pipe, 0.02)
+    optimizer = torch.optim.SGD(lora.parameters(pipe.unet), lr=0.0)
+    optimizer.register_step_pre_hook(lambda o, *_: seen.append(
+        math.sqrt(sum(float(p.grad.square().sum()) for g in o.param_groups for p in g["params"]))))
+    stats = train(parts, sample(parts), optimizer, clip_norm=1e-3, pairs_per_step=10)[0]
+    assert len(seen) == stats["updates"] >= 3 and stats["grad_norm"] > 2e-3 and all(n <= 1e-3 * (1 + 1e-4) for n in seen)
+
+
+def test_minibatch_gradient_does_not_depend_on_train_batch(sd, spm):
+    gradients = []
+    for size in (1, 5, 100):
+        parts = setup(sd, spm, train_batch=size)
+        pairs = sample(parts, j=2)
+        perturb(parts[0], 0.02)
+        train(parts, pairs, torch.optim.SGD(lora.parameters(parts[0].unet), lr=1.0), clip_norm=1e9)
+        gradients.append(torch.cat([p.detach().flatten() for p in lora.parameters(parts[0].unet)]))
+    assert_close(gradients[1], gradients[0])
+    assert_close(gradients[2], gradients[0])
+
+
+def test_no_valid_pair_is_no_update(parts):
+    pairs = sample(parts, threshold=1.0)
+    stats = train(parts, pairs, torch.optim.AdamW(lora.parameters(parts[0].unet), lr=1.0))[0]
+    assert stats["pairs"] == stats["updates"] == stats["skipped"] == 0 and stats["valid_share"] == 0 and lora.norm(parts[0].unet) == 0
+
+
+def test_a_gradient_that_is_not_finite_is_skipped(parts):
+    pairs = sample(parts)
+    pairs.x_next[0, 0] = float("nan")
+    stats = train(parts, pairs, torch.optim.AdamW(lora.parameters(parts[0].unet), lr=1e-3), pairs_per_step=10)[0]
+    assert stats["skipped"] == 1 and stats["updates"] >= 2 and math.isfinite(stats["loss"])
+    assert all(torch.isfinite(p).all() for p in lora.parameters(parts[0].unet))
+
+
+def test_checkpointing_changes_nothing(sd, spm):
+    norms = []
+    for on in (False, True):
+        parts = setup(sd, spm, checkpointing=on)
+        pairs = sample(parts)
+        perturb(parts[0], 0.02)
+        norms.append(train(parts, pairs, torch.optim.AdamW(lora.parameters(parts[0].unet), lr=1e-3))[0]["grad_norm"])
+    assert norms[0] == pytest.approx(norms[1], rel=1e-6) and norms[0] > 0
+
+
+# The command
+
+BASE = ("--dtype", "fp32", "--steps", "4", "--k", "2", "--prompts_per_round", "3", "--pairs_per_step", "4", "--threshold", "0",
+        "--grid_every", "0", "--rounds", "1")
+
+
+@pytest.mark.parametrize("options", [
+    ("--k", 3), ("--j", 2), ("--j", 99, "--k", 4), ("--t_min", 300, "--t_max", 600), ("--t_max", 1000), ("--start", "win"),
+    ("--start", "lose"), ("--pair", "random"), ("--dtype", "bf16"), ("--clamp", 0), ("--eta", 0.5), ("--rank", 8, "--targets", "to_q,to_v"),
+    ("--guidance_scale", 1), ("--threshold", 1), ("--checkpointing",), ("--resolution", 32), ("--grid_every", 1), ("--start=win", "--j", 3)])
+def test_every_option_runs_one_round(sd, spm, prompts, tmp_path, options):
+    call("spo_train", "--model", sd, "--spm", spm, "--prompts", prompts, "--out", tmp_path / "run", *BASE, *options)
+    record, = log_of(tmp_path / "run", timing=True)
+    assert record["round"] == 1 and all(math.isfinite(v) for v in record.values() if isinstance(v, float))
+    trained = options != ("--threshold", 1)
+    assert (record["updates"] > 0) == (record["lora_norm"] > 0) == trained and record["skipped"] == 0
+    weights = load_file(tmp_path / "run/pytorch_lora_weights.safetensors")
+    assert all(torch.isfinite(w).all() for w in weights.values()) and (tmp_path / "run/lora_kohya.safetensors").is_file()
+    assert (tmp_path / "run/samples-00001.png").is_file() == (options == ("--grid_every", 1))
+    assert options[0] != "--rank" or all("attn" in k and w.shape["lora_B" in k] == 8 for k, w in weights.items())
+
+
+@pytest.mark.parametrize("judge", ["step-blind", "pickscore"])
+def test_other_judges(sd, spm, pickscore, prompts, tmp_path, judge):
+    kind = ("--model", sd, "--prompts", prompts, "--out", tmp_path / "run", *BASE, "--judge", judge)
+    call("spo_train", *kind, "--spm", pickscore)
+    assert log_of(tmp_path / "run")[0]["updates"] > 0
+    with pytest.raises(InputError, match="step-aware"):
+        call("spo_train", *kind[:-4], "--spm", spm, "--rounds", "1", "--judge", judge)
+    with pytest.raises(InputError, match="not step-aware"):
+        call("spo_train", *kind[:-2], "--spm", pickscore, "--judge", "spm", "--out", tmp_path / "other")
+
+
+def test_sdxl_shape_trains_too(sdxl, spm, prompts, tmp_path):
+    """Two text encoders, pooled text and picture sizes through sampling, exchange and training, with MSPO."""
+    call("spo_train", "--model", sdxl, "--spm", spm, "--prompts", prompts, "--out", tmp_path / "run", *BASE, "--j", 2)
+    assert log_of(tmp_path / "run")[0]["updates"] > 0
+
+
+def test_as_a_user_runs_it(sd, spm, prompts, tmp_path):
+    """A process of its own; the second epoch draws other noise than the first."""
+    words = ("--model", sd, "--spm", spm, "--prompts", prompts, "--out", tmp_path / "run", *BASE, "--prompts-per-round=7", "--device=cpu")
+    done = shell("spo_train.py", *words, "--rounds", 2)
+    assert "pytorch_lora_weights.safetensors" in done.stdout and "Traceback" not in done.stderr
+    rows = log_of(tmp_path / "run")
+    assert [r["epoch"] for r in rows] == [0, 1] and rows[0]["score"] != rows[1]["score"]
+    assert json.loads((tmp_path / "run/config.json").read_text())["prompts_per_round"] == 7
+
+
+@pytest.mark.parametrize("words, says", [
+    (("--thresold", "0.2"), "did you mean --threshold?"), (("--k", "four"), "--k four"), (("--start", "best"), "choose one of random, win, lose"),
+    (("--k", "1"), "at least 2"), (("--eta", "0"), "--eta 0"), (("--prompts", "no.txt"), "no.txt"), (("--k",), "--k"),
+    (("--t_max", "0"), "0..0"), (("--targets", "to_x"), "to_x"), (("--steps", "1000"), "--steps 1000"), (("--model", "nowhere/at-all"), "nowhere")])
+def test_mistakes_are_one_line(sd, spm, prompts, tmp_path, words, says):
+    with pytest.raises(InputError) as caught:
+        call("spo_train", "--model", sd, "--spm", spm, "--prompts", prompts, "--out", tmp_path / "run", *BASE, *words)
+    assert says in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_mistake_ends_the_process_with_status_2():
+    done = shell("spo_train.py", "--pairs_per_stop", "3", check=False)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr == "error: unknown option '--pairs_per_stop'; did you mean --pairs_per_step?\n"
+
+
+def test_help_names_every_option():
+    done = shell("spo_train.py", "--help")
+    assert all(f"--{f.name}" in done.stdout for f in dataclasses.fields(SPOConfig)) and str(ROOT) in done.stdout
+
+
+def test_trace_draws_every_pool(parts):
+    """The paper's Figure 3: a row per pool, a cell per candidate."""
+    pipe, models, config = parts[:3]
+    image = spo_train.trace_prompt(pipe, models, PROMPTS[0], config)
+    assert image.size == (64 + 3 * 108, 5 * 124) and len(image.getcolors(100_000)) > 50
