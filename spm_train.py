@@ -85,8 +85,8 @@ class SPMConfig:
 
 
 PRESETS = {
-    "tiny": dict(pickscore=str(TINY / "pickscore"), dtype="fp32", guidance_scale=3.0, lr=4e-4, decay=True, warmup=20,
-                 weight_decay=0.05, steps=400, batch=32, micro_batch=32, step_blind=True, save_every=200, validation=768),
+    "tiny": dict(pickscore=str(TINY / "pickscore"), dtype="fp32", guidance_scale=3.0, lr=1.5e-4, decay=True, warmup=20,
+                 weight_decay=0.05, steps=600, batch=32, micro_batch=32, step_blind=True, save_every=200, validation=768),
     "sd15": dict(),
     "sdxl": dict(vae=SDXL_VAE, lr=1e-6, steps=7000, labels="pickscore", micro_batch=4),
 }

@@ -69,7 +69,7 @@ def test_random_pair_takes_two_different_ones_and_orders_them(k):
     expected = n / (k * (k - 1) / 2)
     assert len(counts) == k * (k - 1) // 2 and all(abs(c - expected) < 5 * expected ** 0.5 for c in counts.values())
     assert pair_of([1.0] * k, 0.0, "random", (1.0, 1.0))[:2] != (k - 1, k - 1)          # rounding up to 1 stays inside
-    assert k == 2 or any(w != s.argmax() for w, s in zip(win, scores))
+    assert k == 2 or (win != scores.argmax(1)).any()
 
 
 # The loss
@@ -98,9 +98,10 @@ def test_gradient_is_exactly_zero_outside_the_clamp_and_right_inside():
     assert lose.grad[0].item() == pytest.approx(10 / (1 + math.exp(10 * math.log(1.1))), rel=1e-5)
 
 
-@settings(deadline=None, max_examples=200)
-@given(slots=st.lists(st.integers(0, 10 ** 6), unique=True, max_size=120), size=st.integers(1, 50), seed=st.integers(0, 99))
-def test_minibatches_hold_every_slot_once(slots, size, seed):
+@settings(deadline=None, max_examples=100)
+@given(count=st.integers(0, 200), size=st.integers(1, 50), seed=st.integers(0, 99))
+def test_minibatches_hold_every_slot_once(count, size, seed):
+    slots = [3 * i + 1 for i in range(count)]
     batches = cut_minibatches(slots, size, seed, "pairs", 0)
     assert sorted(s for b in batches for s in b) == sorted(slots)
     sizes = [len(b) for b in batches]
@@ -116,11 +117,16 @@ def test_minibatches_are_shuffled_by_key():
 
 # Sampling on the random checkpoint
 
-def setup(sd, spm, **changes):
-    """(pipe, models, config, cond, uncond, text features) of the seven prompts."""
+def setup(sd, spm, double: bool = False, **changes):
+    """(pipe, models, config, cond, uncond, text features) of the seven prompts.
+
+    `double`: the UNet in fp64, so that results of differently batched forwards differ by mathematics alone, not by rounding.
+    """
     config = SPOConfig(**(dict(model=str(sd), spm=str(spm), dtype="fp32", steps=6, k=3, threshold=0.0, lr=1e-3) | changes))
     torch.manual_seed(0)
     pipe, models = spo_train.prepare(config, ALONE)
+    if double:
+        pipe.unet.double()
     cond = encode_prompts(pipe, PROMPTS)
     return pipe, models, config, cond, negative(pipe, cond, encode_empty(pipe)), spo_train.judge_features(pipe, models.judge, PROMPTS)
 
@@ -198,7 +204,7 @@ def test_one_pool_recomputed_by_hand(parts):
             noise, uniform = torch.randn(1, 3, 4, 8, 8, generator=g)[0], torch.rand(3, generator=g)
             pool = mean + std * noise
             win, lose = pairs.scores[i, slot].argmax(), pairs.scores[i, slot].argmin()
-            assert_close(pairs.x_next[i, slot], pool[[win, lose]], what=f"pool at {t}")
+            assert_close(pairs.x_next[i, slot], pool[torch.stack([win, lose])], what=f"pool at {t}")
             x_t = pool[int(uniform[0] * 3)][None]
 
 
@@ -299,7 +305,7 @@ def four_forwards(parts, pairs, batch, t, config) -> torch.Tensor:
 @pytest.mark.parametrize("j, train_batch", [(1, 100), (3, 100), (3, 4)])
 def test_shared_forward_equals_four_forwards(sd, spm, j, train_batch):
     """Same loss and same gradient of every LoRA weight, with one x_t per pair, and with two where paths have parted."""
-    ours, plain = (setup(sd, spm, j=j, train_batch=train_batch, clip_norm=1e9) for _ in range(2))
+    ours, plain = (setup(sd, spm, double=True, j=j, train_batch=train_batch, clip_norm=1e9) for _ in range(2))
     pairs = sample(ours)
     for parts in (ours, plain):
         perturb(parts[0], 0.02)
@@ -347,7 +353,7 @@ def test_gradient_is_really_clipped(parts):
 def test_minibatch_gradient_does_not_depend_on_train_batch(sd, spm):
     gradients = []
     for size in (1, 5, 100):
-        parts = setup(sd, spm, train_batch=size)
+        parts = setup(sd, spm, double=True, train_batch=size)
         pairs = sample(parts, j=2)
         perturb(parts[0], 0.02)
         train(parts, pairs, torch.optim.SGD(lora.parameters(parts[0].unet), lr=1.0), clip_norm=1e9)
@@ -407,10 +413,10 @@ def test_other_judges(sd, spm, pickscore, prompts, tmp_path, judge):
     kind = ("--model", sd, "--prompts", prompts, "--out", tmp_path / "run", *BASE, "--judge", judge)
     call("spo_train", *kind, "--spm", pickscore)
     assert log_of(tmp_path / "run")[0]["updates"] > 0
-    with pytest.raises(InputError, match="step-aware"):
-        call("spo_train", *kind[:-4], "--spm", spm, "--rounds", "1", "--judge", judge)
+    with pytest.raises(InputError, match="is step-aware"):
+        call("spo_train", *kind, "--spm", spm, "--out", tmp_path / "other")
     with pytest.raises(InputError, match="not step-aware"):
-        call("spo_train", *kind[:-2], "--spm", pickscore, "--judge", "spm", "--out", tmp_path / "other")
+        call("spo_train", *kind[:-2], "--spm", pickscore, "--judge", "spm", "--out", tmp_path / "third")
 
 
 def test_sdxl_shape_trains_too(sdxl, spm, prompts, tmp_path):
@@ -454,4 +460,4 @@ def test_trace_draws_every_pool(parts):
     """The paper's Figure 3: a row per pool, a cell per candidate."""
     pipe, models, config = parts[:3]
     image = spo_train.trace_prompt(pipe, models, PROMPTS[0], config)
-    assert image.size == (64 + 3 * 108, 5 * 124) and len(image.getcolors(100_000)) > 50
+    assert image.size == (64 + 3 * 108, 5 * 124) and len(image.getcolors(10 ** 6)) > 50
