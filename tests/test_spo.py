@@ -308,9 +308,9 @@ def test_shared_forward_equals_four_forwards(sd, spm, j, train_batch):
     ours, plain = (setup(sd, spm, double=True, j=j, train_batch=train_batch, clip_norm=1e9) for _ in range(2))
     pairs = sample(ours)
     for parts in (ours, plain):
-        perturb(parts[0], 0.02)
+        perturb(parts[0], 0.05)
     pairs.valid[:] = False
-    batch = [(0, 0), (0, 1), (2, 1), (3, 2), (4, 2), (5, 4), (6, 0)]
+    batch = [(0, 0), (0, 1), (2, 1), (3, 2), (1, 3), (2, 3), (5, 4), (6, 0)]
     for prompt, slot in batch:
         pairs.valid[prompt, slot] = True
     loss = four_forwards(plain, pairs, batch, STEPS_6[1:], plain[2])
@@ -327,7 +327,7 @@ def test_shared_forward_equals_four_forwards(sd, spm, j, train_batch):
     assert stats["loss"] == pytest.approx(loss.item(), abs=1e-5) and stats["updates"] == 1 and stats["pairs"] == len(batch)
     for p, grad in zip(lora.parameters(ours[0].unet), optimizer.kept, strict=True):
         p.grad = grad
-    assert 0 < stats["clipped"] < 1 or j == 1               # some ratios inside, some outside the clamp
+    assert 0 < stats["clipped"] < 1                         # some ratios inside, some outside the clamp
     assert_same_gradients(ours[0].unet, plain[0].unet)
 
 
