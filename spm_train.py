@@ -115,8 +115,11 @@ def encode_dataset(pipe: Pipeline, images: torch.Tensor, captions: list[str], la
     return Dataset(mean, std, captions, label, weight)
 
 
-def load_pairs(config: SPMConfig) -> tuple[torch.Tensor, list[str], torch.Tensor, torch.Tensor]:
-    """Pictures uint8 [N, 2, 3, H, W], captions, label [N], weight [N]; from a folder's pairs.jsonl or the tiny world."""
+def load_pairs(config: SPMConfig, side: int) -> tuple[torch.Tensor, list[str], torch.Tensor, torch.Tensor]:
+    """Pictures uint8 [N, 2, 3, H, W], captions, label [N], weight [N]; from a folder's pairs.jsonl or the tiny world.
+
+    A folder's pictures are cut to squares of `side` pixels. Raises InputError that names the file and the line.
+    """
     if not config.pairs:
         if config.model != "tiny":
             raise InputError("--pairs: a folder with pairs.jsonl is needed (only tiny brings its own preferences)")
@@ -127,11 +130,18 @@ def load_pairs(config: SPMConfig) -> tuple[torch.Tensor, list[str], torch.Tensor
 
     import numpy as np
     from PIL import Image
-    folder, side = Path(config.pairs), config.resolution or (1024 if config.model == "sdxl" else 512)
+    folder = Path(config.pairs)
     try:
-        rows = [json.loads(line) for line in (folder / "pairs.jsonl").read_text(encoding="utf-8").splitlines() if line.strip()]
+        lines = [line for line in (folder / "pairs.jsonl").read_text(encoding="utf-8-sig").split("\n") if line.strip()]
+        rows = [json.loads(line) for line in lines]
     except (OSError, ValueError) as error:
         raise InputError(f"{folder / 'pairs.jsonl'}: cannot be read ({error})") from None
+    for i, row in enumerate(rows):
+        missing = [k for k in ("caption", "image_0", "image_1", "label_0") if not isinstance(row, dict) or k not in row]
+        if missing:
+            raise InputError(f"{folder / 'pairs.jsonl'}: line {i + 1} lacks {', '.join(missing)}")
+    if not rows:
+        raise InputError(f"{folder / 'pairs.jsonl'}: holds no pairs")
 
     def picture(name: str) -> torch.Tensor:
         try:
@@ -207,7 +217,7 @@ def accuracy_table(pipe: Pipeline, models: dict[str, CLIP], data: Dataset, index
         for begin in range(0, len(mine), 64):
             part = mine[begin:begin + 64]
             steps = torch.full((len(part),), t)
-            cond = encode_prompts(pipe, [data.captions[i] for i in part])
+            cond = encode_prompts(pipe, [data.captions[i] for i in part], config.resolution or None)
             size = next(iter(models.values())).config.vision.image_size
             pixels = predicted_pixels(pipe, data, part, steps, cond, empty, config.guidance_scale, (config.seed, "report", t), size)
             for name, clip in models.items():
@@ -217,7 +227,7 @@ def accuracy_table(pipe: Pipeline, models: dict[str, CLIP], data: Dataset, index
         for name in models:
             processes.sum([right[name]])
             share, n = float(right[name][0] / right[name][1]), int(right[name][1])
-            out[name][t] = [share, (share * (1 - share) / n) ** 0.5, n]
+            out[name][t] = [share, (share * (1 - share) / max(n, 1)) ** 0.5, n]
     return out
 
 
@@ -247,7 +257,8 @@ def main() -> None:
     pipe = load_pipeline(config.model, dtype, processes.device, vae=config.vae or None, prediction_type=config.prediction_type,
                          tokenizer=config.tokenizer)
     pickscore = load_clip(config.pickscore, torch.float32, processes.device)
-    images, captions, label, weight = load_pairs(config)
+    side = config.resolution or pipe.unet.config.sample_size * pipe.vae.factor
+    images, captions, label, weight = load_pairs(config, side)
     length = pickscore.config.text.max_position_embeddings
     ids = torch.tensor(pipe.tokenizers[0](captions, padding="max_length", truncation=True, max_length=length).input_ids)
     if config.labels == "pickscore":
@@ -291,7 +302,7 @@ def main() -> None:
         for start in range(0, len(mine), config.micro_batch):
             rows = mine[start:start + config.micro_batch]
             index, t = [batch[r] for r in rows], timesteps[rows]
-            cond = encode_prompts(pipe, [captions[i] for i in index])
+            cond = encode_prompts(pipe, [captions[i] for i in index], side)
             pixels = predicted_pixels(pipe, data, index, t, cond, empty, config.guidance_scale, (config.seed, "noise", step),
                                       pickscore.config.vision.image_size)
             target, w = data.label[index].to(pipe.device), data.weight[index].to(pipe.device)
