@@ -98,6 +98,7 @@ def _alphas(schedule: Schedule, timestep: torch.Tensor | int, device: torch.devi
     """alphas_cumprod of one number (0-d) or of [N] timesteps ([N, 1, 1, 1])."""
     if isinstance(timestep, int):
         return torch.tensor(schedule.alpha(timestep), dtype=torch.float32, device=device)
+    timestep = timestep.to(device)
     alphas = schedule.alphas_cumprod.to(device)[timestep.clamp(min=0)]
     return torch.where(timestep >= 0, alphas, torch.full_like(alphas, schedule.final_alpha_cumprod)).view(-1, 1, 1, 1)
 

@@ -106,7 +106,7 @@ def test_minibatches_hold_every_slot_once(count, size, seed):
     assert sorted(s for b in batches for s in b) == sorted(slots)
     sizes = [len(b) for b in batches]
     assert all(sizes) and (not sizes or max(sizes) - min(sizes) <= 1)
-    assert len(slots) < size or all(2 * size / 3 <= n <= 3 * size / 2 for n in sizes)
+    assert len(slots) < size or all(2 * size // 3 <= n <= math.ceil(3 * size / 2) for n in sizes)      # whole pairs
     assert batches == cut_minibatches(slots, size, seed, "pairs", 0)
 
 
