@@ -182,7 +182,7 @@ def main() -> None:
     protocol = dict(model=config.model, sampler=f"DDIM, eta {config.eta}", steps=config.steps, guidance_scale=config.guidance_scale,
                     resolution=config.resolution or pipe.latent_shape()[1] * pipe.vae.factor, dtype=config.dtype, seed=config.seed,
                     prompts=len(prompts), images_per_prompt=config.images_per_prompt,
-                    prompts_sha256=hashlib.sha256("\n".join(prompts).encode()).hexdigest())
+                    prompts_sha256=hashlib.sha256("\n".join(prompts).encode()).hexdigest(), vae=config.vae or "its own")
     prompts = [p for p in prompts for _ in range(config.images_per_prompt)]
     claim(folder, dict(protocol, lora={n: digest(s) for n, s in models.items()}), processes)
     draw_all(pipe, models, prompts, config, processes, folder / "images")
