@@ -86,7 +86,7 @@ class SPMConfig:
 
 PRESETS = {
     "tiny": dict(pickscore=str(TINY / "pickscore"), dtype="fp32", guidance_scale=3.0, lr=1.5e-4, decay=True, warmup=20,
-                 weight_decay=0.05, steps=600, batch=32, micro_batch=32, step_blind=True, save_every=200, validation=768),
+                 weight_decay=0.05, steps=1000, batch=32, micro_batch=32, step_blind=True, save_every=250, count=16_000, validation=2048),
     "sd15": dict(),
     "sdxl": dict(vae=SDXL_VAE, lr=1e-6, steps=7000, labels="pickscore", micro_batch=4),
 }
@@ -205,37 +205,40 @@ def pair_scores(clip: CLIP, pixels: torch.Tensor, timestep: torch.Tensor, ids: t
 @torch.no_grad()
 def accuracy_table(pipe: Pipeline, models: dict[str, CLIP], data: Dataset, index: list[int], config: SPMConfig,
                    empty: Conditioning | None, ids: torch.Tensor, processes: Processes) -> dict[str, dict[int, list[float]]]:
-    """Share of validation pairs ordered as labelled, with its standard error, per model and timestep; ties left out.
+    """Share of validation pairs ordered as labelled, per model and timestep; ties left out.
 
-    Every model sees the same inputs. {model: {t: [accuracy, standard error, pairs]}}
+    {model: {t: [accuracy, standard error, pairs, paired difference from the first model, its standard error]}}
+    Every model sees the same inputs, so the paired error of a difference is smaller than two errors together.
     """
     index = [i for i in index if float(data.label[i]) != 0.5]
-    out = {name: {} for name in models}
+    out, n = {name: {} for name in models}, max(len(index), 1)
+    size = next(iter(models.values())).config.vision.image_size
     for t in REPORT_AT:
-        right = {name: torch.zeros(2, device=pipe.device) for name in models}
-        mine = index[processes.rank::processes.world]
+        hits = torch.zeros(len(models), len(index), device=pipe.device)
+        mine = processes.share(len(index))
         for begin in range(0, len(mine), 64):
-            part = mine[begin:begin + 64]
-            steps = torch.full((len(part),), t)
+            place = mine[begin:begin + 64]
+            part, steps = [index[i] for i in place], torch.full((len(place),), t)
             cond = encode_prompts(pipe, [data.captions[i] for i in part], config.resolution or None)
-            size = next(iter(models.values())).config.vision.image_size
             pixels = predicted_pixels(pipe, data, part, steps, cond, empty, config.guidance_scale, (config.seed, "report", t), size)
-            for name, clip in models.items():
+            for m, clip in enumerate(models.values()):
                 scores = pair_scores(clip, pixels, steps, ids[part].to(pipe.device), torch.float32)
-                hit = (scores[:, 0] > scores[:, 1]).cpu() == (data.label[part] > 0.5)
-                right[name] += torch.tensor([float(hit.sum()), len(part)], device=pipe.device)
-        for name in models:
-            processes.sum([right[name]])
-            share, n = float(right[name][0] / right[name][1]), int(right[name][1])
-            out[name][t] = [share, (share * (1 - share) / max(n, 1)) ** 0.5, n]
+                hits[m, place] = ((scores[:, 0] > scores[:, 1]) == (data.label[part] > 0.5).to(pipe.device)).float()
+        processes.sum([hits])
+        for name, row in zip(models, hits):
+            change, share = row - hits[0], float(row.mean())
+            out[name][t] = [share, (share * (1 - share) / n) ** 0.5, len(index),
+                            float(change.mean()), float(change.std(correction=0)) / n ** 0.5]
     return out
 
 
 def print_table(table: dict[str, dict[int, list[float]]]) -> None:
-    """The table of accuracies as text."""
+    """The table of accuracies as text, and how far each model is from the first, pair by pair."""
     print(f"{'pair accuracy at t =':22}" + "".join(f"{t:>16}" for t in REPORT_AT))
     for name, row in table.items():
-        print(f"{name:22}" + "".join(f"{row[t][0]:>9.3f} +-{row[t][1]:.3f}" for t in REPORT_AT))
+        print(f"{name:22}" + "".join(f"{row[t][0]:>9.3f} ± {row[t][1]:.3f}" for t in REPORT_AT))
+    for name, row in list(table.items())[1:]:
+        print(f"{'  ' + name + ', more':22}" + "".join(f"{row[t][3]:>+9.3f} ± {row[t][4]:.3f}" for t in REPORT_AT))
 
 
 def save_spm(clip: CLIP, folder: Path) -> None:

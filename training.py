@@ -11,6 +11,7 @@ import difflib
 import hashlib
 import json
 import os
+import re
 import signal
 import sys
 import time
@@ -55,6 +56,7 @@ def parse_options(cls, presets: dict[str, dict], arguments: list[str] | None = N
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = _refuse
+    parser._negative_number_matcher = re.compile(r"^-[\d.]+(e[+-]?\d+)?$", re.I)    # before Python 3.14, -1e-3 is taken for an option
     for f in dataclasses.fields(cls):
         names = [f"--{f.name}"] + ([f"--{f.name.replace('_', '-')}"] if "_" in f.name else [])
         flag = dict(nargs="?", const="true") if kinds[f.name] is bool else {}
