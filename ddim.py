@@ -20,22 +20,27 @@ class Schedule:
 
     @classmethod
     def from_json(cls, config: dict) -> "Schedule":
-        """Build from a scheduler configuration; raises ValueError for schedules that SD-1.5 and SDXL do not use."""
+        """Build from a scheduler configuration; raises ValueError for noise schedules that SD-1.5 and SDXL do not use.
+
+        How a sampler spaces its steps (`timestep_spacing`) is not part of the model and is ignored: SPO walks "leading".
+        What configurations of other samplers leave out (steps_offset, set_alpha_to_one) is as in the official files.
+        """
         kind, prediction = config.get("beta_schedule", "linear"), config.get("prediction_type", "epsilon")
         if kind not in ("scaled_linear", "linear") or prediction not in ("epsilon", "v_prediction"):
             raise ValueError(f"scheduler config: beta_schedule={kind!r} with prediction_type={prediction!r} is not supported")
         if config.get("trained_betas") is not None or config.get("rescale_betas_zero_snr"):
             raise ValueError("scheduler config: trained_betas and rescale_betas_zero_snr are not supported")
-        if config.get("clip_sample") or config.get("thresholding") or config.get("timestep_spacing", "leading") != "leading":
-            raise ValueError("scheduler config: clip_sample, thresholding and a timestep_spacing other than 'leading' are not supported")
+        if config.get("clip_sample") or config.get("thresholding"):
+            raise ValueError("scheduler config: clip_sample and thresholding are not supported")
         low, high, count = config.get("beta_start", 1e-4), config.get("beta_end", 0.02), config.get("num_train_timesteps", 1000)
         if kind == "scaled_linear":
             betas = torch.linspace(low ** 0.5, high ** 0.5, count, dtype=torch.float32).square()
         else:
             betas = torch.linspace(low, high, count, dtype=torch.float32)
         alphas_cumprod = (1 - betas).cumprod(0)
-        final = 1.0 if config.get("set_alpha_to_one", True) else float(alphas_cumprod[0])
-        return cls(alphas_cumprod, final, prediction, config.get("steps_offset", 0))
+        own = config.get("_class_name", "DDIMScheduler") == "DDIMScheduler"         # whose defaults these then are
+        final = 1.0 if config.get("set_alpha_to_one", own) else float(alphas_cumprod[0])
+        return cls(alphas_cumprod, final, prediction, config.get("steps_offset", 0 if own else 1))
 
     def timesteps(self, steps: int) -> list[int]:
         """The descending timesteps of a run of `steps` ("leading" spacing): 20 -> 951, 901, ..., 51, 1."""

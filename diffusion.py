@@ -41,6 +41,8 @@ SDXL_UNET = UNetConfig(
     addition_time_embed_dim=256, projection_class_embeddings_input_dim=2816)
 SCHEDULER = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", set_alpha_to_one=False, steps_offset=1)
 
+NEGATIVE = {"": None, "zeros": True, "encoded": False}     # what --negative says, for load_pipeline
+
 
 @dataclass
 class Conditioning:
@@ -149,9 +151,13 @@ def _single_file(path: Path, dtype: torch.dtype, device: torch.device, tokenizer
         parts.append((encoders[1], second))
     for module, tensors in parts:
         load_strict(module, clean(tensors), path, dtype, device)
+    vae = vae.to(memory_format=torch.channels_last)         # as in _component
     home = fetch(tokenizer or NAMES["sdxl" if sdxl else "sd15"], ["tokenizer*/*"])
     tokenizers = [_tokenizer(home / name) for name in ("tokenizer", "tokenizer_2")[:1 + sdxl]]
-    schedule = ddim.Schedule.from_json(dict(SCHEDULER, prediction_type=prediction_type or "epsilon"))
+    if "ztsnr" in weights:
+        raise InputError(f"{path}: trained with a zero-terminal-SNR schedule, which is not supported")
+    prediction_type = prediction_type or ("v_prediction" if "v_pred" in weights else "epsilon")     # a marker that some files carry
+    schedule = ddim.Schedule.from_json(dict(SCHEDULER, prediction_type=prediction_type))
     return Pipeline(str(path), tokenizers, encoders, unet, vae, schedule, zero_negative=sdxl, device=device)
 
 
@@ -171,27 +177,31 @@ def _folder(source: str, root: Path, dtype: torch.dtype, device: torch.device) -
 
 
 def load_pipeline(source: str = "tiny", dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu",
-                  unet: str | None = None, vae: str | None = None, prediction_type: str = "", tokenizer: str = "") -> Pipeline:
+                  unet: str | None = None, vae: str | None = None, prediction_type: str = "", tokenizer: str = "",
+                  zero_negative: bool | None = None) -> Pipeline:
     """Load a model by name (`tiny`, `sd15`, `sdxl`), folder or hub id in the diffusers layout, or single-file checkpoint.
 
     `unet` and `vae` replace those parts by the ones of another folder or hub id (a full fine-tune; SDXL's fp16-safe VAE).
     `prediction_type` (epsilon, v_prediction) and `tokenizer` (a folder or hub id with `tokenizer/`) are for single files,
-    which carry neither. A VAE that asks for it stays fp32. Raises InputError where a file is missing or does not fit.
+    which carry neither. `zero_negative` says whether guidance's other side is all zero (None: as the model was trained).
+    A VAE that asks for it stays fp32. Raises InputError where a file is missing or does not fit.
     """
     device, name = torch.device(device), NAMES.get(source, source)
     if name.endswith((".safetensors", ".ckpt")):
-        pipe = _single_file(Path(name), dtype, device, tokenizer, prediction_type)
+        pipe = _single_file(fetch(name, []), dtype, device, tokenizer, prediction_type)
     else:
         pipe = _folder(source, fetch(name, FILES), dtype, device)
         if prediction_type:
             pipe.schedule = replace(pipe.schedule, prediction_type=prediction_type)
+    if zero_negative is not None:
+        pipe.zero_negative = zero_negative
     if unet:
         root = fetch(unet, ["unet/config.json", "unet/*.safetensors*", "config.json", "*.safetensors"])
         pipe.unet = _component(UNet, UNetConfig, root / "unet" if (root / "unet").is_dir() else root, dtype, device)
     if vae:
         root = fetch(vae, ["config.json", "diffusion_pytorch_model.safetensors", "vae/*"])
         pipe.vae = _component(VAE, VAEConfig, root / "vae" if (root / "vae").is_dir() else root, dtype, device)
-    if pipe.vae.config.force_upcast and dtype == torch.float16:
+    if pipe.vae.config.force_upcast:
         pipe.vae.float()
     return pipe
 

@@ -18,7 +18,7 @@ from PIL import Image
 from tqdm import tqdm
 
 import lora
-from diffusion import DTYPES, SDXL_VAE, TINY, Pipeline, decode, generate, generate_latents, grid, load_clip, load_pipeline, to_pil
+from diffusion import DTYPES, NEGATIVE, SDXL_VAE, TINY, Pipeline, decode, generate, generate_latents, grid, load_clip, load_pipeline, to_pil
 from metrics import Metric, load_metric
 from training import Processes, opt, parse_options, read_prompts, run_script, start_processes, write_atomic, write_json
 from weights import InputError, fetch, read_weights
@@ -45,6 +45,8 @@ class EvaluateConfig:
     vae: str = opt("", "another VAE, folder or hub id; empty: the model's own")
     prediction_type: str = opt("", "single files: epsilon or v_prediction; empty: epsilon, or as the folder says",
                                ("", "epsilon", "v_prediction"))
+    negative: str = opt("", "guidance's other side: zeros, or the empty prompt encoded; empty: as the model was trained",
+                        ("", "zeros", "encoded"))
     tokenizer: str = opt("", "single files: folder or hub id with tokenizer/ (and tokenizer_2/); empty: the official one")
     prompt: str = opt("", "only draw this prompt with every candidate, no scores")
     trace: str = opt("", "only draw one SPO trajectory of this prompt with its candidates and scores")
@@ -166,7 +168,7 @@ def main() -> None:
         raise InputError(f"--steps {config.steps}: must lie in 1..999")
     models, folder = candidates(config), Path(config.out)
     pipe = load_pipeline(config.model, DTYPES[config.dtype], processes.device, vae=config.vae or None,
-                         prediction_type=config.prediction_type, tokenizer=config.tokenizer)
+                         prediction_type=config.prediction_type, tokenizer=config.tokenizer, zero_negative=NEGATIVE[config.negative])
     if config.trace:
         return trace(pipe, models, config, folder)
     if config.prompt:

@@ -23,6 +23,7 @@ import ddim
 from clip_spm import CLIP, make_step_aware, preference_loss, preprocess_decoded
 from diffusion import (
     DTYPES,
+    NEGATIVE,
     SDXL_VAE,
     TINY,
     Conditioning,
@@ -67,6 +68,8 @@ class SPMConfig:
     vae: str = opt("", "another VAE, folder or hub id; empty: the model's own")
     prediction_type: str = opt("", "single files: epsilon or v_prediction; empty: epsilon, or as the folder says",
                                ("", "epsilon", "v_prediction"))
+    negative: str = opt("", "guidance's other side: zeros, or the empty prompt encoded; empty: as the model was trained",
+                        ("", "zeros", "encoded"))
     tokenizer: str = opt("", "single files: folder or hub id with tokenizer/ (and tokenizer_2/); empty: the official one")
     resolution: int = opt(0, "picture side in pixels; 0: the model's own")
     guidance_scale: float = opt(5.0, "classifier-free guidance of the x0 prediction (O: 5)")
@@ -258,7 +261,7 @@ def main() -> None:
     run = Run(config.out, dataclasses.asdict(config), processes, FREE)
     dtype = DTYPES[config.dtype]
     pipe = load_pipeline(config.model, dtype, processes.device, vae=config.vae or None, prediction_type=config.prediction_type,
-                         tokenizer=config.tokenizer)
+                         tokenizer=config.tokenizer, zero_negative=NEGATIVE[config.negative])
     pickscore = load_clip(config.pickscore, torch.float32, processes.device)
     side = config.resolution or pipe.unet.config.sample_size * pipe.vae.factor
     images, captions, label, weight = load_pairs(config, side)

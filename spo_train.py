@@ -29,6 +29,7 @@ import lora
 from clip_spm import CLIP, preprocess_decoded
 from diffusion import (
     DTYPES,
+    NEGATIVE,
     SDXL_VAE,
     TINY,
     Conditioning,
@@ -74,6 +75,8 @@ class SPOConfig:
     vae: str = opt("", "another VAE, folder or hub id; empty: the model's own (sdxl: the fp16-safe one)")
     prediction_type: str = opt("", "single files: epsilon or v_prediction; empty: epsilon, or as the folder says",
                                ("", "epsilon", "v_prediction"))
+    negative: str = opt("", "guidance's other side: zeros, or the empty prompt encoded; empty: as the model was trained",
+                        ("", "zeros", "encoded"))
     tokenizer: str = opt("", "single files: folder or hub id with tokenizer/ (and tokenizer_2/); empty: the official one")
     # Sampling (P 5.1)
     steps: int = opt(20, "DDIM steps of a trajectory (P: 20)")
@@ -385,7 +388,11 @@ def prepare(config: SPOConfig, processes: Processes) -> tuple[Pipeline, Models]:
     """Load model and judge, put the LoRA on, compile if asked."""
     dtype = DTYPES[config.dtype]
     pipe = load_pipeline(config.model, dtype, processes.device, vae=config.vae or None, prediction_type=config.prediction_type,
-                         tokenizer=config.tokenizer)
+                         tokenizer=config.tokenizer, zero_negative=NEGATIVE[config.negative])
+    last = pipe.schedule.timesteps(config.steps)[-1]
+    if last >= config.t_min and last - len(pipe.schedule.alphas_cumprod) // config.steps < 0 and pipe.schedule.final_alpha_cumprod == 1:
+        raise InputError(f"{config.model}: its scheduler sets set_alpha_to_one, so the step from t = {last} has no spread and no "
+                         f"probability; set it to false in scheduler_config.json, or --t_min {last + 1}")
     judge = load_clip(judge_source(config), dtype, processes.device)
     if (config.judge == "spm") != judge.config.step_aware:
         raise InputError(f"--judge {config.judge}: {judge_source(config)} is {'' if judge.config.step_aware else 'not '}step-aware")

@@ -142,7 +142,16 @@ def test_predicted_x0_undoes_add_noise(prediction):
 
 @pytest.mark.parametrize("field, value", [
     ("beta_schedule", "squaredcos_cap_v2"), ("prediction_type", "sample"), ("rescale_betas_zero_snr", True),
-    ("trained_betas", [0.1, 0.2]), ("clip_sample", True), ("thresholding", True), ("timestep_spacing", "trailing")])
+    ("trained_betas", [0.1, 0.2]), ("clip_sample", True), ("thresholding", True)])
 def test_other_schedules_are_refused(field, value):
     with pytest.raises(ValueError, match=field):
         ddim.Schedule.from_json(CONFIG | {field: value})
+
+
+def test_what_belongs_to_a_sampler_is_not_taken_over():
+    """Folders saved with another sampler name another spacing and lack DDIM's own settings; the noise schedule is what counts."""
+    theirs = {k: v for k, v in CONFIG.items() if k not in ("set_alpha_to_one", "steps_offset", "clip_sample")}
+    ours, other = ddim.Schedule.from_json(CONFIG), ddim.Schedule.from_json(
+        theirs | dict(_class_name="DPMSolverMultistepScheduler", timestep_spacing="linspace"))
+    assert other.timesteps(20) == ours.timesteps(20) and other.final_alpha_cumprod == ours.final_alpha_cumprod
+    assert torch.equal(other.alphas_cumprod, ours.alphas_cumprod)

@@ -139,8 +139,9 @@ def test_a_run_leaves_table_and_weights(kind, tmp_path, pickscore):
     assert list(table) == ["PickScore", "SPM", "step-blind SPM"]
     for row in table.values():
         assert list(row) == ["0", "251", "501", "701", "951"]
-        for share, error, n in row.values():
+        for t, (share, error, n, difference, paired_error) in row.items():
             assert 0 <= share <= 1 and 1 <= n <= 5 and error == pytest.approx((share * (1 - share) / n) ** 0.5)
+            assert difference == pytest.approx(share - table["PickScore"][t][0], abs=1e-6) and 0 <= paired_error <= (1 / n) ** 0.5
     weights = load_file(out / "spm/model.safetensors")
     assert all(k.startswith("model.") for k in weights)
     spm, blind, start = (load_clip(str(f)) for f in (out / "spm", out / "spm_step_blind", pickscore))
