@@ -9,8 +9,8 @@ import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from safetensors.torch import load_file, save_file
 
-from conftest import assert_close
-from diffusion import decode, encode_empty, encode_prompts, generate, generate_latents, grid, load_clip, load_pipeline, negative, to_pil
+from conftest import FACTS, assert_close
+from diffusion import _tokenizer, decode, encode_empty, encode_prompts, generate, generate_latents, grid, load_clip, load_pipeline, negative, to_pil
 from helpers import PROMPTS
 from weights import InputError, read_weights, weight_file
 
@@ -237,3 +237,34 @@ def test_judges_load_from_folders(pickscore, spm):
     """PickScore's and the SPM's folders tell themselves apart."""
     assert not load_clip(str(pickscore)).config.step_aware and load_clip(str(spm)).config.step_aware
     assert all(k.startswith("model.") for k in load_file(spm / "model.safetensors"))
+
+
+ODD = ["", "!!!", "a " * 200, "caf\u00e9 \u4e2d\u6587 \U0001f680 na\u00efve", "<|endoftext|> x", "  tabs\tand\nlines  ", "UPPER lower", "it's 3,14 $5"]
+
+
+def official_prompts() -> list[str]:
+    """Odd strings and, where they are at hand, the 4k real training prompts."""
+    path = FACTS.parent / "data/prompts/spo_4k_training_prompts.json"
+    return ODD + ([row["caption"] for row in json.loads(path.read_text())] if path.exists() else [])
+
+
+@pytest.mark.parametrize("name", ["stable-diffusion-v1-5", "stable-diffusion-xl-base-1.0"])
+def test_prompts_on_the_official_tokenizers(name):
+    """Token ids equal those of transformers' own slow path and of diffusers' pipelines: truncated to 77, each encoder's own padding."""
+    root = FACTS.parent / "official" / name
+    if not root.exists():
+        pytest.skip("the official tokenizer files are not at hand")
+    from transformers import AutoTokenizer
+    texts = official_prompts()
+    assert len(texts) > 4000
+    for part in ("tokenizer", "tokenizer_2")[:1 + name.endswith("1.0")]:
+        mine = _tokenizer(root / part)
+        ids = torch.tensor(mine(texts, padding="max_length", truncation=True, max_length=77).input_ids)
+        want = AutoTokenizer.from_pretrained(root / part)(texts, padding="max_length", truncation=True, max_length=77, return_tensors="pt").input_ids
+        assert torch.equal(ids, want) and ids.shape == (len(texts), 77)
+        assert (ids[:, 0] == 49406).all() and (ids == 49407).any(1).all()
+        pad = 0 if part == "tokenizer_2" else 49407
+        assert ids[0].tolist() == [49406, 49407] + [pad] * 75           # the empty prompt
+        if part == "tokenizer_2":                                       # "!" pads there, so "!!!" is three of them, not one token
+            assert ids[1].tolist()[:5] == [49406, 0, 0, 0, 49407]
+        assert ids[2, 76] == 49407 and (ids[2, 1:76] == 320).all()       # over 77 tokens: cut, the end token stays

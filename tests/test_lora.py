@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.loaders import StableDiffusionLoraLoaderMixin
 from diffusers.utils import convert_state_dict_to_kohya
 from peft import LoraConfig
@@ -12,7 +12,10 @@ from peft.utils import get_peft_model_state_dict
 
 import lora
 from conftest import assert_close, randomize, sd15_shaped, sdxl_shaped, seeded
+from diffusion import generate, load_pipeline
+from helpers import PROMPTS, shell
 from unet import UNet, UNetConfig
+from weights import read_weights
 
 INPUTS = dict(latents=torch.randn(2, 4, 16, 16, generator=seeded(1)), timestep=torch.tensor([951, 1]),
               prompt_embeds=torch.randn(2, 7, 12, generator=seeded(2)))
@@ -321,3 +324,48 @@ def test_norm_is_the_frobenius_norm_of_the_change(alpha):
 def test_no_match_is_refused():
     with pytest.raises(ValueError, match="to_nothing"):
         lora.add(base_model(), 4, targets=("to_nothing",))
+
+
+@pytest.fixture
+def lora_file(sd, tmp_path):
+    """A trained-looking LoRA for the minuscule SD checkpoint, in diffusers format."""
+    from safetensors.torch import save_file
+    unet = load_pipeline(str(sd)).unet
+    fill(lora.add(unet, 3))
+    save_file(lora.state(unet), tmp_path / "lora.safetensors")
+    return tmp_path / "lora.safetensors"
+
+
+def test_command_line_converts_there_and_back(sd, lora_file, tmp_path):
+    kohya, back = tmp_path / "kohya.safetensors", tmp_path / "back.safetensors"
+    shell("lora.py", "convert", lora_file, kohya, "--model", sd, "--format", "kohya")
+    done = shell("lora.py", "convert", kohya, back, "--model", sd)
+    assert "diffusers format" in done.stdout
+    first, middle, last = (read_weights(f) for f in (lora_file, kohya, back))
+    assert all(k.startswith("lora_unet_") for k in middle) and any(k.endswith(".alpha") for k in middle)
+    assert first.keys() == last.keys() and all(torch.equal(v, last[k]) for k, v in first.items())
+    refused = shell("lora.py", "convert", lora_file, kohya, "--model", sd, check=False)
+    assert refused.returncode and "exists already" in refused.stderr and "Traceback" not in refused.stderr
+
+
+def test_command_line_merges_into_a_checkpoint_of_its_own(sd, lora_file, tmp_path):
+    """The written folder draws what the LoRA draws, here and in diffusers, and the source stays as it was."""
+    shell("lora.py", "merge", lora_file, tmp_path / "merged", "--model", sd)
+    base, worn, merged = load_pipeline(str(sd)), load_pipeline(str(sd)), load_pipeline(str(tmp_path / "merged"))
+    lora.load(worn.unet, read_weights(lora_file))
+    images = [generate(p, PROMPTS[:2], [0, 1], steps=3) for p in (base, worn, merged)]
+    assert_close(images[2], images[1])
+    assert (images[0] - images[1]).abs().max() > 1e-2
+    theirs = StableDiffusionPipeline.from_pretrained(tmp_path / "merged")
+    ours = merged.unet.state_dict()
+    assert all(torch.equal(v, ours[k]) for k, v in theirs.unet.state_dict().items())
+    refused = shell("lora.py", "merge", lora_file, tmp_path / "merged", "--model", sd, check=False)
+    assert refused.returncode and "exists already" in refused.stderr
+
+
+@pytest.mark.parametrize("words, message", [
+    (("merge", "{lora}", "{out}", "--model", "tiny"), "another"), (("convert", "no.safetensors", "{out}"), "no such weight file"),
+    (("merge", "{lora}", "{out}", "--model", "nowhere"), "neither an existing")])
+def test_command_line_errors_are_one_line(lora_file, tmp_path, words, message):
+    done = shell("lora.py", *(str(w).format(lora=lora_file, out=tmp_path / "out") for w in words), check=False)
+    assert done.returncode and message in done.stderr and "Traceback" not in done.stderr and not (tmp_path / "out").exists()
