@@ -1,7 +1,7 @@
 """Train the step-aware preference model (SPM): which of two noisy latents will look better? (paper, section 4.2)
 
     python spm_train.py                                                   # tiny: on the embedded world's preferences
-    torchrun --nproc_per_node=4 spm_train.py --model sd15 --pairs FOLDER  # FOLDER/pairs.jsonl and its pictures
+    torchrun --nproc_per_node=4 spm_train.py --model sd15 --pairs FOLDER  # pairs.jsonl with pictures, or Parquet
 
 Both pictures of a pair are encoded and get the same noise at the same t; the frozen UNet predicts their clean latents;
 these are decoded and shown to a CLIP that starts out equal to PickScore and also knows t. Eq. 3 gives the loss.
@@ -11,6 +11,7 @@ Shapes: N pairs, C H W latent, S x S pixels of the CLIP.
 """
 import dataclasses
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,6 +37,7 @@ from diffusion import (
     load_pipeline,
     negative,
 )
+from pairs import Pairs, epoch_order, load_pairs, world_pairs
 from training import (
     Processes,
     Run,
@@ -60,7 +62,7 @@ class SPMConfig:
     model: str = opt("tiny", "whose latents and noise: tiny, sd15, sdxl, a folder, hub id, or single-file checkpoint")
     out: str = opt("runs/spm", "run folder: model.safetensors, log.jsonl, config.json, results.json, checkpoints")
     pickscore: str = opt("yuvalkirstain/PickScore_v1", "the CLIP to start from (P: PickScore), folder or hub id")
-    pairs: str = opt("", "folder with pairs.jsonl (caption, image_0, image_1, label_0, label_1); empty: the tiny world's own")
+    pairs: str = opt("", "folder with pairs.jsonl or Parquet, a .parquet file or a hub data set (see pairs.py); empty: the tiny world's")
     labels: str = opt("human", "who says what is better (O: human for SD-1.5, pickscore for SDXL)", ("human", "pickscore"))
     seed: int = opt(0, "every random number of the run is keyed by it")
     device: str = opt("", "cpu or cuda; empty: a GPU if there is one")
@@ -96,98 +98,28 @@ PRESETS = {
 FREE = ("out", "device", "micro_batch", "save_every")
 
 
-@dataclass
-class Dataset:
-    """Preference pairs in memory as latents; `label` is 1, 0 or 0.5 (tie), `weight` 1 / pairs of the same prompt."""
-    mean: torch.Tensor          # [N, 2, C, H, W] of the encoder's Gaussian, scaled
-    std: torch.Tensor           # [N, 2, C, H, W]
-    captions: list[str]
-    label: torch.Tensor         # [N]
-    weight: torch.Tensor        # [N]
-
-
 @torch.no_grad()
-def encode_dataset(pipe: Pipeline, images: torch.Tensor, captions: list[str], label: torch.Tensor, weight: torch.Tensor,
-                   chunk: int = 64) -> Dataset:
-    """Pictures uint8 [N, 2, 3, H, W] -> latents, encoded once since the data never change."""
-    dtype, parts = pipe.vae.quant_conv.weight.dtype, []
-    for part in images.flatten(0, 1).split(chunk):
-        mean, std = pipe.vae.moments(part.to(pipe.device, dtype) / 127.5 - 1)
-        parts.append((mean.float().cpu(), std.float().cpu()))
-    mean, std = (torch.cat(p).unflatten(0, (-1, 2)) * pipe.vae.config.scaling_factor for p in zip(*parts))
-    return Dataset(mean, std, captions, label, weight)
-
-
-def load_pairs(config: SPMConfig, side: int) -> tuple[torch.Tensor, list[str], torch.Tensor, torch.Tensor]:
-    """Pictures uint8 [N, 2, 3, H, W], captions, label [N], weight [N]; from a folder's pairs.jsonl or the tiny world.
-
-    A folder's pictures are cut to squares of `side` pixels. Raises InputError that names the file and the line.
-    """
-    if not config.pairs:
-        if config.model != "tiny":
-            raise InputError("--pairs: a folder with pairs.jsonl is needed (only tiny brings its own preferences)")
-        from tiny.world import preference_pairs
-        images, captions, label = preference_pairs(config.count + config.validation, seed=config.seed + 1000)
-        return images, captions, label, torch.ones(len(captions))
-    import json
-
-    import numpy as np
-    from PIL import Image
-    folder = Path(config.pairs)
-    try:
-        lines = [line for line in (folder / "pairs.jsonl").read_text(encoding="utf-8-sig").split("\n") if line.strip()]
-        rows = [json.loads(line) for line in lines]
-    except (OSError, ValueError) as error:
-        raise InputError(f"{folder / 'pairs.jsonl'}: cannot be read ({error})") from None
-    for i, row in enumerate(rows):
-        missing = [k for k in ("caption", "image_0", "image_1", "label_0") if not isinstance(row, dict) or k not in row]
-        if missing:
-            raise InputError(f"{folder / 'pairs.jsonl'}: line {i + 1} lacks {', '.join(missing)}")
-    if not rows:
-        raise InputError(f"{folder / 'pairs.jsonl'}: holds no pairs")
-
-    def picture(name: str) -> torch.Tensor:
-        try:
-            image = Image.open(folder / name).convert("RGB")
-        except OSError as error:
-            raise InputError(f"{folder / name}: not a readable picture ({error})") from None
-        scale = side / min(image.size)
-        image = image.resize((max(side, round(image.width * scale)), max(side, round(image.height * scale))), Image.Resampling.LANCZOS)
-        left, top = (image.width - side) // 2, (image.height - side) // 2
-        return torch.from_numpy(np.asarray(image.crop((left, top, left + side, top + side))).copy()).permute(2, 0, 1)
-
-    images = torch.stack([torch.stack([picture(row["image_0"]), picture(row["image_1"])]) for row in rows])
-    counts = {}
-    for row in rows:
-        counts[row["caption"]] = counts.get(row["caption"], 0) + 1
-    return (images, [row["caption"] for row in rows], torch.tensor([float(row["label_0"]) for row in rows]),
-            torch.tensor([1 / row.get("num_example_per_prompt", counts[row["caption"]]) for row in rows]))
-
-
-@torch.no_grad()
-def relabel(clip: CLIP, data_images: torch.Tensor, text: torch.Tensor, threshold: float = 0.1) -> torch.Tensor:
+def relabel(clip: CLIP, images: torch.Tensor, text: torch.Tensor, threshold: float = 0.1) -> torch.Tensor:
     """PickScore's own opinion of clean pairs [N, 2, 3, H, W] uint8 -> 1, 0, or 0.5 if its softmax differs by at most 0.1."""
-    size = clip.config.vision.image_size
-    scores = []
-    for pictures, words in zip(data_images.split(16), text.split(16)):
-        pixels = preprocess_decoded(pictures.flatten(0, 1).to(text.device) / 127.5 - 1, size)
-        scores.append(clip.score(clip.image_features(pixels), words.repeat_interleave(2, 0)).view(-1, 2))
-    gap = torch.cat(scores).softmax(1) @ torch.tensor([1.0, -1.0], device=text.device)
-    return torch.where(gap.abs() <= threshold, 0.5, (gap > 0).float()).cpu()
+    pixels = preprocess_decoded(images.flatten(0, 1).to(text.device) / 127.5 - 1, clip.config.vision.image_size)
+    scores = clip.score(clip.image_features(pixels), text.repeat_interleave(2, 0)).view(-1, 2)
+    gap = scores.softmax(1) @ torch.tensor([1.0, -1.0], device=text.device)
+    return torch.where(gap.abs() <= threshold, 0.5, (gap > 0).float())
 
 
 @torch.no_grad()
-def predicted_pixels(pipe: Pipeline, data: Dataset, index: list[int], timestep: torch.Tensor, cond: Conditioning,
+def predicted_pixels(pipe: Pipeline, images: torch.Tensor, index: list[int], timestep: torch.Tensor, cond: Conditioning,
                      empty: Conditioning | None, guidance_scale: float, key: tuple, size: int) -> torch.Tensor:
-    """What the SPM sees of N pairs at timesteps [N]: decoded x0 predictions -> CLIP pixels [2 N, 3, S, S].
+    """What the SPM sees of N pairs [N, 2, 3, H, W] uint8 at timesteps [N]: decoded x0 predictions -> CLIP pixels [2 N, 3, S, S].
 
-    Both pictures of a pair get the same noise (section 4.2), keyed by the pair.
+    Both pictures of a pair get the same noise (section 4.2), keyed by the pair's number in `index`.
     """
-    shape = data.mean.shape[2:]
-    draws = [torch.randn(3, *shape, generator=generator(*key, i)) for i in index]
-    draws = torch.stack(draws)                                                          # [N, 3, C, H, W]
-    latents = (data.mean[index] + data.std[index] * draws[:, 1:]).flatten(0, 1).to(pipe.device)
-    noise = draws[:, :1].expand(-1, 2, *shape).flatten(0, 1).to(pipe.device)
+    vae = pipe.vae.quant_conv.weight
+    mean, std = (m.float() * pipe.vae.config.scaling_factor for m in
+                 pipe.vae.moments(images.flatten(0, 1).to(vae.device, vae.dtype) / 127.5 - 1))                # [2 N, C, H, W] each
+    draws = torch.stack([torch.randn(3, *mean.shape[1:], generator=generator(*key, i)) for i in index]).to(pipe.device)
+    latents = mean + std * draws[:, 1:].flatten(0, 1)
+    noise = draws[:, :1].expand(-1, 2, *mean.shape[1:]).flatten(0, 1)
     t = timestep.to(pipe.device).repeat_interleave(2)
     x_t = ddim.add_noise(pipe.schedule, latents, noise, t)
     both = cond.map(lambda v: v.repeat_interleave(2, 0))
@@ -206,32 +138,37 @@ def pair_scores(clip: CLIP, pixels: torch.Tensor, timestep: torch.Tensor, ids: t
 
 
 @torch.no_grad()
-def accuracy_table(pipe: Pipeline, models: dict[str, CLIP], data: Dataset, index: list[int], config: SPMConfig,
+def accuracy_table(pipe: Pipeline, models: dict[str, CLIP], pairs: Pairs, labels_of, index: list[int], config: SPMConfig,
                    empty: Conditioning | None, ids: torch.Tensor, processes: Processes) -> dict[str, dict[int, list[float]]]:
     """Share of validation pairs ordered as labelled, per model and timestep; ties left out.
 
     {model: {t: [accuracy, standard error, pairs, paired difference from the first model, its standard error]}}
     Every model sees the same inputs, so the paired error of a difference is smaller than two errors together.
     """
-    index = [i for i in index if float(data.label[i]) != 0.5]
-    out, n = {name: {} for name in models}, max(len(index), 1)
-    size = next(iter(models.values())).config.vision.image_size
-    for t in REPORT_AT:
-        hits = torch.zeros(len(models), len(index), device=pipe.device)
-        mine = processes.share(len(index))
-        for begin in range(0, len(mine), 64):
-            place = mine[begin:begin + 64]
-            part, steps = [index[i] for i in place], torch.full((len(place),), t)
-            cond = encode_prompts(pipe, [data.captions[i] for i in part], config.resolution or None)
-            pixels = predicted_pixels(pipe, data, part, steps, cond, empty, config.guidance_scale, (config.seed, "report", t), size)
+    size, chunk = next(iter(models.values())).config.vision.image_size, 2 * config.micro_batch
+    hits, counted = torch.zeros(len(REPORT_AT), len(models), len(index), device=pipe.device), torch.zeros(len(index), device=pipe.device)
+    mine = processes.share(len(index))
+    for begin in range(0, len(mine), chunk):
+        place = mine[begin:begin + chunk]
+        part = [index[i] for i in place]
+        images = torch.stack([pairs.pictures(i) for i in part])
+        label = labels_of(part, images)
+        counted[place] = (label != 0.5).float()
+        cond = encode_prompts(pipe, [pairs.captions[i] for i in part], config.resolution or None)
+        for row, t in enumerate(REPORT_AT):
+            steps = torch.full((len(part),), t)
+            pixels = predicted_pixels(pipe, images, part, steps, cond, empty, config.guidance_scale, (config.seed, "report", t), size)
             for m, clip in enumerate(models.values()):
                 scores = pair_scores(clip, pixels, steps, ids[part].to(pipe.device), torch.float32)
-                hits[m, place] = ((scores[:, 0] > scores[:, 1]) == (data.label[part] > 0.5).to(pipe.device)).float()
-        processes.sum([hits])
-        for name, row in zip(models, hits):
-            change, share = row - hits[0], float(row.mean())
-            out[name][t] = [share, (share * (1 - share) / n) ** 0.5, len(index),
-                            float(change.mean()), float(change.std(correction=0)) / n ** 0.5]
+                hits[row, m, place] = ((scores[:, 0] > scores[:, 1]) == (label > 0.5)).float()
+    processes.sum([hits, counted])
+    hits, out = hits[:, :, counted > 0], {name: {} for name in models}
+    n = max(hits.shape[-1], 1)
+    for row, t in zip(hits, REPORT_AT):
+        for name, right in zip(models, row):
+            change, share = right - row[0], float(right.sum()) / n
+            out[name][t] = [share, (share * (1 - share) / n) ** 0.5, right.numel(),
+                            float(change.sum()) / n, float(change.square().sum() / n - (change.sum() / n) ** 2) ** 0.5 / n ** 0.5]
     return out
 
 
@@ -264,16 +201,25 @@ def main() -> None:
                          tokenizer=config.tokenizer, zero_negative=NEGATIVE[config.negative])
     pickscore = load_clip(config.pickscore, torch.float32, processes.device)
     side = config.resolution or pipe.unet.config.sample_size * pipe.vae.factor
-    images, captions, label, weight = load_pairs(config, side)
+    if config.pairs:
+        pairs = load_pairs(config.pairs, side)
+    elif config.model == "tiny":
+        pairs = world_pairs(config.count + config.validation, config.seed)
+    else:
+        raise InputError("--pairs: a folder with pairs.jsonl or Parquet files is needed (only tiny brings its own preferences)")
     length = pickscore.config.text.max_position_embeddings
-    ids = torch.tensor(pipe.tokenizers[0](captions, padding="max_length", truncation=True, max_length=length).input_ids)
-    if config.labels == "pickscore":
-        with torch.no_grad():
-            text = torch.cat([pickscore.text_features(part.to(processes.device)) for part in ids.split(64)])
-        label = relabel(pickscore, images, text)
-    data = encode_dataset(pipe, images, captions, label, weight)
-    order = permutation(len(captions), config.seed, "validation")
-    held, used = order[:min(config.validation, len(order) // 4)], order[min(config.validation, len(order) // 4):]
+    ids = torch.tensor(pipe.tokenizers[0](pairs.captions, padding="max_length", truncation=True, max_length=length).input_ids)
+
+    @torch.no_grad()
+    def labels_of(index: list[int], images: torch.Tensor) -> torch.Tensor:
+        """[N] of these pairs, on the device: people's, or PickScore's opinion of the clean pictures."""
+        if config.labels == "human":
+            return pairs.label[index].to(pipe.device)
+        return relabel(pickscore, images, pickscore.text_features(ids[index].to(pipe.device)))
+
+    order = permutation(len(ids), config.seed, "validation")
+    count = min(config.validation, len(order) // 4)
+    held, used = sorted(order[:count]), set(order[count:])
 
     torch.manual_seed(config.seed)
     models = {"SPM": make_step_aware(pickscore)}
@@ -296,22 +242,40 @@ def main() -> None:
               f"starting at step {begin}", flush=True)
 
     per_epoch = max(1, len(used) // config.batch)
+    shuffled: dict[int, list[int]] = {}
+
+    def batch_of(step: int) -> list[int]:
+        """The pairs of one optimizer step, the same on every process."""
+        epoch, place = divmod(step, per_epoch)
+        if epoch not in shuffled:
+            shuffled.clear()
+            shuffled[epoch] = epoch_order(pairs, used, config.seed, epoch)
+        return shuffled[epoch][place * config.batch:(place + 1) * config.batch]
+
+    readers = ThreadPoolExecutor(4)
+
+    def read(step: int) -> list[Future]:
+        """Start reading this process's share of a step's pictures."""
+        rows = batch_of(step) if step < config.steps else []
+        return [readers.submit(pairs.pictures, i) for i in rows[processes.rank::processes.world]]
+
+    coming = read(begin)
     progress = tqdm(total=config.steps, initial=begin, desc="spm", unit="step", disable=not processes.main)
     for step in range(begin, config.steps):
         started = time.perf_counter()
-        epoch, place = divmod(step, per_epoch)
-        shuffled = permutation(len(used), config.seed, "order", epoch)
-        batch = [used[i] for i in shuffled[place * config.batch:(place + 1) * config.batch]]
+        epoch, batch = step // per_epoch, batch_of(step)
+        pictures, coming = coming, read(step + 1)               # one step ahead
         timesteps = torch.randint(0, 1000, (len(batch),), generator=generator(config.seed, "timestep", step))     # t ~ U{0..999}
         mine, stats = list(range(processes.rank, len(batch), processes.world)), torch.zeros(2 * len(models), device=pipe.device)
-        total_weight = float(data.weight[batch].sum())
+        total_weight = float(pairs.weight[batch].sum())
         for start in range(0, len(mine), config.micro_batch):
             rows = mine[start:start + config.micro_batch]
             index, t = [batch[r] for r in rows], timesteps[rows]
-            cond = encode_prompts(pipe, [captions[i] for i in index], side)
-            pixels = predicted_pixels(pipe, data, index, t, cond, empty, config.guidance_scale, (config.seed, "noise", step),
+            images = torch.stack([p.result() for p in pictures[start:start + config.micro_batch]])
+            cond = encode_prompts(pipe, [pairs.captions[i] for i in index], side)
+            pixels = predicted_pixels(pipe, images, index, t, cond, empty, config.guidance_scale, (config.seed, "noise", step),
                                       pickscore.config.vision.image_size)
-            target, w = data.label[index].to(pipe.device), data.weight[index].to(pipe.device)
+            target, w = labels_of(index, images), pairs.weight[index].to(pipe.device)
             for m, clip in enumerate(models.values()):
                 scores = pair_scores(clip, pixels, t, ids[index].to(pipe.device), dtype)
                 loss = (preference_loss(scores[:, 0], scores[:, 1], target) * w).sum() / total_weight             # Eq. 3
@@ -339,11 +303,12 @@ def main() -> None:
             run.save(step + 1, dict(models=[{k: v.cpu() for k, v in clip.state_dict().items()} for clip in models.values()],
                                     optimizer=optimizer.state_dict() if processes.main else None))
         if ending:
-            return
+            return readers.shutdown(cancel_futures=True)
     progress.close()
+    readers.shutdown()
     for clip in models.values():
         clip.requires_grad_(False)
-    table = accuracy_table(pipe, {"PickScore": pickscore, **models}, data, held, config, empty, ids, processes)
+    table = accuracy_table(pipe, {"PickScore": pickscore, **models}, pairs, labels_of, held, config, empty, ids, processes)
     if processes.main:
         for name, clip in models.items():
             save_spm(clip, run.folder / ("spm" if name == "SPM" else "spm_step_blind"))

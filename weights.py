@@ -73,10 +73,10 @@ def weight_file(folder: Path) -> Path:
     raise InputError(f"{folder}: no weight file ({', '.join(n + '.safetensors' for n in WEIGHT_NAMES)} or their shards)")
 
 
-def fetch(source: str, patterns: list[str]) -> Path:
+def fetch(source: str, patterns: list[str], repo_type: str = "model") -> Path:
     """A local file or folder as it is, or a hub repository downloaded (resumably, only `patterns`) into the hub's cache.
 
-    `owner/name/path/in/repository` fetches that one file.
+    `owner/name/path/in/repository` fetches that one file. `repo_type`: "model" or "dataset".
     """
     if Path(source).exists():
         return Path(source)
@@ -85,7 +85,8 @@ def fetch(source: str, patterns: list[str]) -> Path:
         raise InputError(f"{source}: neither an existing file or folder nor a hub id of the form owner/name")
     from huggingface_hub import hf_hub_download, snapshot_download
     try:
-        return Path(hf_hub_download(match[1], match[2]) if match[2] else snapshot_download(source, allow_patterns=patterns))
+        return Path(hf_hub_download(match[1], match[2], repo_type=repo_type) if match[2] else
+                    snapshot_download(source, allow_patterns=patterns, repo_type=repo_type))
     except Exception as error:
         offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
         raise InputError(f"{source}: not in the hub cache and cannot be downloaded{offline}; give a local folder instead "

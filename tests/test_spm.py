@@ -11,7 +11,8 @@ import spm_train
 from conftest import assert_close, seeded
 from diffusion import encode_empty, encode_prompts, load_clip, load_pipeline
 from helpers import PROMPTS, call, log_of, shell
-from spm_train import Dataset, SPMConfig, load_pairs, predicted_pixels, relabel
+from pairs import epoch_order, folder_pairs, load_pairs
+from spm_train import predicted_pixels, relabel
 from weights import InputError
 
 
@@ -38,9 +39,10 @@ def kind(sd, pickscore, pairs):
 
 
 def test_pairs_are_read(pairs):
-    images, captions, label, weight = load_pairs(SPMConfig(pairs=str(pairs)), side=16)
-    assert images.shape == (20, 2, 3, 16, 16) and images.dtype == torch.uint8 and captions[15] == PROMPTS[1]
-    assert label.tolist() == [1, 0, 0.5, 1] * 5 and weight.tolist() == pytest.approx([1 / 15] * 15 + [1] * 5)
+    data = load_pairs(str(pairs), side=16)
+    images = torch.stack([data.pictures(i) for i in range(20)])
+    assert images.shape == (20, 2, 3, 16, 16) and images.dtype == torch.uint8 and data.captions[15] == PROMPTS[1]
+    assert data.label.tolist() == [1, 0, 0.5, 1] * 5 and data.weight.tolist() == pytest.approx([1 / 15] * 15 + [1] * 5)
     first = np.asarray(Image.open(pairs / "3-0.png").crop((0, 2, 16, 18)))       # 16 x 20: no resizing, the middle
     assert np.array_equal(images[3, 0].permute(1, 2, 0).numpy(), first)
 
@@ -51,21 +53,88 @@ def test_pairs_are_read(pairs):
 def test_pairs_that_are_wrong(tmp_path, row, says):
     (tmp_path / "pairs.jsonl").write_text(row)
     with pytest.raises(InputError, match=says) as caught:
-        load_pairs(SPMConfig(pairs=str(tmp_path)), 16)
+        load_pairs(str(tmp_path), 16)
     assert "\n" not in str(caught.value)
-    with pytest.raises(InputError, match="pairs.jsonl"):
-        load_pairs(SPMConfig(pairs=str(tmp_path / "nowhere")), 16)
+    with pytest.raises(InputError, match="nowhere"):
+        load_pairs(str(tmp_path / "nowhere"), 16)
+
+
+def test_only_tiny_brings_its_own_pairs(sd, pickscore, tmp_path):
     with pytest.raises(InputError, match="--pairs"):
-        load_pairs(SPMConfig(model="sd15"), 16)
+        call("spm_train", "--model", sd, "--pickscore", pickscore, "--out", tmp_path / "run")
+
+
+def test_damaged_picture_is_named(pairs, tmp_path):
+    for file in pairs.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "3-1.png").write_bytes((tmp_path / "3-1.png").read_bytes()[:40])
+    data = folder_pairs(tmp_path, 16)
+    assert data.pictures(2).shape == (2, 3, 16, 16)
+    with pytest.raises(InputError, match="3-1.png: not a readable picture"):
+        data.pictures(3)
+
+
+def write_parquet(pairs, path, rows: int = 4, **columns):
+    """The folder's pairs as Pick-a-Pic stores them: PNG or JPEG bytes in `jpg_0`, `jpg_1`; `rows` to a row group."""
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    lines = [json.loads(line) for line in (pairs / "pairs.jsonl").read_text().split("\n") if line]
+    table = dict(caption=[r["caption"] for r in lines], label_0=[float(r["label_0"]) for r in lines],
+                 jpg_0=[(pairs / r["image_0"]).read_bytes() for r in lines], jpg_1=[(pairs / r["image_1"]).read_bytes() for r in lines])
+    path.parent.mkdir(exist_ok=True)
+    pq.write_table(pa.table({k: v for k, v in (table | columns).items() if v is not None}), path, row_group_size=rows)
+    return path
+
+
+def test_parquet_equals_the_folder(pairs, tmp_path):
+    """Same captions, labels, weights and pictures; several files; other splits, unlabelled rows and the order of reading do not matter."""
+    want = load_pairs(str(pairs), 16)
+    file = write_parquet(pairs, tmp_path / "data/train-00000-of-00002.parquet")
+    for source in (file, tmp_path):
+        got = load_pairs(str(source), 16)
+        assert got.captions == want.captions and torch.equal(got.label, want.label) and torch.equal(got.weight, want.weight)
+        assert [list(g) for g in got.groups] == [list(range(i, i + 4)) for i in range(0, 20, 4)]
+        assert all(torch.equal(got.pictures(i), want.pictures(i)) for i in (19, 0, 7, 8, 3, 19))
+    write_parquet(pairs, tmp_path / "data/validation-00000.parquet")
+    second = write_parquet(pairs, tmp_path / "data/train-00001-of-00002.parquet", has_label=[i % 3 > 0 for i in range(20)],
+                           num_example_per_prompt=list(range(1, 21)))
+    alone, both = load_pairs(str(second), 16), load_pairs(str(tmp_path), 16)
+    kept = [i for i in range(20) if i % 3]
+    assert alone.label.tolist() == want.label[kept].tolist() and alone.weight.tolist() == pytest.approx([1 / (i + 1) for i in kept])
+    assert torch.equal(alone.pictures(4), want.pictures(kept[4]))
+    assert len(both.captions) == 20 + len(kept) and torch.equal(both.pictures(25), want.pictures(kept[5]))
+
+
+@pytest.mark.parametrize("columns, says", [
+    (dict(jpg_1=None), "lacks the columns jpg_1"), (dict(label_0=[None] * 20), "no labelled pairs"), (dict(jpg_0=[b"no"] * 20), "row 1 of row group 1")])
+def test_parquet_that_is_wrong(pairs, tmp_path, columns, says):
+    file = write_parquet(pairs, tmp_path / "x.parquet", **columns)
+    with pytest.raises(InputError, match=says) as caught:
+        load_pairs(str(file), 16).pictures(5)
+    assert "\n" not in str(caught.value) and "x.parquet" in str(caught.value)
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(InputError, match="not a readable Parquet file"):
+        load_pairs(str(file), 16)
+
+
+def test_an_epoch_is_every_row_once_and_neighbours_share_groups(monkeypatch):
+    """Exactly the used rows, differently in each epoch; within a window only few groups are open."""
+    import pairs as module
+    monkeypatch.setattr(module, "WINDOW", 40)
+    data = module.Pairs([""] * 400, torch.ones(400), torch.ones(400), [range(i, i + 10) for i in range(0, 400, 10)], None)
+    used = set(range(400)) - {5, 17}
+    first, again, second = (epoch_order(data, used, 0, e) for e in (0, 0, 1))
+    assert first == again != second and sorted(first) == sorted(second) == sorted(used)
+    assert max(len({r // 10 for r in first[i:i + 20]}) for i in range(0, 398, 20)) <= 10
+    assert sum(abs(a - b) > 10 for a, b in zip(first, first[1:])) > 200         # and yet they are well mixed
 
 
 def test_both_pictures_of_a_pair_get_the_same_noise(sd):
     """Equal pictures stay equal, at every t; another pair, step or seed gets other noise."""
     pipe = load_pipeline(str(sd))
-    mean = torch.randn(1, 1, 4, 8, 8, generator=seeded(0)).expand(3, 2, 4, 8, 8)
-    data = Dataset(mean, torch.zeros_like(mean), PROMPTS[:3], torch.ones(3), torch.ones(3))
+    images = torch.randint(0, 256, (1, 1, 3, 16, 16), generator=seeded(0)).byte().expand(3, 2, 3, 16, 16)
+    pipe.vae.moments = lambda x, plain=pipe.vae.moments: (plain(x)[0], torch.zeros_like(plain(x)[1]))     # the encoder's own noise differs
     cond, t = encode_prompts(pipe, [PROMPTS[0]] * 3), torch.tensor([500, 500, 900])
-    see = lambda *key: predicted_pixels(pipe, data, [0, 1, 2], t, cond, encode_empty(pipe), 5.0, key, 16)
+    see = lambda *key: predicted_pixels(pipe, images, [0, 1, 2], t, cond, encode_empty(pipe), 5.0, key, 16)
     pixels = see(0, "noise", 0).unflatten(0, (3, 2))
     assert_close(pixels[:, 0], pixels[:, 1]) and torch.equal(see(0, "noise", 0), see(0, "noise", 0))
     assert (pixels[0] - pixels[1]).abs().max() > 0.1
@@ -81,9 +150,8 @@ def test_pixels_by_hand(sd):
     from training import generator
     pipe, theirs = load_pipeline(str(sd)), StableDiffusionPipeline.from_pretrained(sd)
     images = torch.randint(0, 256, (2, 2, 3, 16, 16), generator=seeded(1)).byte()
-    data = spm_train.encode_dataset(pipe, images, PROMPTS[:2], torch.ones(2), torch.ones(2), chunk=3)
     t = torch.tensor([251, 777])
-    ours = predicted_pixels(pipe, data, [0, 1], t, encode_prompts(pipe, PROMPTS[:2]), encode_empty(pipe), 5.0, (0, "noise", 4), 16)
+    ours = predicted_pixels(pipe, images, [0, 1], t, encode_prompts(pipe, PROMPTS[:2]), encode_empty(pipe), 5.0, (0, "noise", 4), 16)
     with torch.no_grad():
         for i in range(2):
             noise, *encoder = torch.randn(3, 4, 8, 8, generator=generator(0, "noise", 4, i))
@@ -104,7 +172,8 @@ def test_relabelling_by_pickscore(pickscore, pairs, sd):
     from clip_spm import preprocess_decoded
     clip, pipe = load_clip(str(pickscore)), load_pipeline(str(sd))
     clip.logit_scale.data.fill_(1.0)            # so that no softmax is saturated
-    images, captions, *_ = load_pairs(SPMConfig(pairs=str(pairs)), 16)
+    data = load_pairs(str(pairs), 16)
+    images, captions = torch.stack([data.pictures(i) for i in range(20)]), data.captions
     with torch.no_grad():
         text = clip.text_features(torch.tensor(pipe.tokenizers[0](captions, padding="max_length", max_length=16).input_ids))
         gap = []

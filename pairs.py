@@ -1,0 +1,168 @@
+"""Preference pairs for the step-aware preference model, read as they are needed: a folder, Parquet files, or the tiny world.
+
+    FOLDER/pairs.jsonl   one object a line: caption, image_0, image_1, label_0, label_1 (1 / 0; 0.5 twice for a tie)
+    *.parquet            Pick-a-Pic's columns: caption, jpg_0, jpg_1, label_0; has_label, num_example_per_prompt if there
+
+Captions and labels are held in memory, pictures are not. Where pictures lie together on disk (a row group of a Parquet
+file), they are used at about the same time: an epoch shuffles the groups, then the rows of a few groups at a time.
+"""
+import io
+import json
+import threading
+from collections import Counter, OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from training import permutation
+from weights import InputError, fetch
+
+WINDOW = 4096           # rows shuffled together; a process keeps at most about two windows of encoded pictures
+
+
+@dataclass
+class Pairs:
+    """N preference pairs; `pictures(i)` reads pair i as uint8 [2, 3, S, S] and may be called by several threads."""
+    captions: list[str]
+    label: torch.Tensor                             # [N] 1: the first is liked, 0: the second, 0.5: tie
+    weight: torch.Tensor                            # [N] 1 / pairs of the same prompt
+    groups: list[range]                             # rows that lie together
+    pictures: Callable[[int], torch.Tensor]
+
+
+def epoch_order(pairs: Pairs, used: set[int], seed: int, epoch: int) -> list[int]:
+    """All `used` rows in the shuffled order of an epoch; neighbours come from few groups."""
+    rows, out, part = [pairs.groups[g] for g in permutation(len(pairs.groups), seed, "groups", epoch)], [], []
+    for i, group in enumerate(rows):
+        part += [r for r in group if r in used]
+        if len(part) >= WINDOW or i + 1 == len(rows):
+            out += [part[j] for j in permutation(len(part), seed, "order", epoch, i)]
+            part = []
+    return out
+
+
+def square(image: Image.Image, side: int) -> torch.Tensor:
+    """The middle of a picture, its shorter side resized to `side` -> uint8 [3, side, side]."""
+    scale = side / min(image.size)
+    image = image.convert("RGB").resize((max(side, round(image.width * scale)), max(side, round(image.height * scale))),
+                                        Image.Resampling.LANCZOS)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    return torch.from_numpy(np.asarray(image.crop((left, top, left + side, top + side))).copy()).permute(2, 0, 1)
+
+
+def prompt_weights(captions: list[str]) -> torch.Tensor:
+    """1 / number of pairs with the same caption."""
+    counts = Counter(captions)
+    return torch.tensor([1 / counts[c] for c in captions])
+
+
+def world_pairs(count: int, seed: int) -> Pairs:
+    """The tiny world's own preferences."""
+    from tiny.world import preference_pairs
+    images, captions, label = preference_pairs(count, seed=seed + 1000)
+    return Pairs(captions, label, torch.ones(count), [range(count)], lambda i: images[i])
+
+
+def folder_pairs(folder: Path, side: int) -> Pairs:
+    """A folder with pairs.jsonl. Raises InputError that names the line; a bad picture is reported when it is read."""
+    path = folder / "pairs.jsonl"
+    try:
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read ({error})") from None
+    for i, row in enumerate(rows):
+        missing = [k for k in ("caption", "image_0", "image_1", "label_0") if not isinstance(row, dict) or k not in row]
+        if missing:
+            raise InputError(f"{path}: line {i + 1} lacks {', '.join(missing)}")
+        for name in (row["image_0"], row["image_1"]):
+            if not (folder / name).is_file():
+                raise InputError(f"{path}: line {i + 1} names {name}, which does not exist")
+    if not rows:
+        raise InputError(f"{path}: holds no pairs")
+
+    def picture(name: str) -> torch.Tensor:
+        try:
+            return square(Image.open(folder / name), side)
+        except (OSError, SyntaxError) as error:
+            raise InputError(f"{folder / name}: not a readable picture ({error})") from None
+
+    captions = [row["caption"] for row in rows]
+    weight = torch.tensor([1 / row["num_example_per_prompt"] for row in rows]) \
+        if all("num_example_per_prompt" in row for row in rows) else prompt_weights(captions)
+    return Pairs(captions, torch.tensor([float(row["label_0"]) for row in rows]), weight, [range(i, i + 1) for i in range(len(rows))],
+                 lambda i: torch.stack([picture(rows[i]["image_0"]), picture(rows[i]["image_1"])]))
+
+
+def parquet_pairs(files: list[Path], side: int) -> Pairs:
+    """Parquet files with Pick-a-Pic's columns; rows without a label are left out. Needs pyarrow, an optional extra."""
+    try:
+        import pyarrow.parquet as pq
+    except ImportError:
+        raise InputError(f"{files[0]}: reading Parquet needs pyarrow; pip install pyarrow") from None
+    captions, labels, weights, groups, places = [], [], [], [], []
+    handles = []
+    for path in files:
+        try:
+            handle = pq.ParquetFile(path)
+            names = set(handle.schema_arrow.names)
+            missing = [k for k in ("caption", "jpg_0", "jpg_1", "label_0") if k not in names]
+            if missing:
+                raise InputError(f"{path}: lacks the columns {', '.join(missing)}; it has {', '.join(sorted(names))}")
+            wanted = [k for k in ("caption", "label_0", "has_label", "num_example_per_prompt") if k in names]
+            for g in range(handle.num_row_groups):
+                table, begin = handle.read_row_group(g, columns=wanted).to_pydict(), len(captions)
+                for row in range(len(table["caption"])):
+                    if table.get("has_label", [True] * (row + 1))[row] is False or table["label_0"][row] is None:
+                        continue
+                    captions.append(table["caption"][row])
+                    labels.append(float(table["label_0"][row]))
+                    weights.append(table["num_example_per_prompt"][row] if "num_example_per_prompt" in table else None)
+                    places.append((len(handles), g, row))
+                groups.append(range(begin, len(captions)))
+        except (OSError, ValueError) as error:
+            raise InputError(f"{path}: not a readable Parquet file ({str(error).splitlines()[0]})") from None
+        handles.append(handle)
+    if not captions:
+        raise InputError(f"{files[0]}: holds no labelled pairs")
+    cache: OrderedDict = OrderedDict()                  # (file, group) -> its encoded pictures, least recently used first
+    lock = threading.Lock()
+
+    def encoded(file: int, group: int) -> tuple[list[bytes], list[bytes]]:
+        with lock:
+            if (file, group) not in cache:
+                table = handles[file].read_row_group(group, columns=["jpg_0", "jpg_1"]).to_pydict()
+                cache[file, group] = table["jpg_0"], table["jpg_1"]
+                while len(cache) > 1 and sum(len(v[0]) for v in cache.values()) > 2 * WINDOW:
+                    cache.popitem(last=False)
+            cache.move_to_end((file, group))
+            return cache[file, group]
+
+    def pictures(i: int) -> torch.Tensor:
+        file, group, row = places[i]
+        try:
+            return torch.stack([square(Image.open(io.BytesIO(column[row])), side) for column in encoded(file, group)])
+        except (OSError, SyntaxError, TypeError) as error:
+            raise InputError(f"{files[file]}: row {row} of row group {group} holds no readable pictures ({error})") from None
+
+    known = all(w for w in weights)
+    return Pairs(captions, torch.tensor(labels), 1 / torch.tensor(weights).float() if known else prompt_weights(captions), groups, pictures)
+
+
+def load_pairs(source: str, side: int) -> Pairs:
+    """A folder (pairs.jsonl, or Parquet files in it), one Parquet file, or a hub data set `owner/name[/file.parquet]`.
+
+    Pictures are cut to squares of `side` pixels. Raises InputError where something is missing or malformed.
+    """
+    path = fetch(source, ["*.parquet", "data/*.parquet"], repo_type="dataset")
+    if path.is_file() and path.suffix == ".parquet":
+        return parquet_pairs([path], side)
+    if path.is_dir() and not (path / "pairs.jsonl").exists():
+        files = sorted(path.rglob("*.parquet"))
+        train = [f for f in files if f.name.startswith("train")]           # a hub data set also holds its other splits
+        if files:
+            return parquet_pairs(train or files, side)
+    return folder_pairs(path, side)
