@@ -66,7 +66,9 @@ class SPOConfig:
     """Every option of a run. Sources: P = the paper, O = the released official code, T = measured on the tiny model."""
     model: str = opt("tiny", "tiny, sd15, sdxl, a folder or hub id in the diffusers layout, or a single-file checkpoint")
     out: str = opt("runs/spo", "run folder: LoRA files, log.jsonl, config.json, checkpoints, sample grids")
-    prompts: str = opt(str(TINY / "train_prompts.txt"), "training prompts: .txt, .json or .jsonl (P: 4k Pick-a-Pic captions)")
+    prompts: str = opt(str(TINY / "train_prompts.txt"),
+                       "training prompts: .txt, .json, .jsonl, .parquet or a hub data set (P: 4k Pick-a-Pic captions)")
+    sample_prompts: int = opt(0, "use this many of them, drawn by the seed (P: 4000); 0: all")
     spm: str = opt("", "the judge's file or folder; empty: the one that belongs to the model and --judge")
     judge: str = opt("spm", "who compares candidates (P, Table 5)", ("spm", "step-blind", "pickscore"))
     seed: int = opt(0, "every random number of the run is keyed by it")
@@ -371,8 +373,8 @@ def judge_source(config: SPOConfig) -> str:
 
 def check(config: SPOConfig) -> None:
     """Refuse numbers that no run could use, before anything is loaded."""
-    least = dict(k=2, j=1, steps=1, rank=1, epochs=1, rounds=0, prompts_per_round=1, pairs_per_step=1, sample_batch=1, train_batch=1,
-                 decode_batch=1, save_every=1)
+    least = dict(k=2, j=1, steps=1, rank=1, epochs=1, rounds=0, sample_prompts=0, prompts_per_round=1, pairs_per_step=1,
+                 sample_batch=1, train_batch=1, decode_batch=1, save_every=1)
     for name, low in least.items():
         if getattr(config, name) < low:
             raise InputError(f"--{name} {getattr(config, name)}: must be at least {low}")
@@ -491,7 +493,7 @@ def main() -> None:
     config = parse_options(SPOConfig, PRESETS, description=__doc__)
     check(config)
     processes = start_processes(config.device or None)
-    prompts = read_prompts(config.prompts)
+    prompts = read_prompts(config.prompts, config.sample_prompts, config.seed)
     rounds_per_epoch = -(-len(prompts) // config.prompts_per_round)
     total = min(config.rounds or math.inf, config.epochs * rounds_per_epoch)
     run = Run(config.out, dataclasses.asdict(config), processes, FREE)

@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 
-from weights import InputError
+from weights import InputError, fetch
 
 
 def opt(default, help: str, choices: tuple | None = None):
@@ -282,12 +282,39 @@ def learning_rate(step: int, peak: float, warmup: int) -> float:
     return peak * min(1.0, (step + 1) / max(warmup, 1))
 
 
-def read_prompts(source: str) -> list[str]:
-    """Training prompts from .txt (one a line), .json (list of strings, or of objects with `caption`) or .jsonl.
+def read_prompts(source: str, sample: int = 0, seed: int = 0) -> list[str]:
+    """Prompts from .txt (one a line), .json (list of strings, or of objects with `caption`), .jsonl, or .parquet (`caption`).
 
-    Raises InputError that names the file, the line and what is wrong.
+    Parquet may also be a folder or a hub data set (`owner/name[/file.parquet]`), each caption once. `sample` > 0 keeps
+    that many, drawn by `seed`. Raises InputError that names the file, the line and what is wrong.
     """
+    prompts = _read_prompts(source)
+    return [prompts[i] for i in permutation(len(prompts), seed, "prompts")[:sample]] if sample else prompts
+
+
+def _read_captions(source: str, path: Path) -> list[str]:
+    """The distinct captions of Parquet files, in order; a data set's training split if it has several."""
+    try:
+        import pyarrow.parquet as pq
+    except ImportError:
+        raise InputError(f"{source}: reading Parquet needs pyarrow; pip install pyarrow") from None
+    files = [path] if path.is_file() else sorted(path.rglob("*.parquet"))
+    files = [f for f in files if f.name.startswith("train")] or files
+    captions: dict[str, None] = {}
+    for file in files:
+        try:
+            captions |= dict.fromkeys(c.strip() for c in pq.read_table(file, columns=["caption"])["caption"].to_pylist() if c and c.strip())
+        except (OSError, ValueError, KeyError) as error:
+            raise InputError(f"{file}: no readable Parquet file with a column `caption` ({str(error).splitlines()[0]})") from None
+    if not captions:
+        raise InputError(f"{source}: holds no captions")
+    return list(captions)
+
+
+def _read_prompts(source: str) -> list[str]:
     path = Path(source)
+    if path.suffix == ".parquet" or path.is_dir() or (not path.exists() and not path.suffix and "/" in source):
+        return _read_captions(source, fetch(source, ["*.parquet", "data/*.parquet"], repo_type="dataset"))
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:

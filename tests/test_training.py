@@ -266,3 +266,25 @@ def test_a_log_value_may_not_be_finite(tmp_path):
     """A diverged run can still be read."""
     open_run(tmp_path).log(dict(loss=math.nan))
     assert math.isnan(log_of(tmp_path)[0]["loss"])
+
+
+def test_captions_of_parquet_files(tmp_path):
+    """Each caption once, in order; the training split of a folder; a keyed sample of them."""
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    write = lambda name, captions: pq.write_table(pa.table(dict(caption=captions, other=range(len(captions)))), tmp_path / name)
+    (tmp_path / "data").mkdir()
+    write("data/train-0.parquet", ["b", " a ", "b", ""])
+    write("data/train-1.parquet", ["c", "a", None])
+    write("data/validation-0.parquet", ["v"])
+    assert read_prompts(str(tmp_path / "data/train-0.parquet")) == ["b", "a"]
+    assert read_prompts(str(tmp_path)) == ["b", "a", "c"] and read_prompts(str(tmp_path / "data/validation-0.parquet")) == ["v"]
+    write("many.parquet", [f"p{i}" for i in range(50)])
+    first, again, other = (read_prompts(str(tmp_path / "many.parquet"), 7, seed) for seed in (0, 0, 1))
+    assert first == again != other and len(set(first)) == 7
+    pq.write_table(pa.table(dict(text=["x"])), tmp_path / "odd.parquet")
+    (tmp_path / "bad.parquet").write_text("no")
+    for name in ("odd.parquet", "bad.parquet"):
+        with pytest.raises(InputError, match=name):
+            read_prompts(str(tmp_path / name))
+    with pytest.raises(InputError, match="hub cache"):
+        read_prompts("owner/no-such-data-set")
