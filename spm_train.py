@@ -76,6 +76,7 @@ class SPMConfig:
     resolution: int = opt(0, "picture side in pixels; 0: the model's own")
     guidance_scale: float = opt(5.0, "classifier-free guidance of the x0 prediction (O: 5)")
     lr: float = opt(3e-6, "AdamW learning rate (P: 3e-6 SD-1.5, 1e-6 SDXL)")
+    adaln_lr: float = opt(1.0, "the timestep's own layers, which start from zero, learn this many times as fast (T)")
     decay: bool = opt(False, "let the learning rate fall linearly to zero (T)")
     warmup: int = opt(500, "steps of linear warm-up (O: 500)")
     weight_decay: float = opt(0.3, "AdamW weight decay (O: 0.3)")
@@ -226,10 +227,12 @@ def main() -> None:
     if config.step_blind:
         models["step-blind SPM"] = CLIP(pickscore.config).to(processes.device)
         models["step-blind SPM"].load_state_dict(pickscore.state_dict())
-    parameters = [p for clip in models.values() for p in clip.requires_grad_(True).parameters()]
+    known, named = set(pickscore.state_dict()), [item for clip in models.values() for item in clip.requires_grad_(True).named_parameters()]
+    parameters = [p for _, p in named]
+    groups = [dict(params=[p for name, p in named if name in known]), dict(params=[p for name, p in named if name not in known])]
     kind = dict(lr=config.lr, betas=(0.9, 0.999), weight_decay=config.weight_decay)
-    optimizer = (ZeroRedundancyOptimizer(parameters, torch.optim.AdamW, **kind) if processes.world > 1
-                 else torch.optim.AdamW(parameters, **kind))
+    optimizer = (ZeroRedundancyOptimizer(groups, torch.optim.AdamW, **kind) if processes.world > 1
+                 else torch.optim.AdamW(groups, **kind))
     empty, begin = encode_empty(pipe), 0
     if state := run.resume():
         for clip, weights in zip(models.values(), state["models"], strict=True):
@@ -287,8 +290,8 @@ def main() -> None:
         processes.sum([p.grad for p in parameters] + [stats])
         norms = [float(torch.nn.utils.clip_grad_norm_(list(clip.parameters()), config.clip_norm)) for clip in models.values()]
         lr = learning_rate(step, config.lr, config.warmup) * ((1 - step / config.steps) if config.decay else 1)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
+        for group, factor in zip(optimizer.param_groups, (1.0, config.adaln_lr), strict=True):
+            group["lr"] = lr * factor
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         seconds = time.perf_counter() - started

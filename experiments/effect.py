@@ -16,9 +16,11 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from diffusion import load_pipeline  # noqa: E402
+from spo_train import PRESETS  # noqa: E402
 from tiny import world  # noqa: E402
 
-SEEDS, DEMO_ROUNDS, LONG = (0, 1, 2), 10, (15, 20, 30)
+SEEDS, LONG = (0, 1, 2), (20, 30)
+DEMO_ROUNDS = PRESETS["tiny"]["rounds"]
 RUNS = ROOT / "runs/effect"
 
 

@@ -105,8 +105,11 @@ def signed_distance(shape: torch.Tensor, dx: torch.Tensor, dy: torch.Tensor, r: 
 
 
 def render(captions: list[Caption], generator: torch.Generator, vividness: torch.Tensor | None = None,
-           cleanliness: torch.Tensor | None = None) -> torch.Tensor:
-    """Draw one picture per caption -> [N, 3, 64, 64] in [0, 1]. Factors in [0, 1], [N]; uniform if not given."""
+           cleanliness: torch.Tensor | None = None, slip: torch.Tensor | None = None) -> torch.Tensor:
+    """Draw one picture per caption -> [N, 3, 64, 64] in [0, 1]. Factors in [0, 1], [N]; uniform if not given.
+
+    `slip` [N] mixes that share of the next colour of the circle into every colour: a painter who missed the hue.
+    """
     n = len(captions)
     vividness = torch.rand(n, generator=generator) if vividness is None else vividness
     cleanliness = torch.rand(n, generator=generator) if cleanliness is None else cleanliness
@@ -133,6 +136,9 @@ def render(captions: list[Caption], generator: torch.Generator, vividness: torch
         shadow = signed_distance(shape, x - cx - 1.5, y - cy - 2, r)
         image = image * (1 - 0.10 * ((2 - shadow) / 4).clamp(0, 1)[:, None])
         pure = RGB[rows[:, j, 0].long()].view(n, 3, 1, 1)
+        if slip is not None:            # forwards or backwards around the circle of hues
+            other = RGB[(rows[:, j, 0].long() + slip.sign().long()) % len(RGB)].view(n, 3, 1, 1)
+            pure = pure + slip.abs().view(n, 1, 1, 1) * (other - pure)
         grey = pure.mean(1, keepdim=True) * 0.4 + 0.42
         strength = (PALE + (1 - PALE) * vividness).view(n, 1, 1, 1)
         light = 1 - 0.09 * ((x - cx + y - cy) / (2 * r.clamp(min=1))).clamp(-1, 1)[:, None]
@@ -280,7 +286,8 @@ def preference_pairs(count: int, seed: int, mistakes: float = 0.35) -> tuple[tor
     """Generic preference data of this world: pictures uint8 [N, 2, 3, S, S], captions, labels [N] (1: first liked).
 
     Two painters paint each training caption with their own rendering; each gets the content wrong with probability
-    `mistakes`. What the labels blend is the truth: what was painted, and the aesthetics formula on the pixels.
+    `mistakes`, and half of the time misses the hue by anything up to a whole neighbouring colour. What the labels
+    blend is the truth as read from the pixels.
     """
     train, _ = split_captions()
     kinds = [[c for c in train if c.kind == kind] for kind in ("single", "count", "relation")]
@@ -290,7 +297,12 @@ def preference_pairs(count: int, seed: int, mistakes: float = 0.35) -> tuple[tor
     captions = [kinds[k][int(u * len(kinds[k]))] for k, u in zip(share, draw)]
     wrong = torch.rand(count, 2, generator=rand) < mistakes
     painted = [mistaken(c, train, rand) if w else c for c, row in zip(captions, wrong.tolist()) for w in row]
-    images = torch.cat([render(painted[i:i + 256], rand) for i in range(0, 2 * count, 256)])
-    beauty = torch.cat([aesthetics(part) for part in images.split(256)]).view(count, 2)
-    labels = generic_preference((~wrong).float(), beauty, rand)
-    return (images * 255).round().byte().view(count, 2, 3, SIZE, SIZE), [c.text for c in captions], labels
+    slip = (2 * torch.rand(2 * count, generator=rand) - 1) * (torch.rand(2 * count, generator=rand) < 0.5)
+    asked = [c for c in captions for _ in range(2)]
+    images, aligned, beauty = [], [], []
+    for i in range(0, 2 * count, 256):
+        images.append((render(painted[i:i + 256], rand, slip=slip[i:i + 256]) * 255).round().byte())
+        aligned.append(alignment(images[-1] / 255, asked[i:i + 256]))
+        beauty.append(aesthetics(images[-1] / 255))
+    labels = generic_preference(torch.cat(aligned).view(count, 2), torch.cat(beauty).view(count, 2), rand)
+    return torch.cat(images).view(count, 2, 3, SIZE, SIZE), [c.text for c in captions], labels
