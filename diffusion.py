@@ -184,7 +184,7 @@ def load_pipeline(source: str = "tiny", dtype: torch.dtype = torch.float32, devi
     `unet` and `vae` replace those parts by the ones of another folder or hub id (a full fine-tune; SDXL's fp16-safe VAE).
     `prediction_type` (epsilon, v_prediction) and `tokenizer` (a folder or hub id with `tokenizer/`) are for single files,
     which carry neither. `zero_negative` says whether guidance's other side is all zero (None: as the model was trained).
-    A VAE that asks for it stays fp32. Raises InputError where a file is missing or does not fit.
+    SDXL's stock VAE stays fp32 (`force_upcast`). Raises InputError where a file is missing or does not fit.
     """
     device, name = torch.device(device), NAMES.get(source, source)
     if name.endswith((".safetensors", ".ckpt")):
@@ -201,7 +201,7 @@ def load_pipeline(source: str = "tiny", dtype: torch.dtype = torch.float32, devi
     if vae:
         root = fetch(vae, ["config.json", "diffusion_pytorch_model.safetensors", "vae/*"])
         pipe.vae = _component(VAE, VAEConfig, root / "vae" if (root / "vae").is_dir() else root, dtype, device)
-    if pipe.vae.config.force_upcast:
+    if pipe.vae.config.force_upcast and (dtype == torch.float16 or pipe.is_sdxl):       # SD-1.5's asks for it too once diffusers saved it
         pipe.vae.float()
     return pipe
 

@@ -19,7 +19,7 @@ from diffusion import load_pipeline  # noqa: E402
 from spo_train import PRESETS  # noqa: E402
 from tiny import world  # noqa: E402
 
-SEEDS, LONG = (0, 1, 2), (20, 30)
+SEEDS, LONG = (0, 1, 2), (14, 20)
 DEMO_ROUNDS = PRESETS["tiny"]["rounds"]
 RUNS = ROOT / "runs/effect"
 

@@ -8,6 +8,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import spm_train
+from clip_spm import make_step_aware
 from conftest import assert_close, seeded
 from diffusion import encode_empty, encode_prompts, load_clip, load_pipeline
 from helpers import PROMPTS, call, log_of, shell
@@ -221,6 +222,18 @@ def test_a_run_leaves_table_and_weights(kind, tmp_path, pickscore):
     rows = log_of(out)
     assert [r["step"] for r in rows] == [1, 2, 3, 4, 5] and [r["lr"] for r in rows] == pytest.approx([5e-4, 1e-3, 1e-3, 1e-3, 1e-3])
     assert rows[0]["epoch"] == 0 and rows[-1]["epoch"] == 2
+
+
+def test_the_timestep_layers_learn_at_their_own_rate(kind, tmp_path, pickscore):
+    """Adam's first step moves a weight by its learning rate; `--adaln_lr 10` makes that ten times as much where adaLN is."""
+    call("spm_train", *kind, "--steps", 1, "--warmup", 1, "--lr", 1e-4, "--adaln_lr", 10, "--weight_decay", 0, "--out", tmp_path / "run")
+    start, new = load_clip(str(pickscore)), load_clip(str(tmp_path / "run/spm")).state_dict()
+    torch.manual_seed(0)
+    fresh = make_step_aware(start).state_dict()
+    moved = {k: float((new[k] - v).abs().max()) for k, v in fresh.items()}
+    known = start.state_dict().keys()
+    assert max(v for k, v in moved.items() if k in known) == pytest.approx(1e-4, rel=0.05)
+    assert max(v for k, v in moved.items() if "adaLN" in k) == pytest.approx(1e-3, rel=0.05)
 
 
 def assert_same_models(a, b, tolerance: float = 0.0) -> None:
