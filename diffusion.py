@@ -124,6 +124,12 @@ def _tokenizer(folder: Path):
     return CLIPTokenizer.from_pretrained(folder)
 
 
+def first_tokenizer(source: str, tokenizer: str = ""):
+    """The first tokenizer of a model (as load_pipeline takes it) alone; CLIP-H and CLIP-L share it."""
+    single = source.endswith((".safetensors", ".ckpt"))
+    return _tokenizer(fetch(tokenizer or NAMES["sd15"] if single else NAMES.get(source, source), ["tokenizer/*"]) / "tokenizer")
+
+
 def _single_file(path: Path, dtype: torch.dtype, device: torch.device, tokenizer: str, prediction_type: str,
                  shapes: dict | None = None) -> Pipeline:
     """A checkpoint in the original layout: SD-1.5 (`cond_stage_model`) or SDXL (`conditioner.embedders`).

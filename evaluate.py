@@ -2,6 +2,9 @@
 
     python evaluate.py --lora base= spo=runs/spo                                  # tiny, on its held-out prompts
     python evaluate.py --model sdxl --lora base= spo=spo.safetensors --prompts prompts.txt --metrics pickscore
+    python evaluate.py --model sdxl --lora base= dpo=mhdang/dpo-sdxl-text2image-v1 spo=FILE --prompts pickapic --metrics pickscore hpsv2
+    python evaluate.py --images FOLDER --prompts parti --metrics aesthetic-v2             # FOLDER/NAME/*.png made elsewhere
+    python evaluate.py --model sdxl --prompts geneval=evaluation_metadata.jsonl --images_per_prompt 4 --steps 50 --metrics geneval
     python evaluate.py --prompt "a red circle above a blue cross" --lora spo=runs/spo     # pictures only
     python evaluate.py --trace "two green squares" --lora spo=runs/spo                    # one SPO trajectory, drawn
 
@@ -9,7 +12,7 @@ The defaults are the paper's protocol (DDIM, 20 steps, guidance 5); it is writte
 """
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,22 +20,30 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+import geneval
 import lora
-from diffusion import DTYPES, NEGATIVE, SDXL_VAE, TINY, Pipeline, decode, generate, generate_latents, grid, load_clip, load_pipeline, to_pil
-from metrics import Metric, load_metric
-from training import Processes, opt, parse_options, read_prompts, run_script, start_processes, write_atomic, write_json
-from weights import InputError, fetch, read_weights
+from diffusion import (DTYPES, NEGATIVE, SDXL_VAE, TINY, Pipeline, decode, first_tokenizer, generate, generate_latents, grid, load_clip,
+                       load_pipeline, to_pil)
+from metrics import Metric, load_metric, metric_sources
+from prompt_sets import prompt_set
+from training import Processes, opt, parse_options, run_script, start_processes, write_atomic, write_json
+from unet import UNet
+from weights import InputError, clean, fetch, load_strict, read_json, read_weights, weight_file
 
 
 @dataclass
 class EvaluateConfig:
     """Every option."""
     model: str = opt("tiny", "tiny, sd15, sdxl, a folder or hub id in the diffusers layout, or a single-file checkpoint")
-    lora: tuple[str, ...] = opt(("base=",), "candidates as name=LORA (file or run folder; nothing after = is the base model)")
-    prompts: str = opt(str(TINY / "held_out_prompts.txt"), "prompts to draw: .txt, .json or .jsonl")
-    metrics: tuple[str, ...] = opt(("pickscore",), "what to score by, see metrics.py")
+    lora: tuple[str, ...] = opt(("base=",), "candidates as name=SOURCE: a LoRA (file or run folder), a whole UNet (file, "
+                                          "folder or hub id), or nothing for the base model")
+    images: str = opt("", "score pictures made elsewhere, FOLDER/NAME/*.png in the order of the prompts, instead of drawing")
+    prompts: str = opt(str(TINY / "held_out_prompts.txt"), "pickapic, hpsv2, parti, geneval=FILE, or a file: .txt, .json, .jsonl, .tsv, "
+                                                            ".parquet")
+    metrics: tuple[str, ...] = opt(("pickscore",), "what to score by: name or name=SOURCE, see metrics.py")
     out: str = opt("runs/evaluate", "folder for images/, results.json, results.md, grid.png")
     images_per_prompt: int = opt(1, "pictures of each prompt")
+    export_geneval: str = opt("", "also lay the pictures out in this folder as GenEval's own scorer wants them, NAME/00000/samples/")
     limit: int = opt(0, "only the first so many prompts; 0: all")
     seed: int = opt(0, "picture i of every model starts from seed + i")
     steps: int = opt(20, "DDIM steps (P: 20; 50 for GenEval)")
@@ -60,34 +71,59 @@ PRESETS = {
 
 
 def candidates(config: EvaluateConfig) -> dict[str, str]:
-    """Name -> LoRA file or "" for the base; a run folder stands for the LoRA in it."""
+    """Name -> weight file or "" for the base; a folder stands for the UNet or the LoRA in it."""
     out = {}
     for word in config.lora:
         name, equals, source = word.partition("=")
         if not equals or not name or "/" in name or name in out:
             raise InputError(f"--lora {word}: write name=FILE, each name once (base= for the model as it is)")
         if source:
-            path = fetch(source, ["*.safetensors"])
-            if path.is_dir():
-                path = path / "pytorch_lora_weights.safetensors"
+            path = fetch(source, ["unet/*.safetensors*", "diffusion_pytorch_model*.safetensors*", "pytorch_lora_weights.safetensors"])
+            if (path / "unet").is_dir():
+                path = weight_file(path / "unet")
+            elif path.is_dir():
+                path = weight_file(path) if any(path.glob("diffusion_pytorch_model*")) else path / "pytorch_lora_weights.safetensors"
             source = str(path)
         out[name] = source
     return out
 
 
 def wear(pipe: Pipeline, source: str) -> None:
-    """Put a LoRA file on the UNet, or take off whatever is there."""
+    """Give the pipeline a candidate: its own UNet ("" ), with a LoRA file on it, or another UNet of the same shape."""
+    pipe.unet = vars(pipe).setdefault("own_unet", pipe.unet)
+    lora.remove(pipe.unet)
     if not source:
-        return lora.remove(pipe.unet)
+        return
+    weights = read_weights(Path(source))
+    if "conv_in.weight" in weights:
+        own = next(pipe.unet.parameters())
+        with torch.device("meta"):
+            unet = UNet(pipe.unet.config)
+        pipe.unet = load_strict(unet, clean(weights), source, own.dtype, own.device)
+        return
     try:
-        lora.load(pipe.unet, read_weights(Path(source)), source)
+        lora.load(pipe.unet, weights, source)
     except ValueError as error:
         raise InputError(str(error)) from None
 
 
 def load_images(paths: list[Path]) -> torch.Tensor:
-    """PNG files of one size -> [N, 3, H, W] in [0, 1]."""
-    return torch.stack([torch.from_numpy(np.asarray(Image.open(p).convert("RGB")).copy()) for p in paths]).permute(0, 3, 1, 2) / 255
+    """Picture files -> [N, 3, H, W] in [0, 1]; H, W are the first one's, to which others are scaled."""
+    images = [Image.open(p).convert("RGB") for p in paths]
+    return torch.stack([torch.from_numpy(np.asarray(i.resize(images[0].size)).copy()) for i in images]).permute(0, 3, 1, 2) / 255
+
+
+def find_images(folder: str, count: int) -> dict[str, list[Path]]:
+    """FOLDER/NAME/* -> {NAME: its pictures by file name}; InputError unless there are `count` of every name."""
+    if not Path(folder).is_dir():
+        raise InputError(f"--images {folder}: no such folder")
+    files = {home.name: sorted(p for p in home.iterdir() if p.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"))
+             for home in sorted(Path(folder).iterdir(), key=lambda p: (p.name != "base", p.name)) if home.is_dir()}
+    wrong = next((f"{name} holds {len(paths)}" for name, paths in files.items() if len(paths) != count), None)
+    if wrong or not files:
+        raise InputError(f"--images {folder}: {wrong or 'holds no folder of'} pictures, the prompts ask for {count} "
+                         "(--images_per_prompt, --limit)")
+    return files
 
 
 def draw_all(pipe: Pipeline, models: dict[str, str], prompts: list[str], config: EvaluateConfig, processes: Processes,
@@ -107,21 +143,42 @@ def draw_all(pipe: Pipeline, models: dict[str, str], prompts: list[str], config:
     wear(pipe, "")
 
 
-def score_all(metrics: list[Metric], models: dict[str, str], prompts: list[str], config: EvaluateConfig, processes: Processes,
-              folder: Path) -> dict[str, dict[str, list[float]]]:
-    """{model: {metric: one score per picture}}, on every process."""
+def score_all(metric: Metric, files: dict[str, list[Path]], digests: dict[str, str], prompts: list[str], batch: int,
+              processes: Processes, folder: Path) -> dict[str, list[float]]:
+    """{model: one score per picture}, on every process. Kept in folder/MODEL.METRIC.json while pictures, prompts and weights last."""
     out = {}
-    for name in models:
-        scores = torch.zeros(len(metrics), len(prompts), dtype=torch.float64, device=processes.device)
-        mine = processes.share(len(prompts))
-        for begin in tqdm(range(0, len(mine), config.batch), desc=f"score {name}", disable=not processes.main):
-            part = mine[begin:begin + config.batch]
-            images = load_images([folder / name / f"{i:05d}.png" for i in part])
-            for m, metric in enumerate(metrics):
-                scores[m, part] = metric.score(images, [prompts[i] for i in part]).double().to(processes.device)
+    for name, paths in files.items():
+        scores = torch.zeros(len(prompts), dtype=torch.float64)
+        identity = dict(formula=metric.formula, weights=metric.weights, pictures=digests.get(name),
+                        prompts=hashlib.sha256("\n".join(prompts).encode()).hexdigest())
+        kept, path = {}, folder / f"{name}.{metric.name}.json"
+        if processes.main and path.exists():
+            kept = read_json(path)
+        if processes.any(kept.get("identity") == identity):
+            if processes.main:
+                scores = torch.tensor(kept["scores"], dtype=torch.float64)
+        else:
+            mine = processes.share(len(prompts))
+            for begin in tqdm(range(0, len(mine), batch), desc=f"{metric.name} {name}", disable=not processes.main):
+                part = mine[begin:begin + batch]
+                scores[part] = metric.score([open_image(paths[i]) for i in part], [prompts[i] for i in part]).double().cpu()
+        scores = scores.to(processes.device)
         processes.sum([scores])
-        out[name] = {metric.name: row for metric, row in zip(metrics, scores.tolist())}
+        out[name] = scores.tolist()
+        if processes.main:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_json(path, dict(identity=identity, scores=out[name]))
     return out
+
+
+def open_image(path: Path) -> Image.Image:
+    """A picture file, read; InputError if it is none."""
+    try:
+        image = Image.open(path)
+        image.load()
+    except (OSError, SyntaxError, ValueError) as error:
+        raise InputError(f"{path}: not a readable picture ({error})") from None
+    return image
 
 
 def compare(scores: list[float], first: list[float], resamples: int = 2000) -> dict:
@@ -154,10 +211,26 @@ def table(results: dict[str, dict[str, dict]], metrics: list[Metric]) -> str:
     return "\n".join(lines)
 
 
-def comparison_grid(folder: Path, models: dict[str, str], count: int, columns: int = 12) -> Image.Image:
+def group_means(scores: list[float], groups: list[str]) -> dict[str, float]:
+    """Mean score of each group, and `mean`, their unweighted mean (GenEval's overall, HPSv2's average over styles)."""
+    means = {g: float(np.mean([s for s, h in zip(scores, groups) if h == g])) for g in dict.fromkeys(groups)}
+    return means | dict(mean=float(np.mean(list(means.values()))))
+
+
+def group_tables(by_group: dict[str, dict[str, dict[str, float]]]) -> str:
+    """Markdown: for each metric a row per model and a column per group."""
+    out = []
+    for name in next(iter(by_group.values())):
+        columns = list(next(iter(by_group.values()))[name])
+        out += [f"\n| {name} | " + " | ".join(columns) + " |", "|---" * (1 + len(columns)) + "|"]
+        out += [f"| {model} | " + " | ".join(f"{row[name][c]:.3f}" for c in columns) + " |" for model, row in by_group.items()]
+    return "\n".join(out) + "\n"
+
+
+def comparison_grid(files: dict[str, list[Path]], columns: int = 12) -> Image.Image:
     """A row per model, same prompt and seed below each other."""
-    rows = [load_images([folder / name / f"{i:05d}.png" for i in range(min(columns, count))]) for name in models]
-    return grid(torch.cat(rows), min(columns, count))
+    columns = min(columns, len(next(iter(files.values()))))
+    return grid(load_images([p for paths in files.values() for p in paths[:columns]]), columns)
 
 
 def main() -> None:
@@ -166,9 +239,17 @@ def main() -> None:
     processes = start_processes(config.device or None)
     if not 1 <= config.steps <= 999:
         raise InputError(f"--steps {config.steps}: must lie in 1..999")
-    models, folder = candidates(config), Path(config.out)
-    pipe = load_pipeline(config.model, DTYPES[config.dtype], processes.device, vae=config.vae or None,
-                         prediction_type=config.prediction_type, tokenizer=config.tokenizer, zero_negative=NEGATIVE[config.negative])
+    folder, models, only = Path(config.out), {}, config.trace or config.prompt
+    sources = {} if only else dict(metric_sources(word) for word in config.metrics)     # refused before hours of drawing, not after
+    if not only and len(sources) != len(config.metrics):
+        raise InputError(f"--metrics {' '.join(config.metrics)}: each metric once")
+    if config.images:
+        tokenizer = first_tokenizer(config.model, config.tokenizer)
+    else:
+        models = candidates(config)
+        pipe = load_pipeline(config.model, DTYPES[config.dtype], processes.device, vae=config.vae or None,
+                             prediction_type=config.prediction_type, tokenizer=config.tokenizer, zero_negative=NEGATIVE[config.negative])
+        tokenizer = pipe.tokenizers[0]
     if config.trace:
         return trace(pipe, models, config, folder)
     if config.prompt:
@@ -180,34 +261,67 @@ def main() -> None:
             to_pil(image)[0].save(folder / f"{name}.png")
             print(folder / f"{name}.png")
         return
-    prompts = read_prompts(config.prompts)[:config.limit or None]
-    protocol = dict(model=config.model, sampler=f"DDIM, eta {config.eta}", steps=config.steps, guidance_scale=config.guidance_scale,
-                    resolution=config.resolution or pipe.latent_shape()[1] * pipe.vae.factor, dtype=config.dtype, seed=config.seed,
-                    prompts=len(prompts), images_per_prompt=config.images_per_prompt,
-                    prompts_sha256=hashlib.sha256("\n".join(prompts).encode()).hexdigest(), vae=config.vae or "its own")
-    prompts = [p for p in prompts for _ in range(config.images_per_prompt)]
-    claim(folder, dict(protocol, lora={n: digest(s) for n, s in models.items()}), processes)
-    draw_all(pipe, models, prompts, config, processes, folder / "images")
+    chosen = prompt_set(config.prompts, config.limit)
+    if ("geneval" in sources or config.export_geneval) and not chosen.rows:
+        raise InputError("geneval: wants its own prompts, --prompts geneval=evaluation_metadata.jsonl")
+    if config.images:
+        protocol = dict(images=config.images)
+    else:
+        protocol = dict(model=config.model, sampler=f"DDIM, eta {config.eta}", steps=config.steps, guidance_scale=config.guidance_scale,
+                        resolution=config.resolution or pipe.latent_shape()[1] * pipe.vae.factor, dtype=config.dtype, seed=config.seed)
+    protocol |= dict(prompts=len(chosen.prompts), images_per_prompt=config.images_per_prompt,
+                     prompts_sha256=hashlib.sha256("\n".join(chosen.prompts).encode()).hexdigest())
+    prompts, groups = ([x for x in part for _ in range(config.images_per_prompt)] for part in (chosen.prompts, chosen.groups))
+    if config.images:
+        files = find_images(config.images, len(prompts))
+        claim(folder, dict(protocol, lora={}), processes)
+    else:
+        protocol["vae"] = config.vae or "its own"
+        claim(folder, dict(protocol, lora={n: digest(weight_files(s)) for n, s in models.items()}), processes)
+        draw_all(pipe, models, prompts, config, processes, folder / "images")
+        files = {name: [folder / "images" / name / f"{i:05d}.png" for i in range(len(prompts))] for name in models}
+        del pipe                        # the scorers want its memory
     processes.barrier()
-    metrics = [load_metric(name, config.model, pipe.tokenizers[0], processes.device) for name in config.metrics]
-    scores = score_all(metrics, models, prompts, config, processes, folder / "images")
+    if config.export_geneval and processes.main:
+        for name, paths in files.items():
+            geneval.export(chosen.rows, paths, Path(config.export_geneval) / name)
+    digests = {name: digest(paths) for name, paths in files.items()} if processes.main else {}
+    scores, metrics = {name: {} for name in files}, []
+    for word, name in zip(config.metrics, sources):
+        metric = geneval.geneval(*sources[name], chosen.rows, tokenizer, processes.device) if name == "geneval" else \
+            load_metric(word, config.model, tokenizer, processes.device)
+        for model, row in score_all(metric, files, digests, prompts, config.batch, processes, folder / "scores").items():
+            scores[model][metric.name] = row
+        metrics.append(replace(metric, score=None))         # one scorer in memory at a time
+        del metric
     if not processes.main:
         return
-    first = next(iter(models))
-    results = {name: {m.name: compare(scores[name][m.name], scores[first][m.name]) for m in metrics} for name in models}
+    first = next(iter(files))
+    results = {name: {m.name: compare(scores[name][m.name], scores[first][m.name]) for m in metrics} for name in files}
+    by_group = {name: {m.name: group_means(scores[name][m.name], groups) for m in metrics} for name in files} if groups else {}
     write_json(folder / "results.json", dict(protocol=protocol, metrics={m.name: m.formula for m in metrics}, results=results,
-                                             scores=scores))
-    text = table(results, metrics) + "\n\n" + ", ".join(f"{k} {v}" for k, v in protocol.items()) + "\n"
-    text += "".join(f"- {m.name}: {m.formula}\n" for m in metrics)
+                                             groups=by_group, scores=scores))
+    text = table(results, metrics) + "\n" + (group_tables(by_group) if groups else "")
+    text += "\n" + ", ".join(f"{k} {v}" for k, v in protocol.items()) + "\n" + "".join(f"- {m.name}: {m.formula}\n" for m in metrics)
     write_atomic(folder / "results.md", lambda p: p.write_text(text))
-    comparison_grid(folder / "images", models, len(prompts)).save(folder / "grid.png")
+    comparison_grid(files).save(folder / "grid.png")
     print(text)
-    print(f"pictures, results.json, results.md and grid.png in {folder}")
+    print(f"{'' if config.images else 'pictures, '}results.json, results.md and grid.png in {folder}")
 
 
-def digest(source: str) -> str:
-    """What identifies a LoRA file: its SHA-256; "" for the base."""
-    return hashlib.sha256(Path(source).read_bytes()).hexdigest() if source else ""
+def weight_files(source: str) -> list[Path]:
+    """A candidate's weight file, with its shards if it is their index; none for the base."""
+    shards = sorted(set(read_json(source)["weight_map"].values())) if source.endswith(".json") else []
+    return [Path(source).parent / name for name in [Path(source).name, *shards]] if source else []
+
+
+def digest(paths: list[Path]) -> str:
+    """SHA-256 over the contents of files."""
+    total = hashlib.sha256()
+    for path in paths:
+        with open(path, "rb") as handle:
+            total.update(hashlib.file_digest(handle, "sha256").digest())
+    return total.hexdigest()
 
 
 def claim(folder: Path, identity: dict, processes: Processes) -> None:
@@ -219,7 +333,7 @@ def claim(folder: Path, identity: dict, processes: Processes) -> None:
             old = json.loads(path.read_text())
             for name, value in identity.pop("lora").items():        # more candidates may join later
                 if old["lora"].setdefault(name, value) != value:
-                    problem = f"{folder}: its pictures of {name!r} come from another LoRA file; choose another --out or name"
+                    problem = f"{folder}: its pictures of {name!r} come from another LoRA file or UNet; choose another --out or name"
             identity["lora"] = old["lora"]
             changed = [k for k in identity if k != "lora" and identity[k] != old.get(k)]
             if changed:

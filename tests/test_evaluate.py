@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 
 import evaluate
@@ -91,7 +92,7 @@ def test_evaluation_end_to_end(kind, trained, tmp_path, sd, pickscore):
     pictures = evaluate.load_images([out / "images/spo" / f"{i:05d}.png" for i in range(6)])
     assert report["scores"]["spo"]["aesthetics"] == pytest.approx(world.aesthetics(pictures).tolist(), abs=1e-5)
     metric = metrics.pickscore(str(pickscore), pipe.tokenizers[0], torch.device("cpu"))
-    assert report["scores"]["spo"]["pickscore"] == pytest.approx(metric.score(pictures, [p for p in PROMPTS[:3] for _ in "ab"]).tolist(), abs=1e-3)
+    assert report["scores"]["spo"]["pickscore"] == pytest.approx(metric.score(to_pil(pictures), [p for p in PROMPTS[:3] for _ in "ab"]).tolist(), abs=1e-3)
     assert report["scores"]["spo"]["pickscore"] != report["scores"]["base"]["pickscore"]
     text = (out / "results.md").read_text()
     assert text.startswith("| model | aesthetics | win rate | pickscore | win rate |") and "| spo |" in text and "guidance_scale 5.0" in said
@@ -153,7 +154,7 @@ def test_one_prompt_for_every_candidate(sd, trained, tmp_path):
 def test_alignment_wants_captions_of_the_world():
     metric = load_metric("alignment", "tiny", None, torch.device("cpu"))
     with pytest.raises(InputError, match="a photo of a cat"):
-        metric.score(torch.zeros(1, 3, 64, 64), ["a photo of a cat"])
+        metric.score([Image.new("RGB", (64, 64))], ["a photo of a cat"])
 
 
 # The tiny world

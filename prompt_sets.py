@@ -1,0 +1,89 @@
+"""The field's prompt sets by name, or any file: prompts, and the group (style, category, tag) that each belongs to.
+
+    pickapic   Pick-a-Pic's validation_unique, 500: the paper's Tables 1 and 2
+    hpsv2      HPDv2's benchmark, 4 styles x 800
+    parti      PartiPrompts, 1632 in 12 categories
+    geneval    553 in 6 tags; not on the hub: geneval=evaluation_metadata.jsonl
+"""
+import csv
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from training import read_prompts
+from weights import InputError, fetch, read_json
+
+STYLES = ("anime", "concept-art", "paintings", "photo")
+SETS = {        # name -> (hub data set or file in it, what to fetch of it, how many prompts there must be)
+    "pickapic": ("yuvalkirstain/pickapic_v1_no_images", ["*validation_unique*.parquet"], 500),
+    "hpsv2": ("zhwang/HPDv2", [f"benchmark/{style}.json" for style in STYLES], 3200),
+    "parti": ("nateraw/parti-prompts/PartiPrompts.tsv", [], 1632),
+    "geneval": ("", [], 553),
+}
+
+
+@dataclass
+class PromptSet:
+    """Prompts, the group of each ([] where there are none), and GenEval's metadata if that is what they are."""
+    prompts: list[str]
+    groups: list[str] = field(default_factory=list)
+    rows: list[dict] = field(default_factory=list)
+
+
+def read_tsv(path: Path) -> list[dict]:
+    """PartiPrompts' columns. Quotation marks are part of the prompts: one begins with a quoted word."""
+    try:
+        rows = list(csv.DictReader(path.read_text(encoding="utf-8-sig").split("\n"), delimiter="\t", quoting=csv.QUOTE_NONE))
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read ({error})") from None
+    if not rows or not rows[0].get("Prompt"):
+        raise InputError(f"{path}: a .tsv of prompts needs a header line with the column Prompt")
+    return [row for row in rows if row["Prompt"].strip()]
+
+
+def read_geneval(path: Path) -> list[dict]:
+    """GenEval's metadata, one object a line; InputError that names a line which is none."""
+    rows = []
+    for i, line in enumerate(path.read_text(encoding="utf-8").split("\n")):
+        if line.strip():
+            try:
+                row = json.loads(line)
+                wants = row.get("include", []) + row.get("exclude", [])
+                assert row["tag"] and row["prompt"].strip() and wants and all(w["class"] and w["count"] > 0 for w in wants)
+            except (ValueError, KeyError, TypeError, AssertionError):
+                raise InputError(f"{path}: line {i + 1} is no GenEval metadata (tag, prompt, include)") from None
+            rows.append(row)
+    return rows
+
+
+def prompt_set(word: str, limit: int = 0) -> PromptSet:
+    """A name of SETS, `name=SOURCE` for a copy of it elsewhere, or a file (as read_prompts has it, and .tsv); the first `limit`.
+
+    Raises InputError where it cannot be had or a named set has not as many prompts as it should.
+    """
+    name, _, source = word.partition("=")
+    if name not in SETS:
+        name, source = "", word
+    elif not source:
+        source = SETS[name][0]
+        if not source:
+            raise InputError("geneval: its prompts are not on the hub; get prompts/evaluation_metadata.jsonl from the GitHub repository "
+                             "djghosh13/geneval and write --prompts geneval=FILE")
+    path = fetch(source, SETS[name][1], repo_type="dataset") if name else Path(source)
+    if name == "geneval":
+        rows = read_geneval(path)
+        out = PromptSet([r["prompt"] for r in rows], [r["tag"] for r in rows], rows)
+    elif path.suffix == ".tsv":
+        rows = read_tsv(path)
+        out = PromptSet([r["Prompt"].strip() for r in rows], [r["Category"] for r in rows] if rows[0].get("Category") else [])
+    elif name == "hpsv2":
+        home = path / "benchmark" if (path / "benchmark").is_dir() else path
+        styles = {style: read_json(home / f"{style}.json") for style in STYLES}
+        out = PromptSet([p.strip() for s in STYLES for p in styles[s]], [s for s in STYLES for _ in styles[s]])
+    else:
+        if name == "pickapic" and path.is_dir():
+            path = next(iter(sorted(path.rglob("*validation_unique*.parquet"))), path)
+        out = PromptSet(read_prompts(str(path)))
+    if name and len(out.prompts) != SETS[name][2]:
+        raise InputError(f"{source}: {name} has {SETS[name][2]} prompts, this holds {len(out.prompts)}")
+    return PromptSet(*(part[:limit or None] for part in (out.prompts, out.groups, out.rows)))
