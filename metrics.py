@@ -140,18 +140,21 @@ def world_metric(name: str) -> Metric:
     from tiny import world
     captions = {c.text: c for c in world.all_captions()}
 
-    def pixels(images: list[Image.Image]) -> torch.Tensor:
-        return torch.stack([torch.from_numpy(np.asarray(i.convert("RGB")).copy()) for i in images]).permute(0, 3, 1, 2) / 255
+    def pixels(image: Image.Image) -> torch.Tensor:
+        if image.width != image.height:
+            raise InputError(f"{name}: a picture of {image.width} x {image.height}; the tiny world's are square")
+        return torch.from_numpy(np.asarray(image.convert("RGB")).copy()).permute(2, 0, 1)[None] / 255
 
     def aligned(images: list[Image.Image], prompts: list[str]) -> torch.Tensor:
         unknown = next((p for p in prompts if p not in captions), None)
         if unknown is not None:
             raise InputError(f"alignment: {unknown!r} is no caption of the tiny world (see tiny/model/held_out_prompts.txt)")
-        return world.alignment(pixels(images), [captions[p] for p in prompts])
+        return torch.cat([world.alignment(pixels(i), [captions[p]]) for i, p in zip(images, prompts)])
 
     if name == "alignment":
         return Metric(name, "share of pictures that show exactly what the caption says, read from pixels (0..1)", aligned)
-    return Metric(name, "10 x mean(vividness, cleanliness) read from pixels (0..10)", lambda images, _: world.aesthetics(pixels(images)))
+    return Metric(name, "10 x mean(vividness, cleanliness) read from pixels (0..10)",
+                  lambda images, _: torch.cat([world.aesthetics(pixels(i)) for i in images]))
 
 
 def pickscore(source: str, tokenizer, device: torch.device) -> Metric:

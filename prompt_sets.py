@@ -50,7 +50,7 @@ def read_geneval(path: Path) -> list[dict]:
                 row = json.loads(line)
                 wants = row.get("include", []) + row.get("exclude", [])
                 assert row["tag"] and row["prompt"].strip() and wants and all(w["class"] and w["count"] > 0 for w in wants)
-            except (ValueError, KeyError, TypeError, AssertionError):
+            except (ValueError, KeyError, TypeError, AttributeError, AssertionError):
                 raise InputError(f"{path}: line {i + 1} is no GenEval metadata (tag, prompt, include)") from None
             rows.append(row)
     return rows

@@ -1,12 +1,13 @@
 """evaluate.py and metrics.py: the numbers against scipy, the run end to end, and the tiny world's ground truth."""
 import json
+import shutil
 
 import numpy as np
 import pytest
 import scipy.stats
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import evaluate
 import lora
@@ -126,6 +127,125 @@ def test_folder_of_another_evaluation_is_refused(kind, trained, tmp_path, prompt
     assert (tmp_path / "e/results.json").read_bytes() == report
 
 
+@pytest.fixture
+def other_unet(sd, tmp_path):
+    """A folder like Diffusion-DPO's release: unet/ with weights of its own, no configuration."""
+    weights = load_file(sd / "unet/diffusion_pytorch_model.safetensors")
+    (tmp_path / "dpo/unet").mkdir(parents=True)
+    save_file({k: v * 1.1 for k, v in weights.items()}, tmp_path / "dpo/unet/diffusion_pytorch_model.safetensors")
+    return tmp_path / "dpo"
+
+
+def test_whole_unets_are_candidates(kind, trained, tmp_path, sd, other_unet, monkeypatch):
+    """Folder with unet/, folder, file; and the models after it are what they are without it."""
+    pictures = lambda: {f: f.read_bytes() for f in sorted((tmp_path / "e/images").rglob("*.png"))}  # noqa: E731
+    call("evaluate", *kind, "--lora", "base=", f"spo={trained[0]}", "--limit", 2)
+    alone = pictures()
+    shutil.rmtree(tmp_path / "e")
+    file = other_unet / "unet/diffusion_pytorch_model.safetensors"
+    call("evaluate", *kind, "--lora", f"dpo={other_unet}", f"root={other_unet / 'unet'}", f"spo={trained[0]}", f"file={file}", "base=", "--limit", 2)
+    drawn = pictures()
+    assert all(drawn[f] == content for f, content in alone.items()) and len(drawn) == 10
+    name = lambda n: [content for f, content in drawn.items() if f.parent.name == n]  # noqa: E731
+    assert name("dpo") == name("root") == name("file") and name("dpo") != name("base")
+    shutil.copytree(sd, tmp_path / "whole")
+    shutil.copy(file, tmp_path / "whole/unet")
+    image = to_pil(generate(load_pipeline(str(tmp_path / "whole")), PROMPTS[:1], [0], steps=2))[0]
+    assert np.abs(np.asarray(image).astype(int) - np.asarray(evaluate.Image.open(tmp_path / "e/images/dpo/00000.png"))).max() <= 1
+
+
+def test_unets_of_another_shape_are_refused(kind, other_unet, sdxl):
+    with pytest.raises(InputError, match="UNet"):
+        call("evaluate", *kind, "--lora", f"dpo={sdxl}")
+    weights = load_file(other_unet / "unet/diffusion_pytorch_model.safetensors")
+    del weights["conv_out.bias"]
+    save_file(weights, other_unet / "unet/diffusion_pytorch_model.safetensors")
+    with pytest.raises(InputError, match="1 missing .conv_out.bias"):
+        call("evaluate", *kind, "--lora", f"again={other_unet}")
+
+
+def test_pictures_made_elsewhere(kind, trained, tmp_path, monkeypatch):
+    """The same scores as where they were drawn, without the model; the base is the first row; the counts must match."""
+    call("evaluate", *kind, "--lora", "base=", f"alpha={trained[0]}")
+    monkeypatch.setattr(evaluate, "load_pipeline", None)
+    elsewhere = (*kind[:-5], "--metrics", "aesthetics", "pickscore", "--images", tmp_path / "e/images", "--out", tmp_path / "f")
+    said = call("evaluate", *elsewhere)
+    one, two = (json.loads((tmp_path / name / "results.json").read_text()) for name in "ef")
+    assert one["scores"] == two["scores"] and one["results"] == two["results"] and "steps" not in two["protocol"]
+    assert list(two["results"]) == ["base", "alpha"] and str(tmp_path / "e/images") in said and (tmp_path / "f/grid.png").exists()
+    Image.new("RGB", (20, 20)).save(tmp_path / "e/images/alpha/00003.jpg")
+    with pytest.raises(InputError, match="alpha holds 8 pictures, the prompts ask for 7"):
+        call("evaluate", *elsewhere)
+    (tmp_path / "e/images/alpha/00003.png").unlink()                # a JPEG of another size takes its place
+    call("evaluate", *elsewhere)
+    three = json.loads((tmp_path / "f/results.json").read_text())["scores"]["alpha"]["aesthetics"]
+    assert [i for i in range(7) if three[i] != one["scores"]["alpha"]["aesthetics"][i]] == [3]
+    (tmp_path / "e/images/alpha/00003.jpg").write_text("no picture")
+    with pytest.raises(InputError, match="00003.jpg: not a readable picture"):
+        call("evaluate", *elsewhere)
+    for folder in (tmp_path / "none", tmp_path / "f/scores"):
+        with pytest.raises(InputError, match="no such folder|holds no folder"):
+            call("evaluate", *elsewhere[:-4], "--images", folder, "--out", tmp_path / "g")
+
+
+def test_scores_are_kept_while_pictures_prompts_and_weights_last(kind, trained, tmp_path, monkeypatch, pickscore_metric):
+    seen = []
+
+    def counted(*arguments):
+        metric = pickscore_metric(*arguments)
+        run = metric.score
+        metric.score = lambda images, prompts: seen.extend([metric.name] * len(images)) or run(images, prompts)
+        return metric
+
+    monkeypatch.setattr(evaluate, "load_metric", counted)
+    call("evaluate", *kind, "--lora", "base=")
+    assert seen.count("aesthetics") == seen.count("pickscore") == 7
+    first = json.loads((tmp_path / "e/results.json").read_text())["scores"]["base"]
+    seen.clear()
+    call("evaluate", *kind, "--lora", "base=", f"spo={trained[0]}")
+    again = json.loads((tmp_path / "e/results.json").read_text())["scores"]
+    assert again["base"] == first and len(seen) == 14, "only the new candidate was scored"
+    seen.clear()
+    Image.new("RGB", (16, 16)).save(tmp_path / "e/images/spo/00000.png")
+    call("evaluate", *kind, "--lora", "base=", f"spo={trained[0]}")
+    assert len(seen) == 14
+    seen.clear()
+    monkeypatch.setattr(evaluate, "load_metric", lambda *a: evaluate.replace(counted(*a), weights="others"))
+    call("evaluate", *kind, "--lora", "base=")
+    assert len(seen) == 14
+
+
+def test_means_by_group(kind, tmp_path):
+    """PartiPrompts' categories: each group's mean, and their unweighted mean."""
+    rows = ["Prompt\tCategory", "a red circle\tSingles", "two blue squares\tCounts", "three cyan crosses\tCounts"]
+    (tmp_path / "p.tsv").write_text("\n".join(rows))
+    call("evaluate", *kind, "--prompts", tmp_path / "p.tsv", "--images_per_prompt", 2, "--lora", "base=")
+    report = json.loads((tmp_path / "e/results.json").read_text())
+    scores, got = report["scores"]["base"]["aesthetics"], report["groups"]["base"]["aesthetics"]
+    assert got == pytest.approx({"Singles": np.mean(scores[:2]), "Counts": np.mean(scores[2:]), "mean": (np.mean(scores[:2]) + np.mean(scores[2:])) / 2})
+    assert "| aesthetics | Singles | Counts | mean |" in (tmp_path / "e/results.md").read_text()
+
+
+def test_geneval_end_to_end(kind, tmp_path, monkeypatch):
+    """Six tags, their unweighted mean, and the pictures in the original's folders; the detector is made up."""
+    import geneval
+    import prompt_sets
+    rows = [dict(tag="single_object" if i < 3 else "counting", prompt=p, include=[{"class": "cat", "count": 1}]) for i, p in enumerate(PROMPTS)]
+    (tmp_path / "m.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    monkeypatch.setitem(prompt_sets.SETS, "geneval", ("", [], 7))
+    monkeypatch.setattr(geneval, "load_detector", lambda *_: torch.nn.Linear(1, 1))
+    monkeypatch.setattr(geneval, "load_clip", lambda *_: torch.nn.Linear(1, 1))
+    hits = iter([1, 1, 0, 1] * 7)
+    monkeypatch.setattr(geneval, "detect", lambda *_: [geneval.Found("cat", 0.95, (0, 0, 1, 1))] * next(hits))
+    words = (*kind[:-3], "--metrics", "geneval", "--lora", "base=", "--images_per_prompt", 4, "--export_geneval", tmp_path / "export")
+    call("evaluate", *words, "--prompts", f"geneval={tmp_path / 'm.jsonl'}")
+    report = json.loads((tmp_path / "e/results.json").read_text())
+    assert report["groups"]["base"]["geneval"] == {"single_object": 0.75, "counting": 0.75, "mean": 0.75} and len(report["scores"]["base"]["geneval"]) == 28
+    assert len(list((tmp_path / "export/base").glob("*/samples/*.png"))) == 28 and (tmp_path / "export/base/00006/metadata.jsonl").exists()
+    with pytest.raises(InputError, match="wants its own prompts"):
+        call("evaluate", *words)
+
+
 def test_two_processes_evaluate_what_one_does(kind, trained, tmp_path):
     words = (*kind[:-5], "--lora", "base=", f"spo={trained[0]}", "--metrics", "aesthetics", "--device", "cpu")
     for processes in (1, 2):
@@ -138,6 +258,7 @@ def test_two_processes_evaluate_what_one_does(kind, trained, tmp_path):
 @pytest.mark.parametrize("words, says", [
     (("--lora", "base"), "name=FILE"), (("--lora", "a=", "a="), "each name once"), (("--lora", "a/b="), "name=FILE"),
     (("--lora", "a=nowhere.safetensors"), "nowhere.safetensors"), (("--metrics", "beauty"), "unknown metric 'beauty'"),
+    (("--metrics", "hpsv2", "hpsv2"), "each metric once"), (("--metrics", "aesthetic-v1"), "aesthetic-v1=FILE"), (("--prompts", "geneval"), "geneval=FILE"),
     (("--steps", "0"), "--steps 0"), (("--prompts", "none.txt"), "none.txt"), (("--metric", "pickscore"), "did you mean --metrics?")])
 def test_mistakes_are_one_line(sd, prompts, tmp_path, words, says):
     with pytest.raises(InputError) as caught:
@@ -155,6 +276,8 @@ def test_alignment_wants_captions_of_the_world():
     metric = load_metric("alignment", "tiny", None, torch.device("cpu"))
     with pytest.raises(InputError, match="a photo of a cat"):
         metric.score([Image.new("RGB", (64, 64))], ["a photo of a cat"])
+    with pytest.raises(InputError, match="64 x 32"):
+        metric.score([Image.new("RGB", (64, 32))], ["a red circle"])
 
 
 # The tiny world
