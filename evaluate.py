@@ -349,10 +349,10 @@ def trace(pipe: Pipeline, models: dict[str, str], config: EvaluateConfig, folder
     import spo_train
     settings = spo_train.SPOConfig(**(spo_train.PRESETS.get(config.model, {}) | dict(model=config.model)))
     judge = load_clip(spo_train.judge_source(settings), DTYPES[config.dtype], pipe.device)
-    calls = spo_train.Models(pipe.unet, lambda z: decode(pipe, z), judge, judge.image_features)
     folder.mkdir(parents=True, exist_ok=True)
     for name, source in models.items():
         wear(pipe, source)
+        calls = spo_train.Models(pipe.unet, lambda z: decode(pipe, z), judge, judge.image_features)
         spo_train.trace_prompt(pipe, calls, config.trace, settings, config.seed).save(folder / f"trace-{name}.png")
         print(folder / f"trace-{name}.png")
 
