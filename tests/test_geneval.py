@@ -131,6 +131,12 @@ def test_position_needs_the_other_group_to_be_right():
     assert right(found, coloured, lambda *_: ["red"]) and not right(found, coloured, lambda *_: ["pink"])
 
 
+def test_a_right_place_does_not_excuse_a_wrong_colour():
+    row = want("position", dict({"class": "dog"}, count=1), dict({"class": "cat"}, count=1, color="red", position=["left of", 0]))
+    found = [at("dog", 100, 0), at("cat", 0, 0)]
+    assert right(found, row, lambda *_: ["red"]) and not right(found, row, lambda *_: ["pink"])
+
+
 def test_position_holds_for_all_pairs_of_the_counted():
     row = want("position", dict({"class": "dog"}, count=2), dict({"class": "cat"}, count=2, position=["left of", 0]))
     dogs = [at("dog", 100, 0), at("dog", 140, 0)]
