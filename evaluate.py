@@ -6,6 +6,8 @@
     python evaluate.py --images FOLDER --prompts parti --metrics aesthetic-v2             # FOLDER/NAME/*.png made elsewhere
     python evaluate.py --model sdxl --prompts geneval=evaluation_metadata.jsonl --images_per_prompt 4 --steps 50 --metrics geneval
     python evaluate.py --prompt "a red circle above a blue cross" --lora spo=runs/spo     # pictures only
+    python evaluate.py --lora base= spo=runs/spo --logs spo=runs/spo --study study.html   # learning curves; a page for raters
+    python evaluate.py --tally votes-*.json                                               # what they said
     python evaluate.py --trace "two green squares" --lora spo=runs/spo                    # one SPO trajectory, drawn
 
 The defaults are the paper's protocol (DDIM, 20 steps, guidance 5); it is written into every result.
@@ -26,6 +28,8 @@ from diffusion import (DTYPES, NEGATIVE, SDXL_VAE, TINY, Pipeline, decode, first
                        load_pipeline, to_pil)
 from metrics import Metric, load_metric, metric_sources
 from prompt_sets import prompt_set
+from report import read_logs, write_report
+from study import tally, write_study
 from training import Processes, opt, parse_options, run_script, start_processes, write_atomic, write_json
 from unet import UNet
 from weights import InputError, clean, fetch, load_strict, read_json, read_weights, weight_file
@@ -41,9 +45,13 @@ class EvaluateConfig:
     prompts: str = opt(str(TINY / "held_out_prompts.txt"), "pickapic, hpsv2, parti, geneval=FILE, or a file: .txt, .json, .jsonl, .tsv, "
                                                             ".parquet")
     metrics: tuple[str, ...] = opt(("pickscore",), "what to score by: name or name=SOURCE, see metrics.py")
-    out: str = opt("runs/evaluate", "folder for images/, results.json, results.md, grid.png")
+    out: str = opt("runs/evaluate", "folder for images/, results.json, results.md, grid.png, report.html")
     images_per_prompt: int = opt(1, "pictures of each prompt")
     export_geneval: str = opt("", "also lay the pictures out in this folder as GenEval's own scorer wants them, NAME/00000/samples/")
+    logs: tuple[str, ...] = opt((), "name=RUNFOLDER of training runs whose learning curves the report shows")
+    report_rows: int = opt(200, "pictures of each model in the report, evenly spaced in the list")
+    study: str = opt("", "also write a page for a human study here: the first two candidates side by side, blind")
+    tally: tuple[str, ...] = opt((), "only add up the votes that study pages exported, votes*.json")
     limit: int = opt(0, "only the first so many prompts; 0: all")
     seed: int = opt(0, "picture i of every model starts from seed + i")
     steps: int = opt(20, "DDIM steps (P: 20; 50 for GenEval)")
@@ -236,6 +244,9 @@ def comparison_grid(files: dict[str, list[Path]], columns: int = 12) -> Image.Im
 def main() -> None:
     """Draw, score and compare as the command line says."""
     config = parse_options(EvaluateConfig, PRESETS, description=__doc__)
+    if config.tally:
+        return print(tally(config.tally))
+    logs = read_logs(config.logs)
     processes = start_processes(config.device or None)
     if not 1 <= config.steps <= 999:
         raise InputError(f"--steps {config.steps}: must lie in 1..999")
@@ -243,6 +254,8 @@ def main() -> None:
     sources = {} if only else dict(metric_sources(word) for word in config.metrics)     # refused before hours of drawing, not after
     if not only and len(sources) != len(config.metrics):
         raise InputError(f"--metrics {' '.join(config.metrics)}: each metric once")
+    if config.study and len(config.lora) < 2 and not config.images:
+        raise InputError(f"--study {config.study}: compares two candidates; give a second one, --lora base= spo=FILE")
     if config.images:
         tokenizer = first_tokenizer(config.model, config.tokenizer)
     else:
@@ -305,8 +318,12 @@ def main() -> None:
     text += "\n" + ", ".join(f"{k} {v}" for k, v in protocol.items()) + "\n" + "".join(f"- {m.name}: {m.formula}\n" for m in metrics)
     write_atomic(folder / "results.md", lambda p: p.write_text(text))
     comparison_grid(files).save(folder / "grid.png")
+    write_report(folder / "report.html", text, protocol, {m.name: m.formula for m in metrics}, files, prompts, scores, logs,
+                 config.report_rows)
+    if config.study:
+        write_study(Path(config.study), files, prompts)
     print(text)
-    print(f"{'' if config.images else 'pictures, '}results.json, results.md and grid.png in {folder}")
+    print(f"{'' if config.images else 'pictures, '}results.json, results.md, grid.png and report.html in {folder}")
 
 
 def weight_files(source: str) -> list[Path]:
