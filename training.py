@@ -96,6 +96,12 @@ def run_script(main) -> None:
         sys.exit(_fail(str(error)))
     except torch.cuda.OutOfMemoryError:
         sys.exit(_fail("out of GPU memory; lower --sample_batch, --train_batch or --decode_batch, or set --checkpointing"))
+    except RuntimeError as error:       # gloo and NCCL have no type of their own for a peer that died
+        if not dist.is_initialized() or not re.search(r"gloo|nccl|connection (closed|reset)|broken pipe", str(error), re.I):
+            raise
+        print("error: another process is gone, see its message; start the same command again to go on from the last checkpoint "
+              f"({str(error).splitlines()[0]})", file=sys.stderr, flush=True)
+        os._exit(1)                     # leaving the group politely would wait for the dead
     except KeyboardInterrupt:
         sys.exit(130)
     finally:
@@ -164,7 +170,12 @@ def start_processes(device: str | None = None) -> Processes:
     elif world > 1 and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // world))
     if world > 1:
-        dist.init_process_group("nccl" if place.type == "cuda" else "gloo", timeout=timedelta(minutes=30))
+        store, _, _ = next(dist.rendezvous("env://", rank, world))
+        if os.environ.get("LOCAL_WORLD_SIZE") == str(world):
+            # After a restart torchrun's store still holds the dead processes' addresses. (On several nodes each counts its own restarts.)
+            store = dist.PrefixStore("attempt-" + os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        dist.init_process_group("nccl" if place.type == "cuda" else "gloo", store=store, rank=rank, world_size=world,
+                                timeout=timedelta(minutes=30))
     return Processes(rank, world, place)
 
 

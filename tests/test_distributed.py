@@ -1,9 +1,11 @@
 """Several processes train what one trains; a run that was stopped, however, ends as one that was not."""
+import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -38,12 +40,13 @@ def assert_same_run(a, b, step: int) -> None:
     assert log_of(a) == log_of(b) and len(log_of(a)) == step
 
 
-# With threshold 0.99 so few pairs are left that a process has none, or there are none at all.
-@pytest.mark.parametrize("threshold", [0.0, 0.99])
-def test_two_processes_train_what_one_trains(kind, tmp_path, threshold):
+# Three prompts a round: four processes leave one without prompts. With threshold 0.99 so few pairs are left that a process has none,
+# or there are none at all. With train_batch 1, gradients accumulate.
+@pytest.mark.parametrize("threshold, train_batch, processes", [(0.0, 10, 2), (0.0, 1, 3), (0.0, 10, 4), (0.99, 10, 2), (0.99, 10, 3)])
+def test_several_processes_train_what_one_trains(kind, tmp_path, threshold, train_batch, processes):
     words = ("tests/gentle.py", "spo_train.py", *kind, "--lr", 0.005, "--rounds", 4, "--threshold", threshold)
     shell(*words, "--out", tmp_path / "one")
-    shell(*words, "--out", tmp_path / "two", processes=2)
+    shell(*words, "--out", tmp_path / "two", "--train_batch", train_batch, processes=processes)
     one, two = log_of(tmp_path / "one"), log_of(tmp_path / "two")
     for a, b in zip(one, two, strict=True):
         assert a.keys() == b.keys() and all(a[k] == pytest.approx(b[k], rel=1e-4, abs=1e-5) for k in a), (a, b)
@@ -62,6 +65,50 @@ def test_mistakes_end_every_process(kind, tmp_path):
     begin = time.time()
     done = shell("spo_train.py", *kind, "--rounds", 1, "--out", tmp_path / "run", processes=2, check=False)
     assert done.returncode != 0 and "holds a run with other options" in done.stderr and time.time() - begin < 300
+
+
+def kill_rank(launch: list[str], log, rank: int, rounds: int) -> tuple[int, str, float]:
+    """Start a torchrun job, SIGKILL one rank once `rounds` rounds are logged; (exit status, stderr, seconds from kill to exit)."""
+    job = subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", *launch], cwd=ROOT, env=environment(),
+                           stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    try:
+        while job.poll() is None and not (log.exists() and len(log.read_text().splitlines()) >= rounds):
+            time.sleep(0.05)
+        assert job.poll() is None, job.stderr.read()[-3000:]
+        for home in Path("/proc").glob("[0-9]*"):
+            try:
+                mine = int((home / "stat").read_text().rsplit(")", 1)[1].split()[1]) == job.pid
+                if mine and f"RANK={rank}".encode() in (home / "environ").read_bytes().split(b"\0"):
+                    os.kill(int(home.name), signal.SIGKILL)
+                    break
+            except OSError:
+                continue
+        else:
+            raise AssertionError(f"rank {rank} not found")
+        begin = time.time()
+        _, errors = job.communicate(timeout=300)
+        return job.returncode, errors, time.time() - begin
+    finally:
+        job.kill()
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds the ranks in /proc")
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_rank_is_restarted_and_the_run_ends_the_same(kind, tmp_path, rank):
+    words = ["spo_train.py", *map(str, kind), "--rounds", "6", "--save_every", "1"]
+    status, errors, _ = kill_rank(["--nproc_per_node=2", "--max-restarts=1", *words, "--out", str(tmp_path / "run")],
+                                  tmp_path / "run/log.jsonl", rank, 2)
+    assert status == 0, errors[:6000]
+    shell(*words, "--out", tmp_path / "whole", processes=2)
+    assert_same_run(tmp_path / "run", tmp_path / "whole", 6)
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds the ranks in /proc")
+def test_without_restarts_a_killed_rank_ends_the_job_with_a_message(kind, tmp_path):
+    words = ["spo_train.py", *map(str, kind), "--rounds", "500", "--epochs", "999", "--save_every", "1", "--out", str(tmp_path / "run")]
+    status, errors, seconds = kill_rank(["--nproc_per_node=2", *words], tmp_path / "run/log.jsonl", 1, 2)
+    assert status != 0 and seconds < 60
+    assert "another process is gone" in errors and "start the same command again" in errors
 
 
 def test_stopped_and_continued_is_the_same_run(kind, tmp_path):
