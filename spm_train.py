@@ -10,6 +10,7 @@ A step-blind twin (Table 5) can be trained on the very same inputs.
 Shapes: N pairs, C H W latent, S x S pixels of the CLIP.
 """
 import dataclasses
+import math
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -39,6 +40,7 @@ from diffusion import (
 )
 from pairs import Pairs, epoch_order, load_pairs, world_pairs
 from training import (
+    TOO_MANY,
     Processes,
     Run,
     generator,
@@ -48,6 +50,7 @@ from training import (
     permutation,
     run_script,
     start_processes,
+    warn,
     write_atomic,
     write_json,
 )
@@ -183,6 +186,19 @@ def print_table(table: dict[str, dict[int, list[float]]]) -> None:
         print(f"{'  ' + name + ', more':22}" + "".join(f"{row[t][3]:>+9.3f} ± {row[t][4]:.3f}" for t in REPORT_AT))
 
 
+def report_fault(finite: list[torch.Tensor], pairs: list[tuple[str, int]]) -> None:
+    """Say on stderr where a step that was not finite went wrong.
+
+    `finite`: [2, N] per microbatch, are the pair's predicted pictures finite, and its losses; `pairs`: its caption and timestep.
+    """
+    drawn, judged = torch.cat(finite, 1).tolist() if finite else ([], [])
+    if all(judged):
+        return warn("a gradient is not finite; optimizer step skipped")
+    place = judged.index(False)
+    caption, t = pairs[place]
+    warn(f"{'the judge' if drawn[place] else 'a predicted picture'} is not finite at t = {t}, caption {caption!r}; optimizer step skipped")
+
+
 def save_spm(clip: CLIP, folder: Path) -> None:
     """An SPM with the official files' names (prefix `model.`), and the configuration that theirs lack."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -264,6 +280,7 @@ def main() -> None:
         return [readers.submit(pairs.pictures, i) for i in rows[processes.rank::processes.world]]
 
     coming = read(begin)
+    bad, skipped = 0, 0
     progress = tqdm(total=config.steps, initial=begin, desc="spm", unit="step", disable=not processes.main)
     for step in range(begin, config.steps):
         started = time.perf_counter()
@@ -271,7 +288,7 @@ def main() -> None:
         pictures, coming = coming, read(step + 1)               # one step ahead
         timesteps = torch.randint(0, 1000, (len(batch),), generator=generator(config.seed, "timestep", step))     # t ~ U{0..999}
         mine, stats = list(range(processes.rank, len(batch), processes.world)), torch.zeros(2 * len(models), device=pipe.device)
-        total_weight = float(pairs.weight[batch].sum())
+        total_weight, finite = float(pairs.weight[batch].sum()), []
         for start in range(0, len(mine), config.micro_batch):
             rows = mine[start:start + config.micro_batch]
             index, t = [batch[r] for r in rows], timesteps[rows]
@@ -280,12 +297,16 @@ def main() -> None:
             pixels = predicted_pixels(pipe, images, index, t, cond, empty, config.guidance_scale, (config.seed, "noise", step),
                                       pickscore.config.vision.image_size)
             target, w = labels_of(index, images), pairs.weight[index].to(pipe.device)
+            drawn = judged = torch.isfinite(pixels).flatten(1).all(1)
             for m, clip in enumerate(models.values()):
                 scores = pair_scores(clip, pixels, t, ids[index].to(pipe.device), dtype)
-                loss = (preference_loss(scores[:, 0], scores[:, 1], target) * w).sum() / total_weight             # Eq. 3
+                each = preference_loss(scores[:, 0], scores[:, 1], target)                                        # Eq. 3
+                loss = (each * w).sum() / total_weight
                 loss.backward()
+                judged = judged & torch.isfinite(each.detach())
                 stats[2 * m] += loss.detach()
                 stats[2 * m + 1] += ((scores[:, 0] > scores[:, 1]).float() == target).float().sum() / len(batch)
+            finite.append(torch.stack([drawn, judged]))
         for p in parameters:
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
         processes.sum([p.grad for p in parameters] + [stats])
@@ -293,21 +314,31 @@ def main() -> None:
         lr = learning_rate(step, config.lr, config.warmup) * ((1 - step / config.steps) if config.decay else 1)
         for group, factor in zip(optimizer.param_groups, (1.0, config.adaln_lr), strict=True):
             group["lr"] = lr * factor
-        optimizer.step()
+        if sound := all(map(math.isfinite, norms)):
+            optimizer.step()
+            bad = 0
+        else:
+            bad, skipped = bad + 1, skipped + 1
+            report_fault(finite, [(pairs.captions[batch[r]], int(timesteps[r])) for r in mine])
         optimizer.zero_grad(set_to_none=True)
         seconds = time.perf_counter() - started
-        run.log(dict(step=step + 1, epoch=epoch, loss=float(stats[0]), accuracy=float(stats[1]), grad_norm=norms[0], lr=lr,
+        run.log(dict(step=step + 1, epoch=epoch, loss=float(stats[0]) if sound else None, accuracy=float(stats[1]),
+                     grad_norm=norms[0] if sound else None, lr=lr, skipped=skipped,
                      pairs_per_second=len(batch) / seconds, eta_minutes=(config.steps - step - 1) * seconds / 60))
         progress.set_postfix(loss=f"{float(stats[0]):.3f}", refresh=False)
         progress.update()
-        ending = processes.any(run.stop)
+        ending = processes.any(run.stop) or bad >= TOO_MANY
         if (step + 1) % config.save_every == 0 or step + 1 == config.steps or ending:
             if processes.world > 1:
                 optimizer.consolidate_state_dict(to=0)
             run.save(step + 1, dict(models=[{k: v.cpu() for k, v in clip.state_dict().items()} for clip in models.values()],
                                     optimizer=optimizer.state_dict() if processes.main else None))
         if ending:
-            return readers.shutdown(cancel_futures=True)
+            readers.shutdown(cancel_futures=True)
+            if bad >= TOO_MANY:
+                raise InputError(f"step {step + 1}: {TOO_MANY} optimizer steps in a row were not finite; the last good SPM is in "
+                                 f"{run.folder}'s checkpoint (try --dtype fp32, another --vae, or a lower --lr)")
+            return
     progress.close()
     readers.shutdown()
     for clip in models.values():

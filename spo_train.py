@@ -46,6 +46,7 @@ from diffusion import (
     to_pil,
 )
 from training import (
+    TOO_MANY,
     Clock,
     Processes,
     Run,
@@ -56,6 +57,7 @@ from training import (
     read_prompts,
     run_script,
     start_processes,
+    warn,
     write_atomic,
 )
 from weights import InputError
@@ -134,6 +136,10 @@ class Pairs:
     x_next: torch.Tensor        # [B, S, 2, C, H, W]
     valid: torch.Tensor         # [B, S] bool: the scores differ by more than the threshold
     scores: torch.Tensor        # [B, G, K] of each of the G groups
+    fault: torch.Tensor         # [B, G] index into FAULTS: what was not finite first; such a pool is not used
+
+
+FAULTS = ("", "the UNet's prediction", "a decoded picture", "the judge's score")
 
 
 def pool_groups(timesteps: list[int], t_min: int, t_max: int, j: int) -> list[list[int]]:
@@ -198,16 +204,23 @@ def sample_pairs(pipe: Pipeline, models: Models, cond: Conditioning, uncond: Con
             c, u = (x.map(lambda v: v.repeat_interleave(repeat, 0)) for x in (cond, uncond))
             return guided_noise(models.unet, latents, t, c, u, config.guidance_scale)
 
-    def score(x0: torch.Tensor, t: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Predicted clean latents [B * K, C, H, W] -> (scores [B, K], pictures)."""
+    def finite(values: torch.Tensor) -> torch.Tensor:                                # [B * K, ...] -> [B]
+        return torch.isfinite(values).reshape(b, -1).all(1)
+
+    def score(x0: torch.Tensor, t: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Predicted clean latents [B * K, C, H, W] -> (scores [B, K], pictures, index into FAULTS [B])."""
         with clock("decoding"):
             images = torch.cat([models.decode(part) for part in x0.split(config.decode_batch)])
         with clock("scoring"):
             pixels = preprocess_decoded(images, models.judge.config.vision.image_size)
             features = models.image_features(pixels, torch.full((len(x0),), max(t, 0), device=device))
-            return models.judge.score(features, text.repeat_interleave(k, 0)).view(b, k), images
+            scores = models.judge.score(features, text.repeat_interleave(k, 0)).view(b, k)
+        fault = 3 * ~finite(scores)
+        for code, values in ((2, images), (1, x0)):             # the earlier cause explains the later
+            fault = torch.where(finite(values), fault, code)
+        return scores, images, fault
 
-    slots_x, slots_next, valid, all_scores = [], [], [], []
+    slots_x, slots_next, valid, all_scores, faults = [], [], [], [], []
     rows = torch.arange(b, device=device)
     latents, i = draw(), 0
     noise_pred = noise_of(latents, timesteps[0])
@@ -239,13 +252,15 @@ def sample_pairs(pipe: Pipeline, models: Models, cond: Conditioning, uncond: Con
             t_next = timesteps[i]
             noise_pred = noise_of(candidates, t_next, k)
             x0 = ddim.predict_x0(schedule, candidates, noise_pred, t_next)
-        scores, images = score(x0, t_next)                                          # [B, K]
+        scores, images, fault = score(x0, t_next)                                   # [B, K], [B]
         win, lose, keep = choose_pair(scores, config.threshold, config.pair, uniform[:, 1:])
+        keep = keep & (fault == 0)
         for before, after in zip(path, path[1:]):
             slots_x.append(torch.stack([before[rows, win], before[rows, lose]], 1))     # [B, 2, C, H, W]
             slots_next.append(torch.stack([after[rows, win], after[rows, lose]], 1))
             valid.append(keep)
         all_scores.append(scores)
+        faults.append(fault)
         chosen = {"random": (uniform[:, 0] * k).long().clamp(max=k - 1), "win": win, "lose": lose}[config.start]
         latents = path[-1][rows, chosen]
         if not last:                            # the chosen candidate's noise prediction is already there
@@ -253,7 +268,7 @@ def sample_pairs(pipe: Pipeline, models: Models, cond: Conditioning, uncond: Con
         if trace is not None:
             trace.append(dict(timestep=t_next, images=images.unflatten(0, (b, k))[0].cpu(), scores=scores[0].tolist(),
                               win=int(win[0]), lose=int(lose[0]), chosen=int(chosen[0]), valid=bool(keep[0])))
-    return Pairs(torch.stack(slots_x, 1), torch.stack(slots_next, 1), torch.stack(valid, 1), torch.stack(all_scores, 1))
+    return Pairs(*(torch.stack(v, 1) for v in (slots_x, slots_next, valid, all_scores, faults)))
 
 
 def pair_log_ratios(unet, model: torch.nn.Module, schedule: ddim.Schedule, x_t: torch.Tensor, x_next: torch.Tensor,
@@ -303,10 +318,12 @@ def cut_minibatches(slots: list[int], size: int, *key) -> list[list[int]]:
 
 
 def train_on_pairs(pipe: Pipeline, models: Models, optimizer: torch.optim.Optimizer, pairs: Pairs, cond: Conditioning,
-                   empty: Conditioning | None, config: SPOConfig, processes: Processes, clock: Clock, key: tuple) -> dict:
+                   empty: Conditioning | None, config: SPOConfig, processes: Processes, clock: Clock, key: tuple,
+                   prompts: list[str] | None = None, in_a_row: int = 0) -> dict:
     """Use every valid pair of the round once (Eq. 5). Returns means over the round's pairs and optimizer steps.
 
     `pairs` and `cond` hold the whole round and are the same on every process; each takes its share of each minibatch.
+    A gradient that is not finite is reported and its step skipped; TOO_MANY skipped `in_a_row` end the round.
     """
     timesteps = pipe.schedule.timesteps(config.steps)
     stride = len(pipe.schedule.alphas_cumprod) // config.steps
@@ -317,7 +334,7 @@ def train_on_pairs(pipe: Pipeline, models: Models, optimizer: torch.optim.Optimi
     slots = pairs.valid.flatten().nonzero()[:, 0].tolist()
     weights, sums, updates, skipped, norms = lora.parameters(pipe.unet), torch.zeros(7), 0, 0, []
     for batch in cut_minibatches(slots, config.pairs_per_step, config.seed, "pairs", *key):
-        mine, stats = batch[processes.rank::processes.world], torch.zeros(7, device=pipe.device)
+        mine, stats, losses = batch[processes.rank::processes.world], torch.zeros(7, device=pipe.device), []
         for begin in range(0, len(mine), config.train_batch):
             part = mine[begin:begin + config.train_batch]
             prompt, slot = [s // count for s in part], [s % count for s in part]
@@ -328,6 +345,7 @@ def train_on_pairs(pipe: Pipeline, models: Models, optimizer: torch.optim.Optimi
                     models.unet, pipe.unet, pipe.schedule, pairs.x_t[prompt, slot], pairs.x_next[prompt, slot], t, t - stride,
                     [first[s] for s in slot], c, negative(pipe, c, empty), config.guidance_scale, config.eta)
                 loss = spo_loss(win, lose, config.beta, config.clamp)
+                losses.append(loss.detach())
                 (loss.sum() / len(batch)).backward()                # normalised by the global minibatch
                 with torch.no_grad():
                     outside = [((r.exp() - 1).abs() > (config.clamp or math.inf)).float() for r in (win, lose)]
@@ -340,15 +358,37 @@ def train_on_pairs(pipe: Pipeline, models: Models, optimizer: torch.optim.Optimi
         if math.isfinite(norm):
             optimizer.step()
             updates += 1
+            in_a_row = 0
             norms.append(norm)
             sums += stats.cpu()
         else:
             skipped += 1
+            in_a_row += 1
+            where = [s for s, finite in zip(mine, torch.isfinite(torch.cat(losses)).tolist()) if not finite] if losses else []
+            if where:
+                prompt, slot = divmod(where[0], count)
+                warn(f"the loss of a pair at t = {timesteps[steps[slot]]} is not finite, prompt "
+                     f"{prompts[prompt] if prompts else prompt!r}; optimizer step skipped")
+            elif processes.main and math.isfinite(float(stats[0])):
+                name = next(n for n, p in pipe.unet.named_parameters() if p.grad is not None and not torch.isfinite(p.grad).all())
+                warn(f"the gradient of {name} is not finite; optimizer step skipped")
         optimizer.zero_grad(set_to_none=True)
+        if in_a_row >= TOO_MANY:
+            break
     n = max(float(sums[6]), 1.0)
     names = ("loss", "margin", "accuracy", "ratio_win", "ratio_lose", "clipped")
     return dict({name: float(v) / n for name, v in zip(names, sums)}, pairs=len(slots), updates=updates, skipped=skipped,
-                valid_share=len(slots) / max(pairs.valid.numel(), 1), grad_norm=sum(norms) / max(len(norms), 1))
+                in_a_row=in_a_row, valid_share=len(slots) / max(pairs.valid.numel(), 1), grad_norm=sum(norms) / max(len(norms), 1))
+
+
+def report_faults(pairs: Pairs, prompts: list[str], groups: list[list[int]], timesteps: list[int]) -> int:
+    """How many pools hold something that is not finite; the earliest is reported with what, where and for which prompt."""
+    places = pairs.fault.t().nonzero().tolist()             # by group, then by prompt
+    if places:
+        group, prompt = places[0]
+        warn(f"{FAULTS[int(pairs.fault[prompt, group])]} is not finite after the step at t = {timesteps[groups[group][-1]]}, prompt "
+             f"{prompts[prompt]!r}; {len(places)} pools are not used (try --dtype fp32, or another --vae)")
+    return len(places)
 
 
 def judge_features(pipe: Pipeline, judge: CLIP, prompts: list[str]) -> torch.Tensor:
@@ -434,7 +474,8 @@ def sample_round(pipe: Pipeline, models: Models, prompts: list[str], indices: li
         cond = encode_prompts(pipe, [prompts[indices[0]]], config.resolution or None)
         blank = torch.zeros(0, slots, 2, *shape, device=pipe.device)
         parts.append(Pairs(blank, blank, torch.zeros(0, slots, dtype=torch.bool, device=pipe.device),
-                           torch.zeros(0, groups, config.k, device=pipe.device)))
+                           torch.zeros(0, groups, config.k, device=pipe.device),
+                           torch.zeros(0, groups, dtype=torch.long, device=pipe.device)))
         conds.append(cond.map(lambda v: v[:0]))
 
     def whole(tensors: list[torch.Tensor]) -> torch.Tensor:
@@ -513,6 +554,8 @@ def main() -> None:
         print(f"{len(prompts)} prompts, {total} rounds of {config.prompts_per_round}, LoRA of "
               f"{sum(p.numel() for p in lora.parameters(pipe.unet)):,} parameters, {processes.world} x {pipe.device}, "
               f"starting at round {begin}", flush=True)
+    timesteps = pipe.schedule.timesteps(config.steps)
+    groups = pool_groups(timesteps, config.t_min, config.t_max, config.j)
     preview = ([prompts[i] for i in permutation(len(prompts), 0, "preview")[:16]])
     progress = tqdm(total=total, initial=begin, desc="spo", unit="round", disable=not processes.main)
     for step in range(begin, total):
@@ -521,21 +564,23 @@ def main() -> None:
         order = permutation(len(prompts), config.seed, "order", epoch)
         indices = order[place * config.prompts_per_round:(place + 1) * config.prompts_per_round]
         pairs, cond = sample_round(pipe, models, prompts, indices, empty, config, processes, clock, epoch)
-        if not torch.isfinite(pairs.scores).all():
-            raise InputError(f"round {step + 1}: the judge's scores are not finite; try --dtype fp32 or another --vae")
-        stats = train_on_pairs(pipe, models, optimizer, pairs, cond, empty, config, processes, clock, (epoch, place))
-        gap = pairs.scores.amax(-1) - pairs.scores.amin(-1)
+        texts, sound = [prompts[i] for i in indices], pairs.scores[pairs.fault == 0]                # [G', K]
+        faults = report_faults(pairs, texts, groups, timesteps) if processes.main else 0
+        stats = train_on_pairs(pipe, models, optimizer, pairs, cond, empty, config, processes, clock, (epoch, place), texts, bad)
+        bad = stats.pop("in_a_row") + (not len(sound))
+        gap = sound.amax(-1) - sound.amin(-1)
         seconds = time.perf_counter() - started
-        record = dict(round=step + 1, epoch=epoch, **stats, score=float(pairs.scores.mean()), score_gap=float(gap.mean()),
+        record = dict(round=step + 1, epoch=epoch, **stats, score=float(sound.mean()) if len(sound) else None,
+                      score_gap=float(gap.mean()) if len(sound) else None, not_finite=faults,
                       lora_norm=lora.norm(pipe.unet), prompts_per_second=len(indices) / seconds,
                       seconds={name: round(v, 3) for name, v in clock.seconds().items()},
                       eta_minutes=(total - step - 1) * seconds / 60)
         run.log(record)
-        progress.set_postfix(score=f"{record['score']:.2f}", pairs=stats["pairs"], margin=f"{stats['margin']:.4f}", refresh=False)
+        progress.set_postfix(score=f"{record['score'] or math.nan:.2f}", pairs=stats["pairs"], margin=f"{stats['margin']:.4f}",
+                             refresh=False)
         progress.update()
-        bad = bad + 1 if stats["skipped"] and not stats["updates"] else 0
         done = step + 1
-        ending = processes.any(run.stop) or bad >= 10
+        ending = processes.any(run.stop) or bad >= TOO_MANY
         if done % config.save_every == 0 or done == total or ending:
             if processes.main:          # before the checkpoint: whoever is killed in between writes it again
                 save_lora(pipe, run.folder)
@@ -545,8 +590,9 @@ def main() -> None:
                               resolution=config.resolution or None)
             grid(images, 8).save(run.folder / f"samples-{done:05d}.png")
         processes.barrier()
-        if bad >= 10:
-            raise InputError(f"round {done}: every gradient of 10 rounds was not finite; the last LoRA is in {run.folder}")
+        if bad >= TOO_MANY:
+            raise InputError(f"round {done}: {TOO_MANY} optimizer steps in a row were not finite; the last good LoRA is in "
+                             f"{run.folder}")
         if ending:
             break
     progress.close()

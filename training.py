@@ -24,6 +24,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
+from tqdm import tqdm
 
 from weights import InputError, fetch
 
@@ -107,6 +108,14 @@ def run_script(main) -> None:
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+TOO_MANY = 10                           # optimizer steps that are skipped in a row, after which a run stops
+
+
+def warn(message: str) -> None:
+    """A line on stderr that does not tear the progress bar."""
+    tqdm.write(f"warning: {message}", file=sys.stderr)
 
 
 def _fail(message: str) -> int:

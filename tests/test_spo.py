@@ -376,6 +376,64 @@ def test_a_gradient_that_is_not_finite_is_skipped(parts):
     assert all(torch.isfinite(p).all() for p in lora.parameters(parts[0].unet))
 
 
+@pytest.mark.parametrize("broken, fault", [("unet", 1), ("decode", 2), ("image_features", 3)])
+def test_what_is_not_finite_is_found_reported_and_not_used(parts, capsys, broken, fault):
+    """The third pool of the second prompt only; everything else is as it was."""
+    pipe, models, config = parts[:3]
+    clean, original, calls = sample(parts), getattr(models, broken), []
+
+    def poisoned(*args, **kwargs):
+        out = original(*args, **kwargs)
+        pools = 42 if broken == "unet" else 21              # 7 prompts x 3 candidates; the UNet's with and without the prompt
+        calls.append(len(out))
+        return out.index_fill(0, torch.tensor([4]), float("nan")) if len(out) == pools and calls.count(pools) == 3 else out
+
+    setattr(models, broken, poisoned)
+    pairs = sample(parts, decode_batch=64)
+    wrong = pairs.fault.nonzero().tolist()
+    assert wrong[0] == [1, 2] and pairs.fault[1, 2] == fault and {p for p, _ in wrong} == {1}
+    assert not pairs.valid[1, 2] and torch.equal(pairs.valid[0], clean.valid[0]) and not clean.fault.any()
+    groups = spo_train.pool_groups(pipe.schedule.timesteps(6), config.t_min, config.t_max, 1)
+    assert spo_train.report_faults(pairs, PROMPTS, groups, pipe.schedule.timesteps(6)) == len(wrong)
+    said = capsys.readouterr().err
+    assert spo_train.FAULTS[fault] in said and PROMPTS[1] in said and f"t = {pipe.schedule.timesteps(6)[groups[2][0]]}" in said
+
+
+def test_a_loss_that_is_not_finite_is_reported_with_its_prompt(parts, capsys):
+    pairs = sample(parts)
+    pairs.x_next[3, 1] = float("inf")
+    stats = spo_train.train_on_pairs(parts[0], parts[1], torch.optim.AdamW(lora.parameters(parts[0].unet), lr=1e-3), pairs, parts[3],
+                                     encode_empty(parts[0]), parts[2], ALONE, Clock(parts[0].device), (0, 0), PROMPTS)
+    said = capsys.readouterr().err
+    assert stats["skipped"] == 1 and said.count("warning") == 1 and PROMPTS[3] in said and "the loss of a pair at t = " in said
+
+
+def test_ten_in_a_row_stop_the_run_and_keep_the_last_good_lora(sd, spm, prompts, tmp_path, monkeypatch, capsys):
+    """Two sound rounds; then every loss is infinite."""
+    true, rounds = spo_train.pair_log_ratios, []
+    real = spo_train.sample_round
+
+    def counted(*args, **kwargs):
+        rounds.append(1)
+        return real(*args, **kwargs)
+
+    def broken(*args, **kwargs):
+        win, lose = true(*args, **kwargs)
+        return (win, lose) if len(rounds) <= 2 else (win * math.inf, lose)
+
+    words = ("spo_train", "--model", sd, "--spm", spm, "--prompts", prompts, "--dtype", "fp32", "--steps", 4, "--k", 2, "--threshold", 0,
+             "--prompts_per_round", 4, "--pairs_per_step", 4, "--lr", 0.01)
+    call(*words, "--out", tmp_path / "good", "--rounds", 2)
+    rounds.clear()
+    monkeypatch.setattr(spo_train, "sample_round", counted)
+    monkeypatch.setattr(spo_train, "pair_log_ratios", broken)
+    with pytest.raises(InputError, match="10 optimizer steps in a row were not finite; the last good LoRA is in"):
+        call(*words, "--out", tmp_path / "run", "--rounds", 50)
+    good, kept = (load_file(tmp_path / f / "pytorch_lora_weights.safetensors") for f in ("good", "run"))
+    assert all(torch.equal(v, kept[k]) for k, v in good.items()) and any(v.any() for k, v in good.items() if "lora_B" in k)
+    assert sum(row["skipped"] for row in log_of(tmp_path / "run")) == 10
+
+
 def test_checkpointing_changes_nothing(sd, spm):
     norms = []
     for on in (False, True):
