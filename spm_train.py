@@ -297,7 +297,7 @@ def main() -> None:
             pixels = predicted_pixels(pipe, images, index, t, cond, empty, config.guidance_scale, (config.seed, "noise", step),
                                       pickscore.config.vision.image_size)
             target, w = labels_of(index, images), pairs.weight[index].to(pipe.device)
-            drawn = judged = torch.isfinite(pixels).flatten(1).all(1)
+            drawn = judged = torch.isfinite(pixels).reshape(len(rows), -1).all(1)          # [N]
             for m, clip in enumerate(models.values()):
                 scores = pair_scores(clip, pixels, t, ids[index].to(pipe.device), dtype)
                 each = preference_loss(scores[:, 0], scores[:, 1], target)                                        # Eq. 3
@@ -314,7 +314,7 @@ def main() -> None:
         lr = learning_rate(step, config.lr, config.warmup) * ((1 - step / config.steps) if config.decay else 1)
         for group, factor in zip(optimizer.param_groups, (1.0, config.adaln_lr), strict=True):
             group["lr"] = lr * factor
-        if sound := all(map(math.isfinite, norms)):
+        if sound := all(map(math.isfinite, norms + stats[::2].tolist())):
             optimizer.step()
             bad = 0
         else:

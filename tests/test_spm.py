@@ -273,6 +273,30 @@ def test_two_processes_train_what_one_trains(kind, tmp_path):
     assert_same_models(tmp_path / "one", tmp_path / "two", 1e-5)
 
 
+@pytest.mark.parametrize("broken", ["predicted_pixels", "pair_scores"])
+def test_what_is_not_finite_is_reported_skipped_and_ends_the_run_after_ten(kind, tmp_path, monkeypatch, broken):
+    """One step is skipped and the run goes on; when all are, the weights stay what they were and the run ends."""
+    original, calls, pills, said = getattr(spm_train, broken), [], {2}, []
+
+    def poisoned(*args, **kwargs):
+        out = original(*args, **kwargs)
+        calls.append(len(out))
+        return out.index_fill(0, torch.tensor([0]), float("nan")) if pills is None or len(calls) in pills else out
+
+    monkeypatch.setattr(spm_train, broken, poisoned)
+    monkeypatch.setattr(spm_train, "warn", said.append)
+    call("spm_train", *kind, "--out", tmp_path / "once")
+    assert len(said) == 1 and ("picture" if broken == "predicted_pixels" else "judge") in said[0] and "t =" in said[0], said
+    rows = log_of(tmp_path / "once")
+    assert rows[-1]["skipped"] == 1 and [r["loss"] for r in rows].count(None) == 1
+    pills = None
+    with pytest.raises(InputError, match="10 optimizer steps in a row were not finite"):
+        call("spm_train", *kind, "--steps", 50, "--out", tmp_path / "always")
+    state = torch.load(tmp_path / "always/checkpoint-000010.pt", weights_only=True)
+    start = load_clip(kind[kind.index("--pickscore") + 1].__str__()).state_dict()
+    assert all(torch.equal(v, state["models"][1][k]) for k, v in start.items())
+
+
 def test_the_other_options_run(kind, tmp_path, sdxl):
     call("spm_train", *kind[:-1], "--labels", "pickscore", "--decay", "--dtype", "bf16", "--steps", 2, "--out", tmp_path / "a")
     rows = log_of(tmp_path / "a")
