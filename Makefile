@@ -4,7 +4,7 @@ VENV   ?= .venv
 PY     := $(VENV)/bin/python
 OUT    ?= runs/demo
 
-.PHONY: demo test test-slow lint clean
+.PHONY: demo test test-slow soak clean
 
 $(VENV)/.runtime: requirements.txt
 	$(PYTHON) -m venv $(VENV)
@@ -27,6 +27,9 @@ test: $(VENV)/.dev
 
 test-slow: $(VENV)/.dev
 	$(PY) -m pytest -m slow
+
+soak: $(VENV)/.runtime
+	$(PY) benchmarks/soak.py
 
 clean:
 	rm -rf $(VENV) runs
