@@ -21,12 +21,17 @@ from PIL import Image
 from training import permutation
 from weights import InputError, fetch
 
+SMALLEST = 8            # pixels of a picture's shorter side
 WINDOW = 4096           # rows shuffled together; a process keeps at most about two windows of encoded pictures
+
+
+class UnreadablePicture(InputError):
+    """A picture of a pair is damaged, too small or too large."""
 
 
 @dataclass
 class Pairs:
-    """N preference pairs; `pictures(i)` reads pair i as uint8 [2, 3, S, S] and may be called by several threads."""
+    """N preference pairs; `pictures(i)` reads pair i as uint8 [2, 3, S, S], by several threads if need be, or raises UnreadablePicture."""
     captions: list[str]
     label: torch.Tensor                             # [N] 1: the first is liked, 0: the second, 0.5: tie
     weight: torch.Tensor                            # [N] 1 / pairs of the same prompt
@@ -45,10 +50,25 @@ def epoch_order(pairs: Pairs, used: set[int], seed: int, epoch: int) -> list[int
     return out
 
 
-def square(image: Image.Image, side: int) -> torch.Tensor:
-    """The middle of a picture, its shorter side resized to `side` -> uint8 [3, side, side]."""
+def square(file, side: int) -> torch.Tensor:
+    """The middle of a picture (a path or an open file), its shorter side resized to `side` -> uint8 [3, side, side].
+
+    Any mode that PIL reads: 16-bit greys keep their upper byte, transparency is put on white. Raises UnreadablePicture.
+    """
+    try:
+        image = Image.open(file)
+        if min(image.size) < SMALLEST:
+            raise UnreadablePicture(f"{image.width} x {image.height} pixels")
+        if image.mode.startswith("I"):
+            image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
+        if image.mode in ("RGBA", "LA", "PA", "P", "La", "RGBa"):
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        image = image.convert("RGB")
+    except (OSError, SyntaxError, TypeError, ValueError, Image.DecompressionBombError) as error:
+        raise UnreadablePicture(str(error)) from None
     scale = side / min(image.size)
-    image = image.convert("RGB").resize((max(side, round(image.width * scale)), max(side, round(image.height * scale))),
+    image = image.resize((max(side, round(image.width * scale)), max(side, round(image.height * scale))),
                                         Image.Resampling.LANCZOS)
     left, top = (image.width - side) // 2, (image.height - side) // 2
     return torch.from_numpy(np.asarray(image.crop((left, top, left + side, top + side))).copy()).permute(2, 0, 1)
@@ -86,9 +106,9 @@ def folder_pairs(folder: Path, side: int) -> Pairs:
 
     def picture(name: str) -> torch.Tensor:
         try:
-            return square(Image.open(folder / name), side)
-        except (OSError, SyntaxError) as error:
-            raise InputError(f"{folder / name}: not a readable picture ({error})") from None
+            return square(folder / name, side)
+        except UnreadablePicture as error:
+            raise UnreadablePicture(f"{folder / name}: not a readable picture ({error})") from None
 
     captions = [row["caption"] for row in rows]
     weight = torch.tensor([1 / row["num_example_per_prompt"] for row in rows]) \
@@ -144,9 +164,9 @@ def parquet_pairs(files: list[Path], side: int) -> Pairs:
     def pictures(i: int) -> torch.Tensor:
         file, group, row = places[i]
         try:
-            return torch.stack([square(Image.open(io.BytesIO(column[row])), side) for column in encoded(file, group)])
-        except (OSError, SyntaxError, TypeError) as error:
-            raise InputError(f"{files[file]}: row {row} of row group {group} holds no readable pictures ({error})") from None
+            return torch.stack([square(io.BytesIO(column[row]), side) for column in encoded(file, group)])
+        except UnreadablePicture as error:
+            raise UnreadablePicture(f"{files[file]}: row {row} of row group {group} holds no readable pictures ({error})") from None
 
     known = all(w for w in weights)
     return Pairs(captions, torch.tensor(labels), 1 / torch.tensor(weights).float() if known else prompt_weights(captions), groups, pictures)

@@ -38,7 +38,7 @@ from diffusion import (
     load_pipeline,
     negative,
 )
-from pairs import Pairs, epoch_order, load_pairs, world_pairs
+from pairs import Pairs, UnreadablePicture, epoch_order, load_pairs, world_pairs
 from training import (
     TOO_MANY,
     Processes,
@@ -89,6 +89,7 @@ class SPMConfig:
     micro_batch: int = opt(16, "pairs in one forward and backward of one process")
     count: int = opt(8000, "tiny: size of the training set of pairs")
     validation: int = opt(512, "pairs held back for the table of accuracies")
+    max_unreadable: float = opt(0.01, "share of the pairs read so far whose pictures may be damaged; they are skipped and listed")
     step_blind: bool = opt(False, "also train a twin without the timestep, on the same inputs (P Table 5)")
     save_every: int = opt(500, "steps between checkpoints")
 
@@ -100,7 +101,21 @@ PRESETS = {
     "sd15": dict(),
     "sdxl": dict(vae=SDXL_VAE, lr=1e-6, steps=7000, labels="pickscore", micro_batch=4),
 }
-FREE = ("out", "device", "micro_batch", "save_every")
+FREE = ("out", "device", "micro_batch", "save_every", "max_unreadable")
+
+
+def readable(pairs: Pairs, i: int) -> torch.Tensor | str:
+    """Pair i's pictures, uint8 [2, 3, S, S], or why they cannot be read."""
+    try:
+        return pairs.pictures(i)
+    except UnreadablePicture as error:
+        return str(error)
+
+
+def stack_pictures(got: list[torch.Tensor | str], side: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """What `readable` gave for N pairs -> uint8 [N, 2, 3, S, S], black where it gave none, and [N] whether it did."""
+    blank = torch.zeros(2, 3, side, side, dtype=torch.uint8)
+    return torch.stack([blank if isinstance(g, str) else g for g in got]), torch.tensor([not isinstance(g, str) for g in got])
 
 
 @torch.no_grad()
@@ -145,7 +160,7 @@ def pair_scores(clip: CLIP, pixels: torch.Tensor, timestep: torch.Tensor, ids: t
 @torch.no_grad()
 def accuracy_table(pipe: Pipeline, models: dict[str, CLIP], pairs: Pairs, labels_of, index: list[int], config: SPMConfig,
                    empty: Conditioning | None, ids: torch.Tensor, processes: Processes) -> dict[str, dict[int, list[float]]]:
-    """Share of validation pairs ordered as labelled, per model and timestep; ties left out.
+    """Share of validation pairs ordered as labelled, per model and timestep; ties and unreadable pairs left out.
 
     {model: {t: [accuracy, standard error, pairs, paired difference from the first model, its standard error]}}
     Every model sees the same inputs, so the paired error of a difference is smaller than two errors together.
@@ -156,9 +171,10 @@ def accuracy_table(pipe: Pipeline, models: dict[str, CLIP], pairs: Pairs, labels
     for begin in range(0, len(mine), chunk):
         place = mine[begin:begin + chunk]
         part = [index[i] for i in place]
-        images = torch.stack([pairs.pictures(i) for i in part])
+        side = config.resolution or pipe.unet.config.sample_size * pipe.vae.factor
+        images, seen = stack_pictures([readable(pairs, i) for i in part], side)
         label = labels_of(part, images)
-        counted[place] = (label != 0.5).float()
+        counted[place] = ((label != 0.5) & seen.to(pipe.device)).float()
         cond = encode_prompts(pipe, [pairs.captions[i] for i in part], config.resolution or None)
         for row, t in enumerate(REPORT_AT):
             steps = torch.full((len(part),), t)
@@ -197,6 +213,17 @@ def report_fault(finite: list[torch.Tensor], pairs: list[tuple[str, int]]) -> No
     place = judged.index(False)
     caption, t = pairs[place]
     warn(f"{'the judge' if drawn[place] else 'a predicted picture'} is not finite at t = {t}, caption {caption!r}; optimizer step skipped")
+
+
+def list_unreadable(known: dict[int, str], new: dict[int, str], run: Run) -> dict[int, str]:
+    """{pair: why} so far and of this step -> both; the first ten are said on stderr, all stand in unreadable.txt."""
+    both = known | new
+    if run.processes.main:
+        for place, i in enumerate(sorted(new.keys() - known.keys()), len(known)):
+            if place < 10:
+                warn(f"{new[i]}; the pair is skipped" + (" (further ones: see unreadable.txt)" if place == 9 else ""))
+        write_atomic(run.folder / "unreadable.txt", lambda p: p.write_text("".join(f"{both[i]}\n" for i in sorted(both)), encoding="utf-8"))
+    return both
 
 
 def save_spm(clip: CLIP, folder: Path) -> None:
@@ -250,12 +277,12 @@ def main() -> None:
     kind = dict(lr=config.lr, betas=(0.9, 0.999), weight_decay=config.weight_decay)
     optimizer = (ZeroRedundancyOptimizer(groups, torch.optim.AdamW, **kind) if processes.world > 1
                  else torch.optim.AdamW(groups, **kind))
-    empty, begin = encode_empty(pipe), 0
+    empty, begin, unreadable = encode_empty(pipe), 0, {}
     if state := run.resume():
         for clip, weights in zip(models.values(), state["models"], strict=True):
             clip.load_state_dict(weights)
         optimizer.load_state_dict(state["optimizer"])
-        begin = state["step"]
+        begin, unreadable = state["step"], state.get("unreadable", {})
     if processes.main:
         print("\n".join(f"{name:18} {value}" for name, value in dataclasses.asdict(config).items()))
         print(f"{len(used)} training and {len(held)} validation pairs, {processes.world} x {pipe.device}, "
@@ -277,7 +304,7 @@ def main() -> None:
     def read(step: int) -> list[Future]:
         """Start reading this process's share of a step's pictures."""
         rows = batch_of(step) if step < config.steps else []
-        return [readers.submit(pairs.pictures, i) for i in rows[processes.rank::processes.world]]
+        return [readers.submit(readable, pairs, i) for i in rows[processes.rank::processes.world]]
 
     coming = read(begin)
     bad, skipped = 0, 0
@@ -288,15 +315,17 @@ def main() -> None:
         pictures, coming = coming, read(step + 1)               # one step ahead
         timesteps = torch.randint(0, 1000, (len(batch),), generator=generator(config.seed, "timestep", step))     # t ~ U{0..999}
         mine, stats = list(range(processes.rank, len(batch), processes.world)), torch.zeros(2 * len(models), device=pipe.device)
-        total_weight, finite = float(pairs.weight[batch].sum()), []
+        total_weight, finite, broken = float(pairs.weight[batch].sum()), [], {}
         for start in range(0, len(mine), config.micro_batch):
             rows = mine[start:start + config.micro_batch]
             index, t = [batch[r] for r in rows], timesteps[rows]
-            images = torch.stack([p.result() for p in pictures[start:start + config.micro_batch]])
+            got = [p.result() for p in pictures[start:start + config.micro_batch]]
+            broken |= {i: g for i, g in zip(index, got) if isinstance(g, str)}
+            images, seen = stack_pictures(got, side)
             cond = encode_prompts(pipe, [pairs.captions[i] for i in index], side)
             pixels = predicted_pixels(pipe, images, index, t, cond, empty, config.guidance_scale, (config.seed, "noise", step),
                                       pickscore.config.vision.image_size)
-            target, w = labels_of(index, images), pairs.weight[index].to(pipe.device)
+            target, w = labels_of(index, images), (pairs.weight[index] * seen).to(pipe.device)
             drawn = judged = torch.isfinite(pixels).reshape(len(rows), -1).all(1)          # [N]
             for m, clip in enumerate(models.values()):
                 scores = pair_scores(clip, pixels, t, ids[index].to(pipe.device), dtype)
@@ -309,7 +338,10 @@ def main() -> None:
             finite.append(torch.stack([drawn, judged]))
         for p in parameters:
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-        processes.sum([p.grad for p in parameters] + [stats])
+        count = torch.tensor([float(len(broken))], device=pipe.device)
+        processes.sum([p.grad for p in parameters] + [stats, count])
+        if count.item():
+            unreadable = list_unreadable(unreadable, processes.union(broken), run)
         norms = [float(torch.nn.utils.clip_grad_norm_(list(clip.parameters()), config.clip_norm)) for clip in models.values()]
         lr = learning_rate(step, config.lr, config.warmup) * ((1 - step / config.steps) if config.decay else 1)
         for group, factor in zip(optimizer.param_groups, (1.0, config.adaln_lr), strict=True):
@@ -323,18 +355,23 @@ def main() -> None:
         optimizer.zero_grad(set_to_none=True)
         seconds = time.perf_counter() - started
         run.log(dict(step=step + 1, epoch=epoch, loss=float(stats[0]) if sound else None, accuracy=float(stats[1]),
-                     grad_norm=norms[0] if sound else None, lr=lr, skipped=skipped,
+                     grad_norm=norms[0] if sound else None, lr=lr, skipped=skipped, unreadable=len(unreadable),
                      pairs_per_second=len(batch) / seconds, eta_minutes=(config.steps - step - 1) * seconds / 60))
         progress.set_postfix(loss=f"{float(stats[0]):.3f}", refresh=False)
         progress.update()
-        ending = processes.any(run.stop) or bad >= TOO_MANY
+        seen_so_far = min((step + 1) * config.batch, len(used))
+        spoilt = len(unreadable) > max(3, config.max_unreadable * seen_so_far)
+        ending = processes.any(run.stop) or bad >= TOO_MANY or spoilt
         if (step + 1) % config.save_every == 0 or step + 1 == config.steps or ending:
             if processes.world > 1:
                 optimizer.consolidate_state_dict(to=0)
             run.save(step + 1, dict(models=[{k: v.cpu() for k, v in clip.state_dict().items()} for clip in models.values()],
-                                    optimizer=optimizer.state_dict() if processes.main else None))
+                                    optimizer=optimizer.state_dict() if processes.main else None, unreadable=unreadable))
         if ending:
             readers.shutdown(cancel_futures=True)
+            if spoilt:
+                raise InputError(f"{len(unreadable)} of the {seen_so_far} pairs read so far have damaged pictures, listed in "
+                                 f"{run.folder / 'unreadable.txt'}; mend them, or allow more with --max_unreadable")
             if bad >= TOO_MANY:
                 raise InputError(f"step {step + 1}: {TOO_MANY} optimizer steps in a row were not finite; the last good SPM is in "
                                  f"{run.folder}'s checkpoint (try --dtype fp32, another --vae, or a lower --lr)")

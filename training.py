@@ -96,8 +96,12 @@ def run_script(main) -> None:
     except InputError as error:
         sys.exit(_fail(str(error)))
     except torch.cuda.OutOfMemoryError:
-        sys.exit(_fail("out of GPU memory; lower --sample_batch, --train_batch or --decode_batch, or set --checkpointing"))
-    except RuntimeError as error:       # gloo and NCCL have no type of their own for a peer that died
+        sys.exit(_fail("out of GPU memory; " + LESS_MEMORY))
+    except MemoryError:
+        sys.exit(_fail("out of memory; " + LESS_MEMORY))
+    except RuntimeError as error:       # neither a full memory nor a peer that died has a type of its own
+        if "can't allocate memory" in str(error):
+            sys.exit(_fail("out of memory; " + LESS_MEMORY))
         if not dist.is_initialized() or not re.search(r"gloo|nccl|connection (closed|reset)|broken pipe", str(error), re.I):
             raise
         print("error: another process is gone, see its message; start the same command again to go on from the last checkpoint "
@@ -110,6 +114,7 @@ def run_script(main) -> None:
             dist.destroy_process_group()
 
 
+LESS_MEMORY = "lower --sample_batch, --train_batch or --decode_batch, or set --checkpointing (spm_train.py: lower --micro_batch)"
 TOO_MANY = 10                           # optimizer steps that are skipped in a row, after which a run stops
 
 
@@ -154,6 +159,13 @@ class Processes:
         parts = [torch.empty_like(tensor) for _ in range(self.world)]
         dist.all_gather(parts, tensor.contiguous())
         return torch.stack(parts, dim=1).flatten(0, 1)
+
+    def union(self, mine: dict) -> dict:
+        """One dict of everybody's."""
+        parts = [mine] * self.world
+        if self.world > 1:
+            dist.all_gather_object(parts, mine)
+        return {k: v for part in parts for k, v in part.items()}
 
     def any(self, flag: bool) -> bool:
         """True everywhere if it is true anywhere."""

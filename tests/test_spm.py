@@ -1,5 +1,8 @@
 """spm_train.py: data, inputs of the SPM, the run and what it leaves behind."""
 import json
+import shutil
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -12,7 +15,7 @@ from clip_spm import make_step_aware
 from conftest import assert_close, seeded
 from diffusion import encode_empty, encode_prompts, load_clip, load_pipeline
 from helpers import PROMPTS, call, log_of, shell
-from pairs import epoch_order, folder_pairs, load_pairs
+from pairs import UnreadablePicture, epoch_order, folder_pairs, load_pairs, square
 from spm_train import predicted_pixels, relabel
 from weights import InputError
 
@@ -271,6 +274,81 @@ def test_two_processes_train_what_one_trains(kind, tmp_path):
     assert_same_models(tmp_path / "one", tmp_path / "two", 1e-5)
     shell(*words, "--out", tmp_path / "two", processes=2)       # resumes; nothing left to do
     assert_same_models(tmp_path / "one", tmp_path / "two", 1e-5)
+
+
+def damaged_copy(pairs, folder, numbers):
+    """The pairs with one picture of each of `numbers` cut short."""
+    shutil.copytree(pairs, folder)
+    for i in numbers:
+        (folder / f"{i}-1.png").write_bytes((folder / f"{i}-1.png").read_bytes()[:40])
+    return folder
+
+
+def test_unreadable_pictures_are_skipped_counted_and_listed(kind, pairs, tmp_path, monkeypatch):
+    """What stands in a damaged pair does not matter; which pairs are damaged survives a resume."""
+    said = []
+    monkeypatch.setattr(spm_train, "warn", said.append)
+    bad = damaged_copy(pairs, tmp_path / "bad", (1, 2, 3))
+    call("spm_train", *kind, "--pairs", bad, "--out", tmp_path / "run", "--steps", 4)
+    listed = (tmp_path / "run/unreadable.txt").read_text().splitlines()
+    assert 1 <= len(listed) <= 3 and log_of(tmp_path / "run")[-1]["unreadable"] == len(listed) == len(said)
+    assert all("-1.png: not a readable picture" in line for line in listed) and all("skipped" in line for line in said)
+    numbers = json.loads((tmp_path / "run/results.json").read_text())["SPM"]["0"]
+    call("spm_train", *kind, "--out", tmp_path / "whole", "--steps", 4)
+    assert numbers[2] <= json.loads((tmp_path / "whole/results.json").read_text())["SPM"]["0"][2]
+    state = torch.load(tmp_path / "run/checkpoint-000004.pt", weights_only=True)
+    assert len(state["unreadable"]) == len(listed)
+    for i in (1, 2, 3):                                         # broken otherwise, the same run
+        (bad / f"{i}-0.png").write_bytes(b"GIF89a")
+    call("spm_train", *kind, "--pairs", bad, "--out", tmp_path / "again", "--steps", 4)
+    assert_same_models(tmp_path / "run", tmp_path / "again", 0)
+
+
+def test_damaged_pictures_weigh_nothing(kind, pairs, tmp_path):
+    """The first step's loss is that of the good pairs alone, divided by the weight of the whole batch."""
+    def weighted(folder, numbers):
+        rows = [json.loads(line) for line in (folder / "pairs.jsonl").read_text().split("\n") if line]
+        rows = [row | dict(num_example_per_prompt=1e30 if i in numbers else 1) for i, row in enumerate(rows)]
+        (folder / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        return folder
+    broken, losses = (1, 2, 3, 6, 7), {}
+    for name, cut, light in (("good", (), broken), ("cut", broken, ())):
+        folder = weighted(damaged_copy(pairs, tmp_path / ("pairs-" + name), cut), light)
+        call("spm_train", *kind, "--pairs", folder, "--out", tmp_path / name, "--steps", 1, "--max_unreadable", 1)
+        losses[name] = log_of(tmp_path / name)[0]
+    skipped = losses["cut"]["unreadable"]
+    assert 0 < skipped < 6 and losses["good"]["unreadable"] == 0
+    assert losses["cut"]["loss"] * 6 == pytest.approx(losses["good"]["loss"] * (6 - skipped), rel=1e-5)
+
+
+def test_too_many_unreadable_pictures_stop_the_run(kind, pairs, tmp_path):
+    bad = damaged_copy(pairs, tmp_path / "bad", range(12))
+    with pytest.raises(InputError, match="damaged pictures, listed in .*unreadable.txt.*--max_unreadable"):
+        call("spm_train", *kind, "--pairs", bad, "--out", tmp_path / "run")
+    assert len((tmp_path / "run/unreadable.txt").read_text().splitlines()) > 3
+    call("spm_train", *kind, "--pairs", bad, "--out", tmp_path / "run", "--max_unreadable", 1)       # allowed: the run goes on
+    assert log_of(tmp_path / "run")[-1]["step"] == 5
+
+
+def test_pictures_of_every_kind(tmp_path):
+    """16-bit grey keeps its upper byte, transparency is white, CMYK is converted; what is no picture says so."""
+    ramp = (np.arange(100, dtype=np.uint16).reshape(10, 10) * 655)
+    Image.fromarray(ramp).save(tmp_path / "grey16.png")
+    assert np.array_equal(square(tmp_path / "grey16.png", 10)[0].numpy(), ramp >> 8)
+    Image.new("RGBA", (10, 12), (255, 0, 0, 0)).save(tmp_path / "clear.png")
+    assert square(tmp_path / "clear.png", 10).eq(255).all()
+    Image.new("LA", (10, 12), (0, 255)).save(tmp_path / "la.png")
+    assert square(tmp_path / "la.png", 10).eq(0).all()
+    Image.new("CMYK", (16, 16), (0, 255, 255, 0)).save(tmp_path / "cmyk.jpg")
+    assert square(tmp_path / "cmyk.jpg", 16).float().mean((1, 2)).tolist() == pytest.approx([255, 0, 0], abs=6)
+    Image.new("RGB", (1, 1)).save(tmp_path / "dot.png")
+    (tmp_path / "text.png").write_text("no picture")
+    header = struct.pack(">IIBBBBB", 40_000, 40_000, 8, 2, 0, 0, 0)
+    (tmp_path / "huge.png").write_bytes(b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + b"IHDR" + header
+                                        + struct.pack(">I", zlib.crc32(b"IHDR" + header)) + struct.pack(">I", 0) + b"IDAT" + struct.pack(">I", zlib.crc32(b"IDAT")))
+    for name, says in (("dot.png", "1 x 1 pixels"), ("text.png", "cannot identify"), ("huge.png", "exceeds limit")):
+        with pytest.raises(UnreadablePicture, match=says):
+            square(tmp_path / name, 16)
 
 
 @pytest.mark.parametrize("broken", ["predicted_pixels", "pair_scores"])

@@ -21,6 +21,7 @@ from training import (
     parse_options,
     permutation,
     read_prompts,
+    run_script,
     write_atomic,
     write_json,
 )
@@ -196,6 +197,30 @@ def test_resume_takes_the_newest_sound_checkpoint(tmp_path, capsys):
     assert run.resume()["step"] == 2
     (tmp_path / "checkpoint-000002.pt").write_bytes(b"")
     assert run.resume() is None and not (tmp_path / "log.jsonl").exists()
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(place=st.floats(0, 1, exclude_max=True), flip=st.integers(1, 255), cut=st.booleans(), sidecar=st.booleans())
+def test_any_damage_is_noticed(tmp_path_factory, place, flip, cut, sidecar):
+    """One byte changed or the end cut off, of a checkpoint or of its checksum: never a wrong state, never a crash."""
+    run = Run(str(tmp_path_factory.mktemp("damage")), {}, ALONE)
+    for step in (1, 2):
+        run.save(step, dict(value=torch.full((8,), float(step))))
+    path = run.folder / ("checkpoint-000002.json" if sidecar else "checkpoint-000002.pt")
+    data = bytearray(path.read_bytes())
+    at = int(place * len(data))
+    data[at] ^= flip
+    path.write_bytes(data[:at] if cut else data)
+    state = run.resume()
+    assert state["value"].tolist() == [state["step"]] * 8 and (state["step"] == 1 or sidecar)
+
+
+def test_too_little_memory_names_the_options(capsys):
+    def main():
+        torch.empty(1 << 60, dtype=torch.uint8)
+    with pytest.raises(SystemExit) as caught:
+        run_script(main)
+    assert caught.value.code == 2 and "--sample_batch" in capsys.readouterr().err
 
 
 def test_checkpoints_never_run_code(tmp_path):
