@@ -358,7 +358,7 @@ def _read_prompts(source: str) -> list[str]:
     else:
         try:
             rows = json.loads(text) if path.suffix == ".json" else [json.loads(line) for line in text.split("\n") if line.strip()]
-        except json.JSONDecodeError as error:
+        except (RecursionError, ValueError) as error:
             raise InputError(f"{source}: not valid {path.suffix[1:].upper()} ({error})") from None
         if not isinstance(rows, list):
             raise InputError(f"{source}: expected a list of prompts")

@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from conftest import FACTS, assert_close
@@ -179,6 +181,23 @@ def test_pickles_load_as_data_and_never_run_code(tmp_path, capsys):
             read_weights(tmp_path / name)
         assert "\n" not in str(caught.value)
     assert "code ran" not in capsys.readouterr().out
+
+
+@settings(max_examples=150, deadline=None)
+@given(place=st.floats(0, 1, exclude_max=True), value=st.integers(0, 255), cut=st.booleans(), suffix=st.sampled_from([".safetensors", ".bin"]))
+def test_any_damage_to_a_weight_file_is_one_line_or_harmless(tmp_path_factory, place, value, cut, suffix):
+    """A byte changed or the end cut off: tensors, or an InputError of one line that names the file; nothing else."""
+    path = tmp_path_factory.getbasetemp() / f"damaged{suffix}"
+    weights = {"a.weight": torch.ones(2, 3), "b": torch.zeros(4)}
+    save_file(weights, path) if suffix == ".safetensors" else torch.save(weights, path)
+    data = bytearray(path.read_bytes())
+    at = int(place * len(data))
+    data[at] = value
+    path.write_bytes(data[:at] if cut else data)
+    try:
+        assert all(isinstance(v, torch.Tensor) for v in read_weights(path).values())
+    except InputError as error:
+        assert path.name in str(error) and "\n" not in str(error)
 
 
 def test_fp16_variant_and_shards_load(sd, tmp_path):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from helpers import log_of
@@ -285,6 +285,46 @@ def test_any_text_survives_json(tmp_path, texts, objects, plain):
         else:
             with pytest.raises(InputError, match="holds no prompts"):
                 read_prompts(str(tmp_path / name))
+
+
+@settings(max_examples=200, deadline=None)
+@given(content=st.one_of(st.binary(max_size=60), st.text("[]{}\"':,0aenrtu\\\n \u2028", max_size=40).map(str.encode)),
+       suffix=st.sampled_from([".txt", ".json", ".jsonl"]))
+@example(content=b"[" * 100_000, suffix=".json")
+@example(content=b"9" * 5_000, suffix=".jsonl")
+def test_any_bytes_are_prompts_or_one_line(tmp_path_factory, content, suffix):
+    path = tmp_path_factory.getbasetemp() / ("any" + suffix)
+    path.write_bytes(content)
+    try:
+        prompts = read_prompts(str(path))
+    except InputError as error:
+        assert "\n" not in str(error) and path.name in str(error)
+    else:
+        assert prompts and all(isinstance(p, str) and p == p.strip() and p for p in prompts)
+
+
+def test_fifty_megabytes_of_prompts(tmp_path):
+    """A million prompts are read and sampled; one line of 50 MB is one prompt, which the tokenizer will cut."""
+    many, one = tmp_path / "many.txt", tmp_path / "one.txt"
+    many.write_text("".join(f"prompt number {i:08d} is this and a little more text\n" for i in range(1_000_000)))
+    assert many.stat().st_size > 50e6
+    assert len(set(read_prompts(str(many), sample=4000))) == 4000
+    one.write_text("word " * 10_000_000)
+    assert len(read_prompts(str(one))) == 1
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="cannot be used as a run folder"):
+        open_run(tmp_path / "file/run")
+    run = open_run(tmp_path / "run")
+
+    def denied(*_):
+        raise PermissionError(13, "Permission denied")
+    monkeypatch.setattr(os, "replace", denied)
+    with pytest.raises(InputError, match="Permission denied.*what was saved before is untouched"):
+        run.save(1, dict(value=1))
+    assert sorted(p.name for p in run.folder.iterdir()) == ["config.json"]
 
 
 def test_a_log_value_may_not_be_finite(tmp_path):
