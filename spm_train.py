@@ -91,7 +91,7 @@ class SPMConfig:
     validation: int = opt(512, "pairs held back for the table of accuracies")
     max_unreadable: float = opt(0.01, "share of the pairs read so far whose pictures may be damaged; they are skipped and listed")
     step_blind: bool = opt(False, "also train a twin without the timestep, on the same inputs (P Table 5)")
-    save_every: int = opt(500, "steps between checkpoints")
+    save_every: int = opt(500, "steps between checkpoints; the last two stay, and the one of the highest mean accuracy (SPM in best/)")
 
 
 PRESETS = {
@@ -277,12 +277,12 @@ def main() -> None:
     kind = dict(lr=config.lr, betas=(0.9, 0.999), weight_decay=config.weight_decay)
     optimizer = (ZeroRedundancyOptimizer(groups, torch.optim.AdamW, **kind) if processes.world > 1
                  else torch.optim.AdamW(groups, **kind))
-    empty, begin, unreadable = encode_empty(pipe), 0, {}
+    empty, begin, unreadable, recent = encode_empty(pipe), 0, {}, []
     if state := run.resume():
         for clip, weights in zip(models.values(), state["models"], strict=True):
             clip.load_state_dict(weights)
         optimizer.load_state_dict(state["optimizer"])
-        begin, unreadable = state["step"], state.get("unreadable", {})
+        begin, unreadable, recent = state["step"], state.get("unreadable", {}), state.get("recent", [])
     if processes.main:
         print("\n".join(f"{name:18} {value}" for name, value in dataclasses.asdict(config).items()))
         print(f"{len(used)} training and {len(held)} validation pairs, {processes.world} x {pipe.device}, "
@@ -362,11 +362,17 @@ def main() -> None:
         seen_so_far = min((step + 1) * config.batch, len(used))
         spoilt = len(unreadable) > max(3, config.max_unreadable * seen_so_far)
         ending = processes.any(run.stop) or bad >= TOO_MANY or spoilt
-        if (step + 1) % config.save_every == 0 or step + 1 == config.steps or ending:
+        recent.append(float(stats[1]))
+        due = (step + 1) % config.save_every == 0 or step + 1 == config.steps
+        if due or ending:
+            score, recent = (sum(recent) / len(recent), []) if due else (None, recent)
             if processes.world > 1:
                 optimizer.consolidate_state_dict(to=0)
+            if processes.main and run.is_best(score):
+                save_spm(models["SPM"], run.folder / "best")
             run.save(step + 1, dict(models=[{k: v.cpu() for k, v in clip.state_dict().items()} for clip in models.values()],
-                                    optimizer=optimizer.state_dict() if processes.main else None, unreadable=unreadable))
+                                    optimizer=optimizer.state_dict() if processes.main else None,
+                                    unreadable=unreadable, recent=recent), score)
         if ending:
             readers.shutdown(cancel_futures=True)
             if spoilt:

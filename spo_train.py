@@ -112,7 +112,7 @@ class SPOConfig:
     decode_batch: int = opt(16, "latents that the VAE decodes at a time")
     checkpointing: bool = opt(False, "recompute the UNet's activations in the backward: less memory, slower")
     compile: bool = opt(False, "torch.compile the UNet, the decoder and the judge")
-    save_every: int = opt(10, "rounds between checkpoints")
+    save_every: int = opt(10, "rounds between checkpoints; the last two stay, and that of the highest mean score (its LoRA: best/)")
     grid_every: int = opt(10, "rounds between sample grids; 0: never")
 
 
@@ -527,6 +527,7 @@ def trace_prompt(pipe: Pipeline, models: Models, prompt: str, config: SPOConfig,
 def save_lora(pipe: Pipeline, folder: Path) -> None:
     """The LoRA in both formats: diffusers (`load_lora_weights(folder)`) and kohya (ComfyUI, A1111)."""
     weights = lora.state(pipe.unet)
+    folder.mkdir(exist_ok=True)
     write_atomic(folder / "pytorch_lora_weights.safetensors", lambda p: save_file(weights, p, metadata={"format": "pt"}))
     write_atomic(folder / "lora_kohya.safetensors", lambda p: save_file(lora.to_kohya(weights), p, metadata={"format": "pt"}))
 
@@ -543,12 +544,12 @@ def main() -> None:
     pipe, models = prepare(config, processes)
     optimizer = torch.optim.AdamW(lora.parameters(pipe.unet), lr=config.lr, betas=(0.9, 0.999), eps=1e-8,
                                   weight_decay=config.weight_decay)
-    empty, begin, bad = encode_empty(pipe), 0, 0
+    empty, begin, bad, recent = encode_empty(pipe), 0, 0, []
     if state := run.resume():
         for p, value in zip(lora.parameters(pipe.unet), state["lora"], strict=True):
             p.data.copy_(value)
         optimizer.load_state_dict(state["optimizer"])
-        begin = state["step"]
+        begin, recent = state["step"], state.get("recent", [])
     if processes.main:
         print("\n".join(f"{name:18} {value}" for name, value in dataclasses.asdict(config).items()))
         print(f"{len(prompts)} prompts, {total} rounds of {config.prompts_per_round}, LoRA of "
@@ -580,11 +581,16 @@ def main() -> None:
                              refresh=False)
         progress.update()
         done = step + 1
-        ending = processes.any(run.stop) or bad >= TOO_MANY
-        if done % config.save_every == 0 or done == total or ending:
+        recent += [record["score"]] if len(sound) else []
+        ending, due = processes.any(run.stop) or bad >= TOO_MANY, done % config.save_every == 0 or done == total
+        if due or ending:
+            score, recent = (sum(recent) / len(recent), []) if due and recent else (None, recent)
             if processes.main:          # before the checkpoint: whoever is killed in between writes it again
                 save_lora(pipe, run.folder)
-            run.save(done, dict(lora=[p.detach().cpu() for p in lora.parameters(pipe.unet)], optimizer=optimizer.state_dict()))
+                if run.is_best(score):
+                    save_lora(pipe, run.folder / "best")
+            run.save(done, dict(lora=[p.detach().cpu() for p in lora.parameters(pipe.unet)], optimizer=optimizer.state_dict(),
+                                recent=recent), score)
         if processes.main and config.grid_every and (done % config.grid_every == 0 or done == total):
             images = generate(pipe, preview, list(range(len(preview))), guidance_scale=config.guidance_scale, steps=config.steps,
                               resolution=config.resolution or None)

@@ -274,15 +274,30 @@ class Run:
             with open(self.folder / "log.jsonl", "a") as handle:
                 handle.write(json.dumps({k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in record.items()}) + "\n")
 
-    def save(self, step: int, state: dict) -> None:
-        """Write checkpoint-<step>.pt with its own checksum; the last `keep` ones stay. Call on every process."""
+    def _scores(self) -> dict[Path, float]:
+        """The checkpoints on disk that were given a score."""
+        out = {}
+        for path in self.folder.glob("checkpoint-*.json"):
+            with contextlib.suppress(OSError, ValueError, TypeError):
+                if (score := json.loads(path.read_text()).get("score")) is not None:
+                    out[path.with_suffix(".pt")] = float(score)
+        return out
+
+    def is_best(self, score: float | None) -> bool:
+        """Is this above the score of every kept checkpoint?"""
+        return score is not None and all(score > old for old in self._scores().values())
+
+    def save(self, step: int, state: dict, score: float | None = None) -> None:
+        """Write checkpoint-<step>.pt with its own checksum; the last `keep` and the one with the highest score stay. For every process."""
         if self.processes.main:
             log = self.folder / "log.jsonl"
             state = dict(state, step=step, log_bytes=log.stat().st_size if log.exists() else 0)
             path = self.folder / f"checkpoint-{step:06d}.pt"
             write_atomic(path, lambda p: torch.save(state, p))
-            write_json(path.with_suffix(".json"), dict(step=step, sha256=hashlib.sha256(path.read_bytes()).hexdigest()))
-            for old in sorted(self.folder.glob("checkpoint-*.pt"))[:-self.keep]:
+            write_json(path.with_suffix(".json"), dict(step=step, score=score, sha256=hashlib.sha256(path.read_bytes()).hexdigest()))
+            scores = self._scores()
+            best = max(scores, key=lambda p: (scores[p], p), default=None)
+            for old in set(sorted(self.folder.glob("checkpoint-*.pt"))[:-self.keep]) - {best}:
                 old.unlink()
                 old.with_suffix(".json").unlink(missing_ok=True)
         self.processes.barrier()

@@ -493,6 +493,23 @@ def test_as_a_user_runs_it(sd, spm, prompts, tmp_path):
     assert json.loads((tmp_path / "run/config.json").read_text())["prompts_per_round"] == 7
 
 
+def test_the_best_lora_is_kept_and_survives_a_stop(sd, spm, prompts, tmp_path):
+    """best/ holds the LoRA after the rounds with the highest mean score; a run in two parts keeps the same."""
+    words = ("--model", sd, "--spm", spm, "--prompts", prompts, *BASE, "--prompts_per_round", 3, "--epochs", 9)
+    call("spo_train", *words, "--out", tmp_path / "one", "--rounds", 6, "--save_every", 2)
+    call("spo_train", *words, "--out", tmp_path / "two", "--rounds", 3, "--save_every", 2)
+    for path in (tmp_path / "two").glob("checkpoint-000003.*"):
+        path.unlink()                                           # its score is that of one round; as if killed before it
+    call("spo_train", *words, "--out", tmp_path / "two", "--rounds", 6, "--save_every", 2)
+    scores = [r["score"] for r in log_of(tmp_path / "one")]
+    means = [sum(scores[i:i + 2]) / 2 for i in (0, 2, 4)]
+    state = torch.load(tmp_path / f"one/checkpoint-{2 * means.index(max(means)) + 2:06d}.pt", weights_only=True)
+    name = "best/pytorch_lora_weights.safetensors"
+    best = load_file(tmp_path / "one" / name)
+    assert sorted(v.double().norm().item() for v in best.values()) == sorted(v.double().norm().item() for v in state["lora"])
+    assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+
+
 @pytest.mark.parametrize("words, says", [
     (("--thresold", "0.2"), "did you mean --threshold?"), (("--k", "four"), "--k four"), (("--start", "best"), "choose one of random, win, lose"),
     (("--k", "1"), "at least 2"), (("--eta", "0"), "--eta 0"), (("--prompts", "no.txt"), "no.txt"), (("--k",), "--k"),

@@ -223,6 +223,18 @@ def test_too_little_memory_names_the_options(capsys):
     assert caught.value.code == 2 and "--sample_batch" in capsys.readouterr().err
 
 
+def test_the_best_checkpoint_stays(tmp_path):
+    run = open_run(tmp_path)
+    assert run.is_best(-9) and not run.is_best(None)
+    for step, score in enumerate((1, 5, 2, None, 3), 1):
+        assert run.is_best(score) == (step < 3)
+        run.save(step, dict(value=step), score)
+    assert [int(p.stem[-6:]) for p in sorted(tmp_path.glob("checkpoint-*.pt"))] == [2, 4, 5]        # the best and the last two
+    assert run.is_best(6) and not run.is_best(5) and run.resume()["step"] == 5
+    (tmp_path / "checkpoint-000002.json").write_text("{")                                           # damaged: no longer the best
+    assert run.is_best(4)
+
+
 def test_checkpoints_never_run_code(tmp_path):
     run = open_run(tmp_path)
     run.save(1, dict(value=Path("a pickled object")))
