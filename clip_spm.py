@@ -306,19 +306,25 @@ def preprocess_decoded(images: torch.Tensor, size: int, clamp_first: bool = Fals
     return ((images / 2 + 0.5).clamp(0, 1) - mean) / std
 
 
+def to_rgb(image):
+    """A PIL picture as RGB, transparency over white, as transformers 5 has it."""
+    from PIL import Image
+    if image.has_transparency_data:
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+    return image.convert("RGB")
+
+
 def preprocess_pil(images: list, size: int) -> torch.Tensor:
     """What PickScore and its kin see: PIL pictures -> normalised pixels [N, 3, size, size].
 
-    RGB (transparency over white, as transformers 5 has it), shorter side to `size` by PIL's anti-aliased bicubic,
+    RGB, shorter side to `size` by PIL's anti-aliased bicubic,
     centre crop, CLIP statistics.
     """
     import numpy as np
     from PIL import Image
     batch = []
     for image in images:
-        if image.has_transparency_data:
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-        image = image.convert("RGB")
+        image = to_rgb(image)
         short = min(image.size)
         target = tuple(size if side == short else int(size * side / short) for side in image.size)
         image = image.resize(target, Image.Resampling.BICUBIC)

@@ -79,6 +79,10 @@ class Pipeline:
         """True if the UNet also wants pooled text and picture sizes."""
         return self.unet.config.addition_embed_type == "text_time"
 
+    def side(self, resolution: int | None = None) -> int:
+        """Side of a picture in pixels: `resolution`, or the model's own for 0 and None."""
+        return resolution or self.unet.config.sample_size * self.vae.factor
+
     def latent_shape(self, resolution: int | None = None) -> tuple[int, int, int]:
         """(C, H, W) of a latent, at the model's own resolution or for pictures of `resolution` pixels a side."""
         side = self.unet.config.sample_size if resolution is None else resolution // self.vae.factor
@@ -230,7 +234,7 @@ def encode_prompts(pipe: Pipeline, prompts: list[str], resolution: int | None = 
     prompt_embeds = torch.cat(embeds, dim=-1).to(pipe.device)
     if not pipe.is_sdxl:
         return Conditioning(prompt_embeds)
-    side = resolution or pipe.unet.config.sample_size * pipe.vae.factor
+    side = pipe.side(resolution)
     time_ids = torch.tensor([[side, side, 0, 0, side, side]], dtype=torch.float32, device=pipe.device)
     return Conditioning(prompt_embeds, pooled.to(pipe.device), time_ids.repeat(len(prompts), 1))
 

@@ -170,6 +170,7 @@ def geneval(source: str, clip_source: str, rows: list[dict], tokenizer, device: 
     by_prompt, words = {row["prompt"]: row for row in rows}, {}
 
     def right(image: Image.Image, prompt: str) -> bool:
+        """Does the picture fulfil what the metadata asks of its prompt?"""
         if prompt not in by_prompt:
             raise InputError(f"geneval: {prompt!r} is not in the metadata")
         row, image = by_prompt[prompt], ImageOps.exif_transpose(image)

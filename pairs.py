@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from clip_spm import to_rgb
 from training import permutation
 from weights import InputError, fetch
 
@@ -61,15 +62,11 @@ def square(file, side: int) -> torch.Tensor:
             raise UnreadablePicture(f"{image.width} x {image.height} pixels")
         if image.mode.startswith("I"):
             image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
-        if image.mode in ("RGBA", "LA", "PA", "P", "La", "RGBa"):
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        image = image.convert("RGB")
+        image = to_rgb(image)
     except (OSError, SyntaxError, TypeError, ValueError, Image.DecompressionBombError) as error:
         raise UnreadablePicture(str(error)) from None
     scale = side / min(image.size)
-    image = image.resize((max(side, round(image.width * scale)), max(side, round(image.height * scale))),
-                                        Image.Resampling.LANCZOS)
+    image = image.resize((max(side, round(image.width * scale)), max(side, round(image.height * scale))), Image.Resampling.LANCZOS)
     left, top = (image.width - side) // 2, (image.height - side) // 2
     return torch.from_numpy(np.asarray(image.crop((left, top, left + side, top + side))).copy()).permute(2, 0, 1)
 
@@ -152,6 +149,7 @@ def parquet_pairs(files: list[Path], side: int) -> Pairs:
     lock = threading.Lock()
 
     def encoded(file: int, group: int) -> tuple[list[bytes], list[bytes]]:
+        """A row group's encoded pictures, jpg_0 and jpg_1."""
         with lock:
             if (file, group) not in cache:
                 table = handles[file].read_row_group(group, columns=["jpg_0", "jpg_1"]).to_pydict()

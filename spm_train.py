@@ -171,8 +171,7 @@ def accuracy_table(pipe: Pipeline, models: dict[str, CLIP], pairs: Pairs, labels
     for begin in range(0, len(mine), chunk):
         place = mine[begin:begin + chunk]
         part = [index[i] for i in place]
-        side = config.resolution or pipe.unet.config.sample_size * pipe.vae.factor
-        images, seen = stack_pictures([readable(pairs, i) for i in part], side)
+        images, seen = stack_pictures([readable(pairs, i) for i in part], pipe.side(config.resolution))
         label = labels_of(part, images)
         counted[place] = ((label != 0.5) & seen.to(pipe.device)).float()
         cond = encode_prompts(pipe, [pairs.captions[i] for i in part], config.resolution or None)
@@ -245,7 +244,7 @@ def main() -> None:
     pipe = load_pipeline(config.model, dtype, processes.device, vae=config.vae or None, prediction_type=config.prediction_type,
                          tokenizer=config.tokenizer, zero_negative=NEGATIVE[config.negative])
     pickscore = load_clip(config.pickscore, torch.float32, processes.device)
-    side = config.resolution or pipe.unet.config.sample_size * pipe.vae.factor
+    side = pipe.side(config.resolution)
     if config.pairs:
         pairs = load_pairs(config.pairs, side)
     elif config.model == "tiny":
