@@ -57,7 +57,7 @@ def main() -> None:
             subprocess.run(["cp", "-r", str(before), str(folder)], check=True)
             call("spo_train.py", "--out", str(folder), "--seed", "0", "--rounds", str(rounds))
     names = [f"seed{s}={RUNS}/seed{s}" for s in SEEDS] + [f"rounds{r}={RUNS}/long{r}" for r in LONG]
-    call("evaluate.py", "--lora", "base=", *names, "--out", str(RUNS / "evaluation"), "--images_per_prompt", "2")
+    call("evaluate.py", "--lora", "base=", *names, "--out", str(RUNS / "evaluation"), "--images_per_prompt", "4")
     results = json.loads((RUNS / "evaluation/results.json").read_text())
     top, rows = ceiling(), results["results"]
     base = rows["base"]["aesthetics"]["mean"]
