@@ -13,6 +13,7 @@ One round:
 Shapes: B prompts, K candidates, J inner steps, S scored-trajectory steps, C H W latent, L tokens, D width, N pairs.
 """
 import dataclasses
+import functools
 import math
 import time
 from dataclasses import dataclass
@@ -64,15 +65,13 @@ from weights import InputError
 
 
 @dataclass
-class SPOConfig:
-    """Every option of a run. Sources: P = the paper, O = the released official code, T = measured on the tiny model."""
+class RunConfig:
+    """What every online method needs. Sources: P = the paper, O = the released official code, T = measured on the tiny model."""
     model: str = opt("tiny", "tiny, sd15, sdxl, a folder or hub id in the diffusers layout, or a single-file checkpoint")
     out: str = opt("runs/spo", "run folder: LoRA files, log.jsonl, config.json, checkpoints, sample grids")
     prompts: str = opt(str(TINY / "train_prompts.txt"),
                        "training prompts: .txt, .json, .jsonl, .parquet or a hub data set (P: 4k Pick-a-Pic captions)")
     sample_prompts: int = opt(0, "use this many of them, drawn by the seed (P: 4000); 0: all")
-    spm: str = opt("", "the judge's file or folder; empty: the one that belongs to the model and --judge")
-    judge: str = opt("spm", "who compares candidates (P, Table 5)", ("spm", "step-blind", "pickscore"))
     seed: int = opt(0, "every random number of the run is keyed by it")
     device: str = opt("", "cpu or cuda; empty: a GPU if there is one")
     dtype: str = opt("bf16", "of the frozen weights; LoRA, schedule and loss are always fp32", tuple(DTYPES))
@@ -87,16 +86,7 @@ class SPOConfig:
     eta: float = opt(1.0, "DDIM stochasticity; SPO needs more than 0 (P: 1)")
     guidance_scale: float = opt(5.0, "classifier-free guidance, in sampling and in both training forwards (P: 5)")
     resolution: int = opt(0, "picture side in pixels; 0: the model's own")
-    k: int = opt(4, "candidates per pool (P Table 6: 4; O: 2 for SDXL)")
-    j: int = opt(1, "inner steps from a pool to its scores; more than 1 is MSPO (P Table 7: 4 for SDXL)")
-    t_max: int = opt(751, "pools open at timesteps up to this (P: kappa = 750, Table 8; O: from t = 751)")
-    t_min: int = opt(0, "and down to this (P Table 8)")
-    start: str = opt("random", "which candidate the trajectory goes on from (P Table 4)", ("random", "win", "lose"))
-    pair: str = opt("best-worst", "which two candidates are compared (P Table 9)", ("best-worst", "random"))
-    threshold: float = opt(0.3, "a pair counts if softmax(best, worst) differ by more (O: 0.3 SD-1.5, 0.4 SDXL)")
     # Optimization (P 5.1)
-    beta: float = opt(10.0, "strength of regularization in Eq. 4 (P: 10, for the mean log-density)")
-    clamp: float = opt(0.1, "each probability ratio is clamped to 1 +- this; 0: not at all (O: 0.1)")
     lr: float = opt(6e-5, "AdamW learning rate (P: 6e-5 SD-1.5, 1e-5 SDXL)")
     weight_decay: float = opt(1e-4, "AdamW weight decay (O)")
     clip_norm: float = opt(1.0, "bound on the gradient norm (O: 1.0, though theirs clips nothing)")
@@ -114,6 +104,23 @@ class SPOConfig:
     compile: bool = opt(False, "torch.compile the UNet, the decoder and the judge")
     save_every: int = opt(10, "rounds between checkpoints; the last two stay, and that of the highest mean score (its LoRA: best/)")
     grid_every: int = opt(10, "rounds between sample grids; 0: never")
+    snapshot_every: int = opt(0, "rounds between LoRAs that stay, in loras/; 0: none")
+
+
+@dataclass
+class SPOConfig(RunConfig):
+    """Every option of SPO: those of a run, and its own."""
+    spm: str = opt("", "the judge's file or folder; empty: the one that belongs to the model and --judge")
+    judge: str = opt("spm", "who compares candidates (P, Table 5)", ("spm", "step-blind", "pickscore"))
+    k: int = opt(4, "candidates per pool (P Table 6: 4; O: 2 for SDXL)")
+    j: int = opt(1, "inner steps from a pool to its scores; more than 1 is MSPO (P Table 7: 4 for SDXL)")
+    t_max: int = opt(751, "pools open at timesteps up to this (P: kappa = 750, Table 8; O: from t = 751)")
+    t_min: int = opt(0, "and down to this (P Table 8)")
+    start: str = opt("random", "which candidate the trajectory goes on from (P Table 4)", ("random", "win", "lose"))
+    pair: str = opt("best-worst", "which two candidates are compared (P Table 9)", ("best-worst", "random"))
+    threshold: float = opt(0.3, "a pair counts if softmax(best, worst) differ by more (O: 0.3 SD-1.5, 0.4 SDXL)")
+    beta: float = opt(10.0, "strength of regularization in Eq. 4 (P: 10, for the mean log-density)")
+    clamp: float = opt(0.1, "each probability ratio is clamped to 1 +- this; 0: not at all (O: 0.1)")
 
 
 PRESETS = {
@@ -126,7 +133,7 @@ PRESETS = {
                  prompts_per_round=8, pairs_per_step=16, sample_batch=2, train_batch=2, decode_batch=2, checkpointing=True),
 }
 FREE = ("out", "device", "epochs", "rounds", "sample_batch", "train_batch", "decode_batch", "checkpointing", "compile",
-        "save_every", "grid_every")
+        "save_every", "grid_every", "snapshot_every")
 
 
 @dataclass
@@ -137,6 +144,7 @@ class Pairs:
     valid: torch.Tensor         # [B, S] bool: the scores differ by more than the threshold
     scores: torch.Tensor        # [B, G, K] of each of the G groups
     fault: torch.Tensor         # [B, G] index into FAULTS: what was not finite first; such a pool is not used
+    log_prob: torch.Tensor      # [B, S, 2] of x_next under the policy that drew it
 
 
 FAULTS = ("", "the UNet's prediction", "a decoded picture", "the judge's score")
@@ -173,12 +181,23 @@ def choose_pair(scores: torch.Tensor, threshold: float, how: str,
 
 
 @dataclass
+class Counted:
+    """A UNet that counts what it is asked for: 1 for each sample's forward, 3 where a backward follows, which costs about two more."""
+    unet: object
+    evaluations: int = 0
+
+    def __call__(self, latents: torch.Tensor, *rest):
+        self.evaluations += len(latents) * (3 if torch.is_grad_enabled() else 1)
+        return self.unet(latents, *rest)
+
+
+@dataclass
 class Models:
     """The networks as the loop calls them; compiled or not."""
     unet: object                # policy with LoRA on, reference with LoRA off
     decode: object              # latents -> pictures
-    judge: CLIP
-    image_features: object      # of the judge
+    judge: CLIP | None = None
+    image_features: object = None       # of the judge
 
 
 @torch.no_grad()
@@ -220,7 +239,7 @@ def sample_pairs(pipe: Pipeline, models: Models, cond: Conditioning, uncond: Con
             fault = torch.where(finite(values), fault, code)
         return scores, images, fault
 
-    slots_x, slots_next, valid, all_scores, faults = [], [], [], [], []
+    slots_x, slots_next, valid, all_scores, faults, slots_density = [], [], [], [], [], []
     rows = torch.arange(b, device=device)
     latents, i = draw(), 0
     noise_pred = noise_of(latents, timesteps[0])
@@ -234,7 +253,7 @@ def sample_pairs(pipe: Pipeline, models: Models, cond: Conditioning, uncond: Con
         # K candidates from one Gaussian; with J > 1 each goes J steps on its own (section 4.5).
         group = opens[i]
         noise, uniform = draw(len(group), k), torch.stack([torch.rand(3, generator=g) for g in generators]).to(device)
-        path = [latents[:, None].expand(-1, k, *shape)]                             # [B, K, C, H, W] each
+        path, density = [latents[:, None].expand(-1, k, *shape)], []                # [B, K, C, H, W] each; [B, K] each
         for inner, step in enumerate(group):
             t = timesteps[step]
             if inner == 0:
@@ -245,6 +264,7 @@ def sample_pairs(pipe: Pipeline, models: Models, cond: Conditioning, uncond: Con
                 mean, std = ddim.step_gaussian(schedule, flat, noise_of(flat, t, k), t, t - stride, config.eta)
                 mean = mean.unflatten(0, (b, k))
             path.append(mean + std * noise[:, inner])
+            density.append(ddim.log_prob((std * noise[:, inner]).flatten(0, 1), 0.0, std).view(b, k))
         i, candidates, last = group[-1] + 1, path[-1].flatten(0, 1), group[-1] + 1 == len(timesteps)
         if last:                                # the candidates are clean latents themselves
             t_next, x0 = 0, candidates
@@ -255,9 +275,10 @@ def sample_pairs(pipe: Pipeline, models: Models, cond: Conditioning, uncond: Con
         scores, images, fault = score(x0, t_next)                                   # [B, K], [B]
         win, lose, keep = choose_pair(scores, config.threshold, config.pair, uniform[:, 1:])
         keep = keep & (fault == 0)
-        for before, after in zip(path, path[1:]):
+        for before, after, dense in zip(path, path[1:], density):
             slots_x.append(torch.stack([before[rows, win], before[rows, lose]], 1))     # [B, 2, C, H, W]
             slots_next.append(torch.stack([after[rows, win], after[rows, lose]], 1))
+            slots_density.append(torch.stack([dense[rows, win], dense[rows, lose]], 1))     # [B, 2]
             valid.append(keep)
         all_scores.append(scores)
         faults.append(fault)
@@ -268,7 +289,7 @@ def sample_pairs(pipe: Pipeline, models: Models, cond: Conditioning, uncond: Con
         if trace is not None:
             trace.append(dict(timestep=t_next, images=images.unflatten(0, (b, k))[0].cpu(), scores=scores[0].tolist(),
                               win=int(win[0]), lose=int(lose[0]), chosen=int(chosen[0]), valid=bool(keep[0])))
-    return Pairs(*(torch.stack(v, 1) for v in (slots_x, slots_next, valid, all_scores, faults)))
+    return Pairs(*(torch.stack(v, 1) for v in (slots_x, slots_next, valid, all_scores, faults, slots_density)))
 
 
 def pair_log_ratios(unet, model: torch.nn.Module, schedule: ddim.Schedule, x_t: torch.Tensor, x_next: torch.Tensor,
@@ -317,40 +338,23 @@ def cut_minibatches(slots: list[int], size: int, *key) -> list[list[int]]:
     return [order[len(order) * i // count: len(order) * (i + 1) // count] for i in range(count)]
 
 
-def train_on_pairs(pipe: Pipeline, models: Models, optimizer: torch.optim.Optimizer, pairs: Pairs, cond: Conditioning,
-                   empty: Conditioning | None, config: SPOConfig, processes: Processes, clock: Clock, key: tuple,
-                   prompts: list[str] | None = None, in_a_row: int = 0) -> dict:
-    """Use every valid pair of the round once (Eq. 5). Returns means over the round's pairs and optimizer steps.
+def train_minibatches(pipe: Pipeline, optimizer: torch.optim.Optimizer, slots: list[int], names: tuple[str, ...], loss_of, place_of,
+                      config: RunConfig, processes: Processes, clock: Clock, key: tuple, in_a_row: int = 0) -> dict:
+    """Use each of the `slots` once, in shuffled minibatches. Returns means over the round's slots and optimizer steps.
 
-    `pairs` and `cond` hold the whole round and are the same on every process; each takes its share of each minibatch.
-    A gradient that is not finite is reported and its step skipped; TOO_MANY skipped `in_a_row` end the round.
+    `loss_of(part)`: slots -> [len(names), n], the loss first, then what is only logged. `place_of(slot)`: where, for messages.
+    `slots` are the same on every process; each takes its share of each minibatch. A gradient that is not finite is
+    reported and its step skipped; TOO_MANY skipped `in_a_row` end the round.
     """
-    timesteps = pipe.schedule.timesteps(config.steps)
-    stride = len(pipe.schedule.alphas_cumprod) // config.steps
-    groups = pool_groups(timesteps, config.t_min, config.t_max, config.j)
-    steps = [i for group in groups for i in group]
-    first = [i == group[0] for group in groups for i in group]
-    count = len(steps)
-    slots = pairs.valid.flatten().nonzero()[:, 0].tolist()
-    weights, sums, updates, skipped, norms = lora.parameters(pipe.unet), torch.zeros(7), 0, 0, []
+    weights, sums, updates, skipped, norms = lora.parameters(pipe.unet), torch.zeros(len(names)), 0, 0, []
     for batch in cut_minibatches(slots, config.pairs_per_step, config.seed, "pairs", *key):
-        mine, stats, losses = batch[processes.rank::processes.world], torch.zeros(7, device=pipe.device), []
+        mine, stats, losses = batch[processes.rank::processes.world], torch.zeros(len(names), device=pipe.device), []
         for begin in range(0, len(mine), config.train_batch):
-            part = mine[begin:begin + config.train_batch]
-            prompt, slot = [s // count for s in part], [s % count for s in part]
-            t = torch.tensor([timesteps[steps[s]] for s in slot], device=pipe.device)
-            c = cond.map(lambda v: v[prompt])
             with clock("training"):
-                win, lose = pair_log_ratios(
-                    models.unet, pipe.unet, pipe.schedule, pairs.x_t[prompt, slot], pairs.x_next[prompt, slot], t, t - stride,
-                    [first[s] for s in slot], c, negative(pipe, c, empty), config.guidance_scale, config.eta)
-                loss = spo_loss(win, lose, config.beta, config.clamp)
-                losses.append(loss.detach())
-                (loss.sum() / len(batch)).backward()                # normalised by the global minibatch
-                with torch.no_grad():
-                    outside = [((r.exp() - 1).abs() > (config.clamp or math.inf)).float() for r in (win, lose)]
-                    stats += torch.stack([v.sum() for v in (loss, win - lose, (win > lose).float(), win.exp(), lose.exp(),
-                                                            (outside[0] + outside[1]) / 2, torch.ones_like(win))])
+                values = loss_of(mine[begin:begin + config.train_batch])
+                losses.append(values[0].detach())
+                (values[0].sum() / len(batch)).backward()           # normalised by the global minibatch
+                stats += values.detach().sum(1)
         for p in weights:                       # a process without pairs still takes part
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
         processes.sum([p.grad for p in weights] + [stats])
@@ -366,19 +370,50 @@ def train_on_pairs(pipe: Pipeline, models: Models, optimizer: torch.optim.Optimi
             in_a_row += 1
             where = [s for s, finite in zip(mine, torch.isfinite(torch.cat(losses)).tolist()) if not finite] if losses else []
             if where:
-                prompt, slot = divmod(where[0], count)
-                warn(f"the loss of a pair at t = {timesteps[steps[slot]]} is not finite, prompt "
-                     f"{prompts[prompt] if prompts else prompt!r}; optimizer step skipped")
+                warn(f"the loss of {place_of(where[0])} is not finite; optimizer step skipped")
             elif processes.main and math.isfinite(float(stats[0])):
                 name = next(n for n, p in pipe.unet.named_parameters() if p.grad is not None and not torch.isfinite(p.grad).all())
                 warn(f"the gradient of {name} is not finite; optimizer step skipped")
         optimizer.zero_grad(set_to_none=True)
         if in_a_row >= TOO_MANY:
             break
-    n = max(float(sums[6]), 1.0)
-    names = ("loss", "margin", "accuracy", "ratio_win", "ratio_lose", "clipped")
+    n = max(len(slots), 1)
     return dict({name: float(v) / n for name, v in zip(names, sums)}, pairs=len(slots), updates=updates, skipped=skipped,
-                in_a_row=in_a_row, valid_share=len(slots) / max(pairs.valid.numel(), 1), grad_norm=sum(norms) / max(len(norms), 1))
+                in_a_row=in_a_row, grad_norm=sum(norms) / max(len(norms), 1))
+
+
+def train_on_pairs(pipe: Pipeline, models: Models, optimizer: torch.optim.Optimizer, pairs: Pairs, cond: Conditioning,
+                   empty: Conditioning | None, config: SPOConfig, processes: Processes, clock: Clock, key: tuple,
+                   prompts: list[str] | None = None, in_a_row: int = 0) -> dict:
+    """Use every valid pair of the round once (Eq. 5). `pairs` and `cond` hold the whole round and are the same on every process."""
+    timesteps = pipe.schedule.timesteps(config.steps)
+    stride = len(pipe.schedule.alphas_cumprod) // config.steps
+    groups = pool_groups(timesteps, config.t_min, config.t_max, config.j)
+    steps = [i for group in groups for i in group]
+    first = [i == group[0] for group in groups for i in group]
+    count = len(steps)
+
+    def loss_of(part: list[int]) -> torch.Tensor:
+        prompt, slot = [s // count for s in part], [s % count for s in part]
+        t = torch.tensor([timesteps[steps[s]] for s in slot], device=pipe.device)
+        c = cond.map(lambda v: v[prompt])
+        win, lose = pair_log_ratios(
+            models.unet, pipe.unet, pipe.schedule, pairs.x_t[prompt, slot], pairs.x_next[prompt, slot], t, t - stride,
+            [first[s] for s in slot], c, negative(pipe, c, empty), config.guidance_scale, config.eta)
+        loss = spo_loss(win, lose, config.beta, config.clamp)
+        with torch.no_grad():
+            outside = [((r.exp() - 1).abs() > (config.clamp or math.inf)).float() for r in (win, lose)]
+            more = [win - lose, (win > lose).float(), win.exp(), lose.exp(), (outside[0] + outside[1]) / 2]
+        return torch.stack([loss, *more])
+
+    def place_of(slot: int) -> str:
+        prompt, place = divmod(slot, count)
+        return f"a pair at t = {timesteps[steps[place]]}, prompt {prompts[prompt] if prompts else prompt!r}"
+
+    slots = pairs.valid.flatten().nonzero()[:, 0].tolist()
+    names = ("loss", "margin", "accuracy", "ratio_win", "ratio_lose", "clipped")
+    stats = train_minibatches(pipe, optimizer, slots, names, loss_of, place_of, config, processes, clock, key, in_a_row)
+    return stats | dict(valid_share=len(slots) / max(pairs.valid.numel(), 1))
 
 
 def report_faults(pairs: Pairs, prompts: list[str], groups: list[list[int]], timesteps: list[int]) -> int:
@@ -428,28 +463,34 @@ def check(config: SPOConfig) -> None:
         raise InputError(f"--clamp {config.clamp}: must be at least 0 and below 1")
 
 
-def prepare(config: SPOConfig, processes: Processes) -> tuple[Pipeline, Models]:
-    """Load model and judge, put the LoRA on, compile if asked."""
+def prepare_policy(config: RunConfig, processes: Processes) -> tuple[Pipeline, Models]:
+    """Load the model, put the LoRA on, compile if asked."""
     dtype = DTYPES[config.dtype]
     pipe = load_pipeline(config.model, dtype, processes.device, vae=config.vae or None, prediction_type=config.prediction_type,
                          tokenizer=config.tokenizer, zero_negative=NEGATIVE[config.negative])
-    last = pipe.schedule.timesteps(config.steps)[-1]
-    if last >= config.t_min and last - len(pipe.schedule.alphas_cumprod) // config.steps < 0 and pipe.schedule.final_alpha_cumprod == 1:
-        raise InputError(f"{config.model}: its scheduler sets set_alpha_to_one, so the step from t = {last} has no spread and no "
-                         f"probability; set it to false in scheduler_config.json, or --t_min {last + 1}")
-    judge = load_clip(judge_source(config), dtype, processes.device)
-    if (config.judge == "spm") != judge.config.step_aware:
-        raise InputError(f"--judge {config.judge}: {judge_source(config)} is {'' if judge.config.step_aware else 'not '}step-aware")
     try:
         lora.add(pipe.unet, config.rank, targets=tuple(config.targets.split(",")), seed=config.seed)
     except ValueError as error:
         raise InputError(f"--targets {config.targets}: {error}") from None
     pipe.unet.checkpointing = config.checkpointing
-    models = Models(pipe.unet, lambda z: decode(pipe, z, config.decode_batch), judge, judge.image_features)
+    models = Models(Counted(pipe.unet), lambda z: decode(pipe, z, config.decode_batch))
     if config.compile:
-        models.unet = torch.compile(pipe.unet)
+        models.unet = Counted(torch.compile(pipe.unet))
         pipe.vae.decode = torch.compile(pipe.vae.decode)
-        models.image_features = torch.compile(judge.image_features)
+    return pipe, models
+
+
+def prepare(config: SPOConfig, processes: Processes) -> tuple[Pipeline, Models]:
+    """The policy and its judge."""
+    pipe, models = prepare_policy(config, processes)
+    last = pipe.schedule.timesteps(config.steps)[-1]
+    if last >= config.t_min and last - len(pipe.schedule.alphas_cumprod) // config.steps < 0 and pipe.schedule.final_alpha_cumprod == 1:
+        raise InputError(f"{config.model}: its scheduler sets set_alpha_to_one, so the step from t = {last} has no spread and no "
+                         f"probability; set it to false in scheduler_config.json, or --t_min {last + 1}")
+    models.judge = load_clip(judge_source(config), DTYPES[config.dtype], processes.device)
+    if (config.judge == "spm") != models.judge.config.step_aware:
+        raise InputError(f"--judge {config.judge}: {judge_source(config)} is {'' if models.judge.config.step_aware else 'not '}step-aware")
+    models.image_features = torch.compile(models.judge.image_features) if config.compile else models.judge.image_features
     return pipe, models
 
 
@@ -475,7 +516,8 @@ def sample_round(pipe: Pipeline, models: Models, prompts: list[str], indices: li
         blank = torch.zeros(0, slots, 2, *shape, device=pipe.device)
         parts.append(Pairs(blank, blank, torch.zeros(0, slots, dtype=torch.bool, device=pipe.device),
                            torch.zeros(0, groups, config.k, device=pipe.device),
-                           torch.zeros(0, groups, dtype=torch.long, device=pipe.device)))
+                           torch.zeros(0, groups, dtype=torch.long, device=pipe.device),
+                           torch.zeros(0, slots, 2, device=pipe.device)))
         conds.append(cond.map(lambda v: v[:0]))
 
     def whole(tensors: list[torch.Tensor]) -> torch.Tensor:
@@ -527,70 +569,60 @@ def trace_prompt(pipe: Pipeline, models: Models, prompt: str, config: SPOConfig,
 def save_lora(pipe: Pipeline, folder: Path) -> None:
     """The LoRA in both formats: diffusers (`load_lora_weights(folder)`) and kohya (ComfyUI, A1111)."""
     weights = lora.state(pipe.unet)
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     write_atomic(folder / "pytorch_lora_weights.safetensors", lambda p: save_file(weights, p, metadata={"format": "pt"}))
     write_atomic(folder / "lora_kohya.safetensors", lambda p: save_file(lora.to_kohya(weights), p, metadata={"format": "pt"}))
 
 
-def main() -> None:
-    """Train as the command line says; continue if the run folder holds the same run."""
-    config = parse_options(SPOConfig, PRESETS, description=__doc__)
-    check(config)
-    processes = start_processes(config.device or None)
-    prompts = read_prompts(config.prompts, config.sample_prompts, config.seed)
+def run_rounds(config: RunConfig, run: Run, processes: Processes, prompts: list[str], pipe: Pipeline, models: Models, one_round,
+               name: str = "spo") -> None:
+    """The loop around any online method: rounds of prompts, log, checkpoints, snapshots, sample grids; resumes and stops cleanly.
+
+    `one_round(optimizer, indices, key, clock, bad)` trains on the prompts `indices`; `key` is (epoch, place in it), `bad` how many
+    optimizer steps in a row were not finite before. It returns its part of the log line, `score` and the new `bad` among it.
+    """
     rounds_per_epoch = -(-len(prompts) // config.prompts_per_round)
     total = min(config.rounds or math.inf, config.epochs * rounds_per_epoch)
-    run = Run(config.out, dataclasses.asdict(config), processes, FREE)
-    pipe, models = prepare(config, processes)
-    optimizer = torch.optim.AdamW(lora.parameters(pipe.unet), lr=config.lr, betas=(0.9, 0.999), eps=1e-8,
-                                  weight_decay=config.weight_decay)
-    empty, begin, bad, recent = encode_empty(pipe), 0, 0, []
+    weights = lora.parameters(pipe.unet)
+    optimizer = torch.optim.AdamW(weights, lr=config.lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=config.weight_decay)
+    begin, bad, recent = 0, 0, []
     if state := run.resume():
-        for p, value in zip(lora.parameters(pipe.unet), state["lora"], strict=True):
+        for p, value in zip(weights, state["lora"], strict=True):
             p.data.copy_(value)
         optimizer.load_state_dict(state["optimizer"])
         begin, recent = state["step"], state.get("recent", [])
     if processes.main:
         print("\n".join(f"{name:18} {value}" for name, value in dataclasses.asdict(config).items()))
-        print(f"{len(prompts)} prompts, {total} rounds of {config.prompts_per_round}, LoRA of "
-              f"{sum(p.numel() for p in lora.parameters(pipe.unet)):,} parameters, {processes.world} x {pipe.device}, "
-              f"starting at round {begin}", flush=True)
-    timesteps = pipe.schedule.timesteps(config.steps)
-    groups = pool_groups(timesteps, config.t_min, config.t_max, config.j)
+        print(f"{len(prompts)} prompts, {total} rounds of {config.prompts_per_round}, LoRA of {sum(p.numel() for p in weights):,} "
+              f"parameters, {processes.world} x {pipe.device}, starting at round {begin}", flush=True)
     preview = ([prompts[i] for i in permutation(len(prompts), 0, "preview")[:16]])
-    progress = tqdm(total=total, initial=begin, desc="spo", unit="round", disable=not processes.main)
+    progress = tqdm(total=total, initial=begin, desc=name, unit="round", disable=not processes.main)
     for step in range(begin, total):
-        started, clock = time.perf_counter(), Clock(pipe.device)
+        started, clock, models.unet.evaluations = time.perf_counter(), Clock(pipe.device), 0
         epoch, place = divmod(step, rounds_per_epoch)
         order = permutation(len(prompts), config.seed, "order", epoch)
         indices = order[place * config.prompts_per_round:(place + 1) * config.prompts_per_round]
-        pairs, cond = sample_round(pipe, models, prompts, indices, empty, config, processes, clock, epoch)
-        texts, sound = [prompts[i] for i in indices], pairs.scores[pairs.fault == 0]                # [G', K]
-        faults = report_faults(pairs, texts, groups, timesteps) if processes.main else 0
-        stats = train_on_pairs(pipe, models, optimizer, pairs, cond, empty, config, processes, clock, (epoch, place), texts, bad)
-        bad = stats.pop("in_a_row") + (not len(sound))
-        gap = sound.amax(-1) - sound.amin(-1)
-        seconds = time.perf_counter() - started
-        record = dict(round=step + 1, epoch=epoch, **stats, score=float(sound.mean()) if len(sound) else None,
-                      score_gap=float(gap.mean()) if len(sound) else None, not_finite=faults,
-                      lora_norm=lora.norm(pipe.unet), prompts_per_second=len(indices) / seconds,
-                      seconds={name: round(v, 3) for name, v in clock.seconds().items()},
-                      eta_minutes=(total - step - 1) * seconds / 60)
-        run.log(record)
-        progress.set_postfix(score=f"{record['score'] or math.nan:.2f}", pairs=stats["pairs"], margin=f"{stats['margin']:.4f}",
-                             refresh=False)
+        stats = one_round(optimizer, indices, (epoch, place), clock, bad)
+        bad = stats.pop("bad")
+        evaluations = torch.tensor([float(models.unet.evaluations)], device=pipe.device, dtype=torch.float64)
+        processes.sum([evaluations])
+        seconds, done = time.perf_counter() - started, step + 1
+        run.log(dict(round=done, epoch=epoch, **stats, lora_norm=lora.norm(pipe.unet), evaluations=int(evaluations),
+                     prompts_per_second=len(indices) / seconds, seconds={k: round(v, 3) for k, v in clock.seconds().items()},
+                     eta_minutes=(total - done) * seconds / 60))
+        progress.set_postfix({k: f"{stats[k]:.4g}" for k in ("score", "pairs", "margin") if stats[k] is not None}, refresh=False)
         progress.update()
-        done = step + 1
-        recent += [record["score"]] if len(sound) else []
+        recent += [] if stats["score"] is None else [stats["score"]]
         ending, due = processes.any(run.stop) or bad >= TOO_MANY, done % config.save_every == 0 or done == total
+        if processes.main and config.snapshot_every and done % config.snapshot_every == 0:
+            save_lora(pipe, run.folder / "loras" / f"{done:05d}")
         if due or ending:
             score, recent = (sum(recent) / len(recent), []) if due and recent else (None, recent)
             if processes.main:          # before the checkpoint: whoever is killed in between writes it again
                 save_lora(pipe, run.folder)
                 if run.is_best(score):
                     save_lora(pipe, run.folder / "best")
-            run.save(done, dict(lora=[p.detach().cpu() for p in lora.parameters(pipe.unet)], optimizer=optimizer.state_dict(),
-                                recent=recent), score)
+            run.save(done, dict(lora=[p.detach().cpu() for p in weights], optimizer=optimizer.state_dict(), recent=recent), score)
         if processes.main and config.grid_every and (done % config.grid_every == 0 or done == total):
             images = generate(pipe, preview, list(range(len(preview))), guidance_scale=config.guidance_scale, steps=config.steps,
                               resolution=config.resolution or None)
@@ -604,6 +636,32 @@ def main() -> None:
     progress.close()
     if processes.main:
         print(f"LoRA in {run.folder / 'pytorch_lora_weights.safetensors'} (diffusers) and lora_kohya.safetensors (ComfyUI, A1111)")
+
+
+def spo_round(pipe: Pipeline, models: Models, prompts: list[str], empty: Conditioning | None, config: SPOConfig, processes: Processes,
+              optimizer: torch.optim.Optimizer, indices: list[int], key: tuple, clock: Clock, bad: int) -> dict:
+    """One round of SPO, as `run_rounds` wants it."""
+    timesteps = pipe.schedule.timesteps(config.steps)
+    groups = pool_groups(timesteps, config.t_min, config.t_max, config.j)
+    pairs, cond = sample_round(pipe, models, prompts, indices, empty, config, processes, clock, key[0])
+    texts, sound = [prompts[i] for i in indices], pairs.scores[pairs.fault == 0]                        # [G', K]
+    faults = report_faults(pairs, texts, groups, timesteps) if processes.main else 0
+    stats = train_on_pairs(pipe, models, optimizer, pairs, cond, empty, config, processes, clock, key, texts, bad)
+    gap = sound.amax(-1) - sound.amin(-1)
+    return stats | dict(bad=stats.pop("in_a_row") + (not len(sound)), score=float(sound.mean()) if len(sound) else None,
+                        score_gap=float(gap.mean()) if len(sound) else None, not_finite=faults)
+
+
+def main() -> None:
+    """Train as the command line says; continue if the run folder holds the same run."""
+    config = parse_options(SPOConfig, PRESETS, description=__doc__)
+    check(config)
+    processes = start_processes(config.device or None)
+    prompts = read_prompts(config.prompts, config.sample_prompts, config.seed)
+    run = Run(config.out, dataclasses.asdict(config), processes, FREE)
+    pipe, models = prepare(config, processes)
+    run_rounds(config, run, processes, prompts, pipe, models,
+               functools.partial(spo_round, pipe, models, prompts, encode_empty(pipe), config, processes))
 
 
 if __name__ == "__main__":

@@ -227,10 +227,33 @@ def fulfils(things: list[Thing], caption: Caption) -> bool:
     if caption.kind != "relation":
         return True
     first, second = (next(t for t in things if (t.colour, t.shape) == o) for o in caption.objects)
-    dx, dy = RELATIONS[caption.relation]
+    return stands(first, second, caption.relation)
+
+
+def stands(first: Thing, second: Thing, relation: str) -> bool:
+    """Is the first clearly `relation` ("left of", ...) the second?"""
+    dx, dy = RELATIONS[relation]
     along, across = (first.x - second.x) * abs(dx) + (first.y - second.y) * abs(dy), \
         (first.x - second.x) * abs(dy) + (first.y - second.y) * abs(dx)
     return along * (dx + dy) > 6 and abs(along) > 0.5 * abs(across)
+
+
+def geneval(things: list[Thing], caption: Caption) -> dict[str, bool]:
+    """This world's GenEval (paper, Table 3): what a picture gets right of its caption, tag by tag.
+
+    single, counting, two: the shapes, whatever their colours. colours, binding: each shape in its own colour. position: the two
+    shapes as the relation says, whatever their colours.
+    """
+    shapes, wanted = [t.shape for t in things], [s for _, s in caption.objects]
+    coloured = [(t.colour, t.shape) for t in things]
+    there = all(shapes.count(s) >= wanted.count(s) for s in wanted)
+    bound = all(coloured.count(o) >= caption.objects.count(o) for o in caption.objects)
+    if caption.kind == "single":
+        return dict(single=there, colours=bound)
+    if caption.kind == "count":
+        return dict(counting=shapes.count(wanted[0]) == len(wanted))
+    placed = any(a is not b and (a.shape, b.shape) == tuple(wanted) and stands(a, b, caption.relation) for a in things for b in things)
+    return dict(two=there, position=placed, binding=bound)
 
 
 def alignment(images: torch.Tensor, captions: list[Caption]) -> torch.Tensor:
