@@ -346,7 +346,7 @@ def train_minibatches(pipe: Pipeline, optimizer: torch.optim.Optimizer, slots: l
     `slots` are the same on every process; each takes its share of each minibatch. A gradient that is not finite is
     reported and its step skipped; TOO_MANY skipped `in_a_row` end the round.
     """
-    weights, sums, updates, skipped, norms = lora.parameters(pipe.unet), torch.zeros(len(names)), 0, 0, []
+    weights, sums, used, skipped, norms = lora.parameters(pipe.unet), torch.zeros(len(names)), 0, 0, []
     for batch in cut_minibatches(slots, config.pairs_per_step, config.seed, "pairs", *key):
         mine, stats, losses = batch[processes.rank::processes.world], torch.zeros(len(names), device=pipe.device), []
         for begin in range(0, len(mine), config.train_batch):
@@ -361,7 +361,7 @@ def train_minibatches(pipe: Pipeline, optimizer: torch.optim.Optimizer, slots: l
         norm = float(torch.nn.utils.clip_grad_norm_(weights, config.clip_norm))
         if math.isfinite(norm):
             optimizer.step()
-            updates += 1
+            used += len(batch)
             in_a_row = 0
             norms.append(norm)
             sums += stats.cpu()
@@ -377,8 +377,7 @@ def train_minibatches(pipe: Pipeline, optimizer: torch.optim.Optimizer, slots: l
         optimizer.zero_grad(set_to_none=True)
         if in_a_row >= TOO_MANY:
             break
-    n = max(len(slots), 1)
-    return dict({name: float(v) / n for name, v in zip(names, sums)}, pairs=len(slots), updates=updates, skipped=skipped,
+    return dict({name: float(v) / max(used, 1) for name, v in zip(names, sums)}, pairs=len(slots), updates=len(norms), skipped=skipped,
                 in_a_row=in_a_row, grad_norm=sum(norms) / max(len(norms), 1))
 
 

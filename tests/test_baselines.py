@@ -1,0 +1,272 @@
+"""baselines.py: each loss by hand, the walk that the online ones share with SPO, and every method as a run."""
+import dataclasses
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+import baselines
+import ddim
+import lora
+import spo_train
+from baselines import BaselineConfig, advantages, d3po_as_spo, ddpo_loss, denoising_errors, diffusion_dpo_loss, mapo_loss
+from conftest import assert_close, seeded
+from diffusion import encode_empty, encode_prompts, guided_noise, load_pipeline, negative
+from evaluate import wear
+from helpers import PROMPTS, call, log_of, shell
+from pairs import load_pairs
+from spo_train import Counted, SPOConfig
+from test_distributed import LORA, assert_same_run
+from training import Clock, Processes
+from weights import InputError
+
+ALONE = Processes(0, 1, torch.device("cpu"))
+WORDS = ("--steps", 4, "--prompts_per_round", 3, "--pairs_per_step", 5, "--lr", "2e-3", "--dtype", "fp32", "--grid_every", 0)
+
+
+# The losses, by hand
+
+def test_ddpo_loss_by_hand():
+    """min of the plain and the clipped surrogate: no gain from going further, full pain from going wrong."""
+    log_ratio = torch.log(torch.tensor([1.0, 1.5, 0.5, 1.5, 0.5]))
+    advantage = torch.tensor([2.0, 2.0, 2.0, -1.0, -1.0])
+    assert_close(ddpo_loss(log_ratio, advantage, 0.1), torch.tensor([-2.0, -2.2, -1.0, 1.5, 0.9]))
+    ratio = torch.zeros(3, requires_grad=True)              # ratio 1: the plain policy gradient, -advantage x d log p
+    ddpo_loss(ratio, torch.tensor([3.0, -1.0, 0.5]), 1e-4).sum().backward()
+    assert_close(ratio.grad, torch.tensor([-3.0, 1.0, -0.5]))
+
+
+def test_advantages_by_hand():
+    scores = torch.tensor([[1.0, 3.0], [5.0, 2.0], [0.0, 1.0]])
+    values = [3, 1, 5, 2, 1, 0]                             # better one first
+    mean, std = np.mean(values), np.std(values, ddof=1)
+    assert_close(advantages(scores, 5.0), torch.tensor([(v - mean) / std for v in values]).float().view(3, 2))
+    assert advantages(scores, 0.5).abs().max() == 0.5
+    assert torch.equal(advantages(torch.ones(2, 2), 5.0), torch.zeros(2, 2))
+
+
+def test_diffusion_dpo_loss_by_hand():
+    win, lose, win_ref, lose_ref = (torch.tensor([v]) for v in (0.20, 0.50, 0.25, 0.45))
+    inside = -10 / 2 * ((0.20 - 0.25) - (0.50 - 0.45))      # winner's error fell, loser's grew: +0.5
+    assert inside == pytest.approx(0.5)
+    assert float(diffusion_dpo_loss(win, lose, win_ref, lose_ref, 10.0)) == pytest.approx(math.log(1 + math.exp(-0.5)), abs=1e-6)
+    assert float(diffusion_dpo_loss(win, lose, win, lose, 5000.0)) == pytest.approx(math.log(2))
+
+
+def test_mapo_loss_by_hand():
+    win, lose = 0.3, 0.302
+    phi = lambda e: 0.5 * e / (math.exp(0.5 * e) - 1)       # noqa: E731
+    odds = 1000 * (phi(win) - phi(lose))
+    assert odds > 0
+    expected = win + 0.1 * math.log(1 + math.exp(-odds))
+    assert float(mapo_loss(torch.tensor([win], dtype=torch.float64), torch.tensor([lose], dtype=torch.float64), 0.1)) == \
+        pytest.approx(expected, abs=1e-9)
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_denoising_errors_by_hand(prediction):
+    """A network that says what it should has error 0; one that says 0 has the target's mean square."""
+    schedule = ddim.Schedule(torch.linspace(0.99, 0.01, 1000), 0.99, prediction)
+    latents, noise, t = torch.randn(3, 4, 8, 8, generator=seeded(0)), torch.randn(3, 4, 8, 8, generator=seeded(1)), torch.tensor([3, 500, 990])
+    cond = dataclasses.make_dataclass("C", ["prompt_embeds", "pooled", "time_ids"])(None, None, None)
+    alpha = schedule.alphas_cumprod[t].view(-1, 1, 1, 1)
+    target = noise if prediction == "epsilon" else alpha ** 0.5 * noise - (1 - alpha) ** 0.5 * latents
+
+    def network(x, timestep, *rest):
+        assert_close(x, alpha ** 0.5 * latents + (1 - alpha) ** 0.5 * noise)
+        return target
+
+    assert_close(denoising_errors(network, schedule, latents, noise, t, cond), torch.zeros(3))
+    errors = denoising_errors(lambda *a: torch.zeros_like(latents), schedule, latents, noise, t, cond)
+    assert_close(errors, target.square().flatten(1).mean(1))
+
+
+# The walk
+
+def walked(sd, pickscore, method="ddpo"):
+    """(pipe, models, pairs, conditioning, configuration) of one sampled round."""
+    config = BaselineConfig(model=str(sd), reward=str(pickscore), method=method, steps=6, dtype="fp32", lr=1e-3, beta=0.1, k=3)
+    walk = d3po_as_spo(config)
+    pipe, models = spo_train.prepare(walk, ALONE)
+    pairs, cond = spo_train.sample_round(pipe, models, PROMPTS, [0, 2, 5], encode_empty(pipe), walk, ALONE, Clock(pipe.device), 0)
+    return pipe, models, pairs, cond, config
+
+
+@pytest.mark.parametrize("method, k", [("ddpo", 2), ("d3po", 3)])
+def test_online_rivals_walk_whole_trajectories_and_are_judged_once(sd, pickscore, method, k):
+    pipe, models, pairs, cond, config = walked(sd, pickscore, method)
+    assert pairs.x_t.shape[:3] == (3, 6, 2) and pairs.scores.shape == (3, 1, k) and pairs.valid.all()
+    assert torch.equal(pairs.x_t[:, 0, 0], pairs.x_t[:, 0, 1]) and not torch.equal(pairs.x_t[:, 1, 0], pairs.x_t[:, 1, 1])
+    assert torch.equal(pairs.x_t[:, 1:], pairs.x_next[:, :-1])
+    from clip_spm import preprocess_decoded
+    with torch.no_grad():                                   # winner and loser: highest and lowest reward of the finished pictures
+        text = spo_train.judge_features(pipe, models.judge, [PROMPTS[i] for i in (0, 2, 5)])
+        for place, extreme in ((0, pairs.scores.amax(-1)), (1, pairs.scores.amin(-1))):
+            features = models.judge.image_features(preprocess_decoded(pipe.vae.decode(pairs.x_next[:, -1, place]), 16))
+            assert_close(models.judge.score(features, text), extreme[:, 0], 1e-4)
+
+
+@pytest.mark.parametrize("j", [1, 2, 6])
+def test_log_prob_at_sampling_is_that_of_the_policy(sd, pickscore, j):
+    """What the sampler recorded, recomputed from x_t and x_next; so DDPO's ratio is 1 before the first update."""
+    pipe, models, pairs, cond, config = walked(sd, pickscore)
+    if j < 6:
+        walk = dataclasses.replace(d3po_as_spo(config), j=j, t_max=751)
+        pairs, cond = spo_train.sample_round(pipe, models, PROMPTS, [0, 2, 5], encode_empty(pipe), walk, ALONE, Clock(pipe.device), 0)
+    steps = pipe.schedule.timesteps(6)[-pairs.x_t.shape[1]:]
+    uncond = negative(pipe, cond, encode_empty(pipe))
+    with torch.no_grad():
+        for slot, t in enumerate(steps):
+            for place in (0, 1):
+                x_t = pairs.x_t[:, slot, place]
+                mean, std = ddim.step_gaussian(pipe.schedule, x_t, guided_noise(pipe.unet, x_t, t, cond, uncond, 5.0), t, t - 166)
+                assert_close(ddim.log_prob(pairs.x_next[:, slot, place], mean, std), pairs.log_prob[:, slot, place])
+    assert pairs.log_prob.std() > 0.01
+
+
+def test_ddpo_starts_at_ratio_one_and_raises_the_reward(sd, pickscore, prompts, tmp_path):
+    call("baselines", "--method", "ddpo", "--model", sd, "--reward", pickscore, "--prompts", prompts, "--out", tmp_path / "run", *WORDS,
+         "--rounds", 1, "--pairs_per_step", 1000)
+    row = log_of(tmp_path / "run")[0]
+    assert row["ratio"] == pytest.approx(1, abs=1e-5) and abs(row["margin"]) < 1e-4 and row["clipped"] < 0.5 and row["updates"] == 1
+    assert abs(row["loss"]) < 1e-4                          # advantages have mean zero
+    pipe, models, pairs, cond, config = walked(sd, pickscore)
+    gain, steps = advantages(pairs.scores[:, 0], 5.0), pipe.schedule.timesteps(6)
+    optimizer = torch.optim.AdamW(lora.parameters(pipe.unet), lr=2e-3)
+    config = dataclasses.replace(config, pairs_per_step=1000, clip_range=0.2)
+    for _ in range(3):                                      # the same round (same key) again: the first policy's trajectories are redrawn
+        stats = baselines.ddpo_round(pipe, models, PROMPTS, encode_empty(pipe), config, ALONE, optimizer, [0, 2, 5], (0, 0), Clock(pipe.device), 0)
+    assert stats["updates"] == 1 and stats["bad"] == 0
+    uncond, total = negative(pipe, cond, encode_empty(pipe)), 0.0
+    with torch.no_grad():                                   # on the first trajectories: likelier where the advantage was positive
+        for slot, t in enumerate(steps):
+            for place in (0, 1):
+                x_t = pairs.x_t[:, slot, place]
+                mean, std = ddim.step_gaussian(pipe.schedule, x_t, guided_noise(pipe.unet, x_t, t, cond, uncond, 5.0), t, t - 166)
+                log_ratio = ddim.log_prob(pairs.x_next[:, slot, place], mean, std) - pairs.log_prob[:, slot, place]
+                total += float((gain[:, place] * log_ratio).sum())
+    assert total > 1e-4
+
+
+def test_evaluations_are_counted(sd, pickscore, prompts, tmp_path):
+    """1 per sample through the UNet, guidance's two sides apart, 3 where a backward follows."""
+    unet = Counted(lambda x, *rest: x)
+    unet(torch.zeros(5, 1))
+    with torch.no_grad():
+        unet(torch.zeros(5, 1))
+    assert unet.evaluations == 5 * 3 + 5
+    call("baselines", "--method", "d3po", "--model", sd, "--reward", pickscore, "--prompts", prompts, "--out", tmp_path / "run", *WORDS,
+         "--rounds", 1)
+    # Three prompts, four steps, two trajectories from one x_T; then per pair and step policy and reference, at both x_t but for the first.
+    sampling, training = 3 * (1 + 2 * 3) * 2, 3 * (1 + 2 * 3) * 2 * (3 + 1)
+    assert log_of(tmp_path / "run")[0]["evaluations"] == sampling + training
+
+
+# Runs
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """A folder of six preference pairs, bright pictures liked better than dark ones; two are ties."""
+    folder, rand = tmp_path_factory.mktemp("pairs"), np.random.default_rng(0)
+    rows = []
+    for i in range(6):
+        label = [1, 0, 0.5][i % 3]
+        for side, bright in (("a", label), ("b", 1 - label)):
+            pixels = rand.integers(0, 100, (20, 20, 3)) + int(150 * bright)
+            Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{i}{side}.png")
+        rows.append(dict(caption=PROMPTS[i], image_0=f"{i}a.png", image_1=f"{i}b.png", label_0=label))
+    (folder / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    return folder
+
+
+def options(method, pickscore, pictures, prompts):
+    """What a method needs beyond the model."""
+    return ("--method", method, *(("--pairs", pictures) if method in baselines.OFFLINE else ("--reward", pickscore, "--prompts", prompts)))
+
+
+@pytest.mark.parametrize("method", list(baselines.METHODS))
+@pytest.mark.parametrize("kind", ["sd", "sdxl"])
+def test_every_method_trains_both_kinds_of_model(method, kind, request, pickscore, pictures, prompts, tmp_path):
+    call("baselines", "--model", request.getfixturevalue(kind), *options(method, pickscore, pictures, prompts), "--out", tmp_path / "run",
+         *WORDS, "--rounds", 2)
+    rows, weights = log_of(tmp_path / "run"), load_file(tmp_path / "run" / LORA)
+    assert len(rows) == 2 and all(math.isfinite(v) for row in rows for v in row.values() if isinstance(v, (int, float)))
+    assert max(float(v.abs().max()) for k, v in weights.items() if "lora_B" in k) > 1e-4
+    if method == "diffusion-dpo":                           # policy equals reference at first
+        assert 0.6 < rows[0]["loss"] < 0.8 and rows[0]["pairs"] == 3
+    assert (rows[0]["score"] is None) == (method in baselines.OFFLINE)
+
+
+def margin(sd, pictures, source: str) -> float:
+    """By how much the losers' denoising errors exceed the winners', over the four labelled pairs and nine timesteps, noise fixed."""
+    pipe = load_pipeline(str(sd))
+    wear(pipe, source)
+    data, total = load_pairs(str(pictures), pipe.side(0)), 0.0
+    with torch.no_grad():
+        for i in (0, 1, 3, 4):
+            mean, _ = pipe.vae.moments(data.pictures(i).float() / 127.5 - 1)
+            latents, cond = mean * pipe.vae.config.scaling_factor, encode_prompts(pipe, [data.captions[i]] * 2)
+            for t in range(100, 1000, 100):
+                noise = torch.randn(latents.shape, generator=seeded(t))[:1].expand_as(latents)
+                error = denoising_errors(pipe.unet, pipe.schedule, latents, noise, torch.tensor([t, t]), cond)
+                total += float(error[1] - error[0]) * (1 if data.label[i] > 0.5 else -1)
+    return total / 36
+
+
+@pytest.mark.parametrize("method", ["diffusion-dpo", "mapo"])
+def test_offline_methods_learn_their_pairs(sd, pickscore, pictures, tmp_path, method):
+    """Four labelled pairs, over and over: the winner's denoising error falls against the loser's."""
+    call("baselines", "--model", sd, "--method", method, "--pairs", pictures, "--out", tmp_path / "run", *WORDS, "--prompts_per_round", 4,
+         "--rounds", 12, "--epochs", 12, "--lr", "5e-3")
+    assert all(r["pairs"] == 4 for r in log_of(tmp_path / "run"))              # six pairs, two of them ties
+    assert margin(sd, pictures, str(tmp_path / "run" / LORA)) > margin(sd, pictures, "") + 1e-4
+
+
+@pytest.mark.parametrize("method", ["ddpo", "mapo"])
+def test_resume_is_exact_and_processes_agree(sd, pickscore, pictures, prompts, tmp_path, method):
+    words = ("tests/gentle.py", "baselines.py", "--model", sd, *options(method, pickscore, pictures, prompts), *WORDS, "--save_every", 1,
+             "--device", "cpu")
+    shell(*words, "--rounds", 3, "--out", tmp_path / "whole")
+    if method == "ddpo":
+        shell(*words, "--rounds", 1, "--out", tmp_path / "cut")
+        shell(*words, "--rounds", 3, "--out", tmp_path / "cut")
+        assert_same_run(tmp_path / "whole", tmp_path / "cut", 3)
+    shell(*words, "--rounds", 3, "--out", tmp_path / "two", processes=2)
+    one, two = load_file(tmp_path / "whole" / LORA), load_file(tmp_path / "two" / LORA)
+    for key, value in one.items():
+        assert_close(two[key], value, what=key)
+
+
+def test_snapshots_stay(sd, pickscore, prompts, tmp_path):
+    call("baselines", "--method", "d3po", "--model", sd, "--reward", pickscore, "--prompts", prompts, "--out", tmp_path / "run", *WORDS,
+         "--rounds", 3, "--snapshot_every", 1)
+    files = [tmp_path / "run/loras" / f"{i:05d}" / LORA for i in (1, 2, 3)]
+    last, previous = load_file(files[2]), load_file(files[1])
+    assert files[0].exists() and all(torch.equal(v, last[k]) for k, v in load_file(tmp_path / "run" / LORA).items())
+    assert any(not torch.equal(v, last[k]) for k, v in previous.items())
+
+
+def test_what_cannot_be_trained_is_refused(sd, pickscore, pictures, prompts, tmp_path):
+    with pytest.raises(InputError, match="--pairs"):
+        call("baselines", "--method", "mapo", "--model", sd, "--out", tmp_path / "a")
+    with pytest.raises(InputError, match="choose one of ddpo, d3po"):
+        call("baselines", "--method", "dpo", "--model", sd, "--out", tmp_path / "b")
+    with pytest.raises(InputError, match="unknown option '--start'"):          # SPO's own options mean nothing here
+        call("baselines", "--method", "ddpo", "--start", "win")
+    folder = tmp_path / "ties"
+    folder.mkdir()
+    for name in ("0a.png", "0b.png"):
+        (folder / name).write_bytes((pictures / name).read_bytes())
+    (folder / "pairs.jsonl").write_text(json.dumps(dict(caption="x", image_0="0a.png", image_1="0b.png", label_0=0.5)) + "\n")
+    with pytest.raises(InputError, match="every pair is a tie"):
+        call("baselines", "--method", "mapo", "--model", sd, "--pairs", folder, "--out", tmp_path / "c")
+
+
+def test_defaults_are_the_methods_own():
+    assert d3po_as_spo(BaselineConfig(beta=0.1)) == SPOConfig(out="runs/baseline", lr=0.0, prompts_per_round=40, judge="pickscore", k=2, j=20,
+                                                              t_min=0, t_max=999, threshold=0.0, beta=0.1, clamp=0.1)
+    assert set(baselines.PRESETS) == set(spo_train.PRESETS) and "k" not in baselines.PRESETS["sdxl"]
