@@ -17,9 +17,9 @@ from PIL import Image
 import ddim
 from clip_spm import CLIP, CLIPConfig, TowerConfig, clip_h, clip_l
 from unet import UNet, UNetConfig
-from vae import VAE, VAEConfig
-from weights import (InputError, clean, fetch, from_open_clip, load_strict, original_unet_name, original_vae_name, read_json,
-                     read_weights, rename, take, weight_file)
+from vae import VAE, TinyDecoder, TinyDecoderConfig, VAEConfig
+from weights import (InputError, clean, fetch, from_open_clip, load_strict, original_tiny_decoder, original_unet_name,
+                     original_vae_name, read_json, read_weights, rename, take, weight_file)
 
 TINY = Path(__file__).resolve().parent / "tiny" / "model"
 NAMES = {
@@ -28,6 +28,7 @@ NAMES = {
     "sdxl": "stabilityai/stable-diffusion-xl-base-1.0",
 }
 SDXL_VAE = "madebyollin/sdxl-vae-fp16-fix"                      # SDXL's stock VAE overflows in half precision
+TAESD = ("madebyollin/taesd", "madebyollin/taesdxl")             # small decoders of SD-1.5's and of SDXL's latents
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 FILES = ["model_index.json", "scheduler/*", "tokenizer*/*"] + [
@@ -118,6 +119,28 @@ def load_clip(source: str, dtype: torch.dtype = torch.float32, device: torch.dev
     with torch.device("meta"):
         clip = CLIP(replace(config or clip_h(), step_aware=step_aware))
     return load_strict(clip, weights, file, dtype, device)
+
+
+def load_tiny_decoder(source: str, pipe: Pipeline, dtype: torch.dtype = torch.float32) -> TinyDecoder:
+    """A small decoder for this model's latents: `taesd` (the official one for its kind), a folder, hub id or weight file.
+
+    Weight files are diffusers' AutoencoderTiny, or the original's decoder; the shape is that of the `config.json` beside them, else
+    the official one. Raises InputError where they are something else, or speak of other latents or pictures than `pipe`.
+    """
+    path = fetch({"taesd": TAESD[pipe.is_sdxl]}.get(source, source), ["config.json", "diffusion_pytorch_model.safetensors"])
+    file = path if path.is_file() else weight_file(path)
+    try:
+        config = TinyDecoderConfig.from_json(read_json(file.parent / "config.json") if (file.parent / "config.json").is_file() else {})
+    except ValueError as error:
+        raise InputError(f"{file.parent / 'config.json'}: {error}") from None
+    with torch.device("meta"):
+        decoder = TinyDecoder(config)
+    for what, ours, theirs in (("channels in a latent", config.latent_channels, pipe.unet.config.in_channels),
+                               ("pixels a side per latent position", decoder.factor, pipe.vae.factor)):
+        if ours != theirs:
+            raise InputError(f"{source}: a decoder with {ours} {what}, but {pipe.name} has {theirs}")
+    load_strict(decoder, original_tiny_decoder(read_weights(file)), file, dtype, pipe.device)
+    return decoder.to(memory_format=torch.channels_last)
 
 
 def _tokenizer(folder: Path):

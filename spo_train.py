@@ -42,6 +42,7 @@ from diffusion import (
     guided_noise,
     load_clip,
     load_pipeline,
+    load_tiny_decoder,
     negative,
     to_pil,
 )
@@ -77,6 +78,7 @@ class SPOConfig:
     device: str = opt("", "cpu or cuda; empty: a GPU if there is one")
     dtype: str = opt("bf16", "of the frozen weights; LoRA, schedule and loss are always fp32", tuple(DTYPES))
     vae: str = opt("", "another VAE, folder or hub id; empty: the model's own (sdxl: the fp16-safe one)")
+    decoder: str = opt("", "small decoder of the pictures that the judge sees: taesd, a folder, file or hub id; empty: the VAE's")
     prediction_type: str = opt("", "single files: epsilon or v_prediction; empty: epsilon, or as the folder says",
                                ("", "epsilon", "v_prediction"))
     negative: str = opt("", "guidance's other side: zeros, or the empty prompt encoded; empty: as the model was trained",
@@ -111,6 +113,7 @@ class SPOConfig:
     train_batch: int = opt(10, "pairs in one forward and backward")
     decode_batch: int = opt(16, "latents that the VAE decodes at a time")
     checkpointing: bool = opt(False, "recompute the UNet's activations in the backward: less memory, slower")
+    decoder_check: int = opt(0, "with --decoder: for this many rounds decode with the VAE too and log how often it names the same pair")
     compile: bool = opt(False, "torch.compile the UNet, the decoder and the judge")
     save_every: int = opt(10, "rounds between checkpoints; the last two stay, and that of the highest mean score (its LoRA: best/)")
     grid_every: int = opt(10, "rounds between sample grids; 0: never")
@@ -126,7 +129,7 @@ PRESETS = {
                  prompts_per_round=8, pairs_per_step=16, sample_batch=2, train_batch=2, decode_batch=2, checkpointing=True),
 }
 FREE = ("out", "device", "epochs", "rounds", "sample_batch", "train_batch", "decode_batch", "checkpointing", "compile",
-        "save_every", "grid_every")
+        "decoder_check", "save_every", "grid_every")
 
 
 @dataclass
@@ -137,6 +140,7 @@ class Pairs:
     valid: torch.Tensor         # [B, S] bool: the scores differ by more than the threshold
     scores: torch.Tensor        # [B, G, K] of each of the G groups
     fault: torch.Tensor         # [B, G] index into FAULTS: what was not finite first; such a pool is not used
+    agreement: torch.Tensor     # [B, G] 1: the VAE's pictures would give the same pair, -1: another; 0: no pair, or not asked
 
 
 FAULTS = ("", "the UNet's prediction", "a decoded picture", "the judge's score")
@@ -179,6 +183,7 @@ class Models:
     decode: object              # latents -> pictures
     judge: CLIP
     image_features: object      # of the judge
+    check: object = None        # latents -> pictures with the VAE, where `decode` is a smaller decoder and the two are compared
 
 
 @torch.no_grad()
@@ -207,20 +212,24 @@ def sample_pairs(pipe: Pipeline, models: Models, cond: Conditioning, uncond: Con
     def finite(values: torch.Tensor) -> torch.Tensor:                                # [B * K, ...] -> [B]
         return torch.isfinite(values).reshape(b, -1).all(1)
 
-    def score(x0: torch.Tensor, t: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Predicted clean latents [B * K, C, H, W] -> (scores [B, K], pictures, index into FAULTS [B])."""
-        with clock("decoding"):
-            images = torch.cat([models.decode(part) for part in x0.split(config.decode_batch)])
-        with clock("scoring"):
-            pixels = preprocess_decoded(images, models.judge.config.vision.image_size)
-            features = models.image_features(pixels, torch.full((len(x0),), max(t, 0), device=device))
-            scores = models.judge.score(features, text.repeat_interleave(k, 0)).view(b, k)
+    def score(x0: torch.Tensor, t: int, decode) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Predicted clean latents [B * K, C, H, W] -> (scores [B, K], index into FAULTS [B], pictures if they are traced)."""
+        features, sound, images = [], [], []
+        for part in x0.split(config.decode_batch):              # no more pictures at a time than are decoded
+            with clock("decoding"):
+                pictures = decode(part)
+            with clock("scoring"):
+                pixels = preprocess_decoded(pictures, models.judge.config.vision.image_size)
+                features.append(models.image_features(pixels, torch.full((len(part),), max(t, 0), device=device)))
+                sound.append(torch.isfinite(pictures).flatten(1).all(1))
+            images += [pictures] if trace is not None else []
+        scores = models.judge.score(torch.cat(features), text.repeat_interleave(k, 0)).view(b, k)
         fault = 3 * ~finite(scores)
-        for code, values in ((2, images), (1, x0)):             # the earlier cause explains the later
-            fault = torch.where(finite(values), fault, code)
-        return scores, images, fault
+        for code, fine in ((2, torch.cat(sound).view(b, k).all(1)), (1, finite(x0))):       # the earlier cause explains the later
+            fault = torch.where(fine, fault, code)
+        return scores, fault, torch.cat(images) if images else None
 
-    slots_x, slots_next, valid, all_scores, faults = [], [], [], [], []
+    slots_x, slots_next, valid, all_scores, faults, agreements = [], [], [], [], [], []
     rows = torch.arange(b, device=device)
     latents, i = draw(), 0
     noise_pred = noise_of(latents, timesteps[0])
@@ -252,15 +261,20 @@ def sample_pairs(pipe: Pipeline, models: Models, cond: Conditioning, uncond: Con
             t_next = timesteps[i]
             noise_pred = noise_of(candidates, t_next, k)
             x0 = ddim.predict_x0(schedule, candidates, noise_pred, t_next)
-        scores, images, fault = score(x0, t_next)                                   # [B, K], [B]
+        scores, fault, images = score(x0, t_next, models.decode)                    # [B, K], [B]
         win, lose, keep = choose_pair(scores, config.threshold, config.pair, uniform[:, 1:])
         keep = keep & (fault == 0)
+        agreement = torch.zeros_like(fault)
+        if models.check:
+            win_vae, lose_vae, _ = choose_pair(score(x0, t_next, models.check)[0], config.threshold, config.pair, uniform[:, 1:])
+            agreement = keep * torch.where((win == win_vae) & (lose == lose_vae), 1, -1)
         for before, after in zip(path, path[1:]):
             slots_x.append(torch.stack([before[rows, win], before[rows, lose]], 1))     # [B, 2, C, H, W]
             slots_next.append(torch.stack([after[rows, win], after[rows, lose]], 1))
             valid.append(keep)
         all_scores.append(scores)
         faults.append(fault)
+        agreements.append(agreement)
         chosen = {"random": (uniform[:, 0] * k).long().clamp(max=k - 1), "win": win, "lose": lose}[config.start]
         latents = path[-1][rows, chosen]
         if not last:                            # the chosen candidate's noise prediction is already there
@@ -268,7 +282,7 @@ def sample_pairs(pipe: Pipeline, models: Models, cond: Conditioning, uncond: Con
         if trace is not None:
             trace.append(dict(timestep=t_next, images=images.unflatten(0, (b, k))[0].cpu(), scores=scores[0].tolist(),
                               win=int(win[0]), lose=int(lose[0]), chosen=int(chosen[0]), valid=bool(keep[0])))
-    return Pairs(*(torch.stack(v, 1) for v in (slots_x, slots_next, valid, all_scores, faults)))
+    return Pairs(*(torch.stack(v, 1) for v in (slots_x, slots_next, valid, all_scores, faults, agreements)))
 
 
 def pair_log_ratios(unet, model: torch.nn.Module, schedule: ddim.Schedule, x_t: torch.Tensor, x_next: torch.Tensor,
@@ -424,6 +438,10 @@ def check(config: SPOConfig) -> None:
         raise InputError(f"--steps {config.steps}: must be at most 999")
     if not 0 < config.eta <= 1:
         raise InputError(f"--eta {config.eta}: must lie in 0..1 and not be 0, which leaves a step without a probability")
+    if config.decoder_check and not config.decoder:
+        raise InputError(f"--decoder_check {config.decoder_check}: there is nothing to compare without --decoder")
+    if config.decoder == "taesd" and config.model == "tiny":
+        raise InputError("--decoder taesd: knows the latents of SD-1.5 and SDXL, not those of tiny")
     if not 0 <= config.clamp < 1:
         raise InputError(f"--clamp {config.clamp}: must be at least 0 and below 1")
 
@@ -446,6 +464,11 @@ def prepare(config: SPOConfig, processes: Processes) -> tuple[Pipeline, Models]:
         raise InputError(f"--targets {config.targets}: {error}") from None
     pipe.unet.checkpointing = config.checkpointing
     models = Models(pipe.unet, lambda z: decode(pipe, z, config.decode_batch), judge, judge.image_features)
+    if config.decoder:
+        small = load_tiny_decoder(config.decoder, pipe, dtype)
+        models.check, models.decode = models.decode, lambda z: small(z.to(dtype)).float()
+        if config.compile:
+            small.compile()
     if config.compile:
         models.unet = torch.compile(pipe.unet)
         pipe.vae.decode = torch.compile(pipe.vae.decode)
@@ -475,7 +498,7 @@ def sample_round(pipe: Pipeline, models: Models, prompts: list[str], indices: li
         blank = torch.zeros(0, slots, 2, *shape, device=pipe.device)
         parts.append(Pairs(blank, blank, torch.zeros(0, slots, dtype=torch.bool, device=pipe.device),
                            torch.zeros(0, groups, config.k, device=pipe.device),
-                           torch.zeros(0, groups, dtype=torch.long, device=pipe.device)))
+                           *torch.zeros(2, 0, groups, dtype=torch.long, device=pipe.device)))
         conds.append(cond.map(lambda v: v[:0]))
 
     def whole(tensors: list[torch.Tensor]) -> torch.Tensor:
@@ -544,12 +567,12 @@ def main() -> None:
     pipe, models = prepare(config, processes)
     optimizer = torch.optim.AdamW(lora.parameters(pipe.unet), lr=config.lr, betas=(0.9, 0.999), eps=1e-8,
                                   weight_decay=config.weight_decay)
-    empty, begin, bad, recent = encode_empty(pipe), 0, 0, []
+    empty, begin, bad, recent, agreed = encode_empty(pipe), 0, 0, [], [0, 0]
     if state := run.resume():
         for p, value in zip(lora.parameters(pipe.unet), state["lora"], strict=True):
             p.data.copy_(value)
         optimizer.load_state_dict(state["optimizer"])
-        begin, recent = state["step"], state.get("recent", [])
+        begin, recent, agreed = state["step"], state.get("recent", []), state.get("agreed", agreed)
     if processes.main:
         print("\n".join(f"{name:18} {value}" for name, value in dataclasses.asdict(config).items()))
         print(f"{len(prompts)} prompts, {total} rounds of {config.prompts_per_round}, LoRA of "
@@ -564,6 +587,8 @@ def main() -> None:
         epoch, place = divmod(step, rounds_per_epoch)
         order = permutation(len(prompts), config.seed, "order", epoch)
         indices = order[place * config.prompts_per_round:(place + 1) * config.prompts_per_round]
+        if step >= config.decoder_check:
+            models.check = None
         pairs, cond = sample_round(pipe, models, prompts, indices, empty, config, processes, clock, epoch)
         texts, sound = [prompts[i] for i in indices], pairs.scores[pairs.fault == 0]                # [G', K]
         faults = report_faults(pairs, texts, groups, timesteps) if processes.main else 0
@@ -576,6 +601,9 @@ def main() -> None:
                       lora_norm=lora.norm(pipe.unet), prompts_per_second=len(indices) / seconds,
                       seconds={name: round(v, 3) for name, v in clock.seconds().items()},
                       eta_minutes=(total - step - 1) * seconds / 60)
+        if checked := int(pairs.agreement.abs().sum()):
+            same = int((pairs.agreement == 1).sum())
+            record["decoder_agreement"], agreed = same / checked, [agreed[0] + same, agreed[1] + checked]
         run.log(record)
         progress.set_postfix(score=f"{record['score'] or math.nan:.2f}", pairs=stats["pairs"], margin=f"{stats['margin']:.4f}",
                              refresh=False)
@@ -590,7 +618,7 @@ def main() -> None:
                 if run.is_best(score):
                     save_lora(pipe, run.folder / "best")
             run.save(done, dict(lora=[p.detach().cpu() for p in lora.parameters(pipe.unet)], optimizer=optimizer.state_dict(),
-                                recent=recent), score)
+                                recent=recent, agreed=agreed), score)
         if processes.main and config.grid_every and (done % config.grid_every == 0 or done == total):
             images = generate(pipe, preview, list(range(len(preview))), guidance_scale=config.guidance_scale, steps=config.steps,
                               resolution=config.resolution or None)
@@ -603,6 +631,8 @@ def main() -> None:
             break
     progress.close()
     if processes.main:
+        if agreed[1]:
+            print(f"--decoder {config.decoder}: of {agreed[1]} pairs, {agreed[0] / agreed[1]:.1%} are the VAE's too")
         print(f"LoRA in {run.folder / 'pytorch_lora_weights.safetensors'} (diffusers) and lora_kohya.safetensors (ComfyUI, A1111)")
 
 
