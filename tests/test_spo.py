@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 import ddim
 import lora
 import spo_train
-from conftest import assert_close, assert_same_gradients, seeded
+from conftest import assert_close, assert_same_gradients, randomize, seeded
 from diffusion import encode_empty, encode_prompts, guided_noise, load_pipeline, negative
 from helpers import PROMPTS, ROOT, call, log_of, shell
 from spo_train import Pairs, SPOConfig, choose_pair, cut_minibatches, pool_groups, spo_loss
@@ -477,6 +477,52 @@ def test_other_judges(sd, spm, pickscore, prompts, tmp_path, judge):
         call("spo_train", *kind[:-2], "--spm", pickscore, "--judge", "spm", "--out", tmp_path / "third")
 
 
+@pytest.fixture(scope="module")
+def taesd(tmp_path_factory):
+    """Folder of a minuscule random TAESD for the reduced checkpoints, which have two pixels a side per latent position."""
+    from diffusers import AutoencoderTiny
+    folder = tmp_path_factory.mktemp("taesd")
+    randomize(AutoencoderTiny(decoder_block_out_channels=[8, 8], num_decoder_blocks=[2, 1], encoder_block_out_channels=[8, 8],
+                              num_encoder_blocks=[1, 1])).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("j", [1, 3])
+def test_the_judge_sees_what_the_small_decoder_draws(sd, spm, taesd, j):
+    """Its scores make the pairs; whether the VAE's would make the same is noted for pools with a pair, and changes nothing."""
+    small, vae = setup(sd, spm, decoder=str(taesd), j=j, threshold=0.1), setup(sd, spm, j=j, threshold=0.1)
+    full = small[1].check
+    z = torch.randn(3, 4, 8, 8, generator=seeded(0))
+    assert torch.equal(full(z), vae[1].decode(z)) and (small[1].decode(z) - full(z)).abs().max() > 0.1
+    checked = sample(small)
+    small[1].check = None
+    plain, other = sample(small), sample(vae)
+    for field in ("x_t", "x_next", "valid", "scores", "fault"):
+        assert torch.equal(getattr(checked, field), getattr(plain, field)), field
+    assert not plain.agreement.any() and not other.agreement.any() and not torch.equal(plain.scores, other.scores)
+    # The first pool is the same candidates for both decoders, so both runs can be compared by hand.
+    same = (plain.scores[:, 0].argmax(1) == other.scores[:, 0].argmax(1)) & (plain.scores[:, 0].argmin(1) == other.scores[:, 0].argmin(1))
+    assert checked.agreement[:, 0].tolist() == [(1 if s else -1) if v else 0 for s, v in zip(same, plain.valid[:, 0])]
+    first = [0, 1, 2, 3, 4] if j == 1 else [0, 3]
+    assert torch.equal(checked.agreement != 0, checked.valid[:, first]) and {-1, 0, 1} == set(checked.agreement.flatten().tolist())
+
+
+def test_a_run_with_the_small_decoder_says_how_often_it_agrees(sd, spm, prompts, taesd, tmp_path):
+    """In the first rounds only, over a stop too; the LoRA is the one of a run that was not asked."""
+    words = ("--model", sd, "--spm", spm, "--prompts", prompts, *BASE, "--decoder", taesd, "--k", 3)
+    call("spo_train", *words, "--out", tmp_path / "plain", "--rounds", 3)
+    said = call("spo_train", *words, "--out", tmp_path / "run", "--rounds", 3, "--decoder_check", 2)
+    rows = log_of(tmp_path / "run")
+    assert [("decoder_agreement" in r) for r in rows] == [True, True, False] and not any("decoder_agreement" in r for r in log_of(tmp_path / "plain"))
+    pools = [r["pairs"] for r in rows[:2]]                  # j = 1: a pool is a pair
+    share = sum(r["decoder_agreement"] * n for r, n in zip(rows, pools)) / sum(pools)
+    assert 0 < share < 1 and f"--decoder {taesd}: of {sum(pools)} pairs, {share:.1%} are the VAE's too" in said
+    call("spo_train", *words, "--out", tmp_path / "parts", "--rounds", 1, "--decoder_check", 2)
+    assert f"of {sum(pools)} pairs, {share:.1%}" in call("spo_train", *words, "--out", tmp_path / "parts", "--rounds", 3, "--decoder_check", 2)
+    name = "pytorch_lora_weights.safetensors"
+    assert (tmp_path / "plain" / name).read_bytes() == (tmp_path / "run" / name).read_bytes() == (tmp_path / "parts" / name).read_bytes()
+
+
 def test_sdxl_shape_trains_too(sdxl, spm, prompts, tmp_path):
     """Two text encoders, pooled text and picture sizes through sampling, exchange and training, with MSPO."""
     call("spo_train", "--model", sdxl, "--spm", spm, "--prompts", prompts, "--out", tmp_path / "run", *BASE, "--j", 2)
@@ -513,7 +559,8 @@ def test_the_best_lora_is_kept_and_survives_a_stop(sd, spm, prompts, tmp_path):
 @pytest.mark.parametrize("words, says", [
     (("--thresold", "0.2"), "did you mean --threshold?"), (("--k", "four"), "--k four"), (("--start", "best"), "choose one of random, win, lose"),
     (("--k", "1"), "at least 2"), (("--eta", "0"), "--eta 0"), (("--prompts", "no.txt"), "no.txt"), (("--k",), "--k"),
-    (("--t_max", "0"), "0..0"), (("--targets", "to_x"), "to_x"), (("--steps", "1000"), "--steps 1000"), (("--model", "nowhere/at-all"), "nowhere")])
+    (("--t_max", "0"), "0..0"), (("--targets", "to_x"), "to_x"), (("--steps", "1000"), "--steps 1000"), (("--model", "nowhere/at-all"), "nowhere"),
+    (("--decoder_check", "1"), "without --decoder"), (("--decoder", "taesd", "--model", "tiny"), "not those of tiny"), (("--decoder", "no.pth"), "no.pth")])
 def test_mistakes_are_one_line(sd, spm, prompts, tmp_path, words, says):
     with pytest.raises(InputError) as caught:
         call("spo_train", "--model", sd, "--spm", spm, "--prompts", prompts, "--out", tmp_path / "run", *BASE, *words)
