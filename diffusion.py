@@ -7,6 +7,7 @@ SD-1.5, SDXL and the embedded tiny model take the same path; only their configur
 
 Shapes: N samples, C H W latent, L tokens, D width of the conditioning, P width of the pooled text.
 """
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -73,6 +74,7 @@ class Pipeline:
     vae: VAE
     schedule: ddim.Schedule
     zero_negative: bool = False         # SDXL trains and samples with all-zero negative conditioning
+    offload: bool = False               # the text encoders wait on the CPU until they are needed
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     @property
@@ -239,6 +241,16 @@ def load_pipeline(source: str = "tiny", dtype: torch.dtype = torch.float32, devi
     return pipe
 
 
+@contextmanager
+def on_device(module: torch.nn.Module, device: torch.device, offload: bool):
+    """With `offload`: `module` is on `device` inside the block, and on the CPU after it. Without: nothing moves."""
+    if offload:
+        module.to(device)
+    yield
+    if offload:
+        module.to("cpu")
+
+
 @torch.no_grad()
 def encode_prompts(pipe: Pipeline, prompts: list[str], resolution: int | None = None) -> Conditioning:
     """Texts -> Conditioning for N = len(prompts), as the original pipelines encode them.
@@ -250,16 +262,16 @@ def encode_prompts(pipe: Pipeline, prompts: list[str], resolution: int | None = 
     for tokenizer, encoder in zip(pipe.tokenizers, pipe.text_encoders):
         length = encoder.config.text.max_position_embeddings
         ids = tokenizer(prompts, padding="max_length", truncation=True, max_length=length).input_ids
-        device = encoder.text_model.final_layer_norm.weight.device
-        penultimate, last, end = encoder.text_model(torch.tensor(ids, device=device))
+        with on_device(encoder, pipe.device, pipe.offload):
+            penultimate, last, end = encoder.text_model(torch.tensor(ids, device=pipe.device))
+            pooled = encoder.text_projection(end) if pipe.is_sdxl and encoder.config.projection_dim else pooled
         embeds.append(penultimate if pipe.is_sdxl else last)
-        pooled = encoder.text_projection(end) if pipe.is_sdxl and encoder.config.projection_dim else pooled
-    prompt_embeds = torch.cat(embeds, dim=-1).to(pipe.device)
+    prompt_embeds = torch.cat(embeds, dim=-1)
     if not pipe.is_sdxl:
         return Conditioning(prompt_embeds)
     side = pipe.side(resolution)
     time_ids = torch.tensor([[side, side, 0, 0, side, side]], dtype=torch.float32, device=pipe.device)
-    return Conditioning(prompt_embeds, pooled.to(pipe.device), time_ids.repeat(len(prompts), 1))
+    return Conditioning(prompt_embeds, pooled, time_ids.repeat(len(prompts), 1))
 
 
 def negative(pipe: Pipeline, conditioning: Conditioning, encoded: Conditioning | None = None) -> Conditioning:

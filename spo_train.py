@@ -44,6 +44,7 @@ from diffusion import (
     load_pipeline,
     load_tiny_decoder,
     negative,
+    on_device,
     to_pil,
 )
 from training import (
@@ -109,6 +110,8 @@ class SPOConfig:
     prompts_per_round: int = opt(40, "global batch of prompts per round (O: 4 x 10 SD-1.5, 4 x 2 SDXL)")
     pairs_per_step: int = opt(40, "global batch of pairs per optimizer step (P: 40 SD-1.5; 8 x 2 SDXL)")
     # What fits, and how often; none of these changes the mathematics
+    memory: str = opt("auto", "low: small batches, checkpointing, text encoders on the card only while they encode; normal: the batches "
+                      "below; auto: low on cards under 64 GB (not for tiny)", ("auto", "normal", "low"))
     sample_batch: int = opt(10, "prompts that one process samples at a time")
     train_batch: int = opt(10, "pairs in one forward and backward")
     decode_batch: int = opt(16, "latents that the VAE decodes at a time")
@@ -128,7 +131,11 @@ PRESETS = {
     "sdxl": dict(prompts="4k_training_prompts.json", vae=SDXL_VAE, k=2, j=4, threshold=0.4, lr=1e-5, rank=64,
                  prompts_per_round=8, pairs_per_step=16, sample_batch=2, train_batch=2, decode_batch=2, checkpointing=True),
 }
-FREE = ("out", "device", "epochs", "rounds", "sample_batch", "train_batch", "decode_batch", "checkpointing", "compile",
+LOW = {         # estimated, not measured: sd15 within 10 GB at 512 pixels, sdxl within 24 GB at 1024
+    "sd15": dict(sample_batch=2, train_batch=4, decode_batch=2, checkpointing=True),
+    "": dict(sample_batch=1, train_batch=1, decode_batch=1, checkpointing=True),            # every other model
+}
+FREE = ("out", "device", "epochs", "rounds", "memory", "sample_batch", "train_batch", "decode_batch", "checkpointing", "compile",
         "decoder_check", "save_every", "grid_every")
 
 
@@ -409,8 +416,8 @@ def judge_features(pipe: Pipeline, judge: CLIP, prompts: list[str]) -> torch.Ten
     """The judge's text features [B, P]. All CLIPs here share one vocabulary; what pads a text does not matter."""
     length = judge.config.text.max_position_embeddings
     ids = pipe.tokenizers[0](prompts, padding="max_length", truncation=True, max_length=length).input_ids
-    with torch.no_grad():
-        return judge.text_features(torch.tensor(ids, device=judge.logit_scale.device))
+    with torch.no_grad(), on_device(judge.text_model, pipe.device, pipe.offload):
+        return judge.text_features(torch.tensor(ids, device=pipe.device))
 
 
 def judge_source(config: SPOConfig) -> str:
@@ -425,6 +432,20 @@ def judge_source(config: SPOConfig) -> str:
         return {"sd15": "SPO-Diffusion-Models/Step-Aware_Preference_Models/sd-v1-5_step-aware_preference_model.bin",
                 "sdxl": "SPO-Diffusion-Models/Step-Aware_Preference_Models/sdxl_step-aware_preference_model.bin"}[config.model]
     raise InputError(f"--judge {config.judge} with --model {config.model}: say with --spm where its weights are")
+
+
+def fit_memory(config: SPOConfig, device: torch.device, arguments: list[str] | None = None) -> SPOConfig:
+    """The configuration with `memory` decided, normal or low, and low's batches where the command line does not name others.
+
+    `arguments` is the command line that gave `config`; None: this process's own.
+    """
+    low = config.memory == "low"
+    if config.memory == "auto":
+        low = device.type == "cuda" and config.model != "tiny" and torch.cuda.get_device_properties(device).total_memory < 64e9
+    if low:
+        presets = {config.model: PRESETS.get(config.model, {}) | LOW.get(config.model, LOW[""])}
+        config = parse_options(SPOConfig, presets, arguments)
+    return dataclasses.replace(config, memory="low" if low else "normal")
 
 
 def check(config: SPOConfig) -> None:
@@ -455,6 +476,7 @@ def prepare(config: SPOConfig, processes: Processes) -> tuple[Pipeline, Models]:
     if last >= config.t_min and last - len(pipe.schedule.alphas_cumprod) // config.steps < 0 and pipe.schedule.final_alpha_cumprod == 1:
         raise InputError(f"{config.model}: its scheduler sets set_alpha_to_one, so the step from t = {last} has no spread and no "
                          f"probability; set it to false in scheduler_config.json, or --t_min {last + 1}")
+    pipe.offload = config.memory == "low"
     judge = load_clip(judge_source(config), dtype, processes.device)
     if (config.judge == "spm") != judge.config.step_aware:
         raise InputError(f"--judge {config.judge}: {judge_source(config)} is {'' if judge.config.step_aware else 'not '}step-aware")
@@ -479,27 +501,24 @@ def prepare(config: SPOConfig, processes: Processes) -> tuple[Pipeline, Models]:
 def sample_round(pipe: Pipeline, models: Models, prompts: list[str], indices: list[int], empty: Conditioning | None,
                  config: SPOConfig, processes: Processes, clock: Clock, epoch: int) -> tuple[Pairs, Conditioning]:
     """This process's share of a round's prompts, sampled; then everybody's, in the order of `indices`."""
-    mine, parts, conds = processes.share(len(indices)), [], []
+    mine, parts = [indices[i] for i in processes.share(len(indices))], []
+    texts = [prompts[i] for i in mine or indices[:1]]           # a process without prompts needs the shapes
+    conds = encode_prompts(pipe, texts, config.resolution or None).map(lambda v: v[:len(mine)])
+    text = judge_features(pipe, models.judge, texts)
     for begin in range(0, len(mine), config.sample_batch):
-        chosen = [indices[i] for i in mine[begin:begin + config.sample_batch]]
-        texts = [prompts[i] for i in chosen]
-        cond = encode_prompts(pipe, texts, config.resolution or None)
-        generators = [generator(config.seed, "pool", epoch, i) for i in chosen]
-        parts.append(sample_pairs(pipe, models, cond, negative(pipe, cond, empty), judge_features(pipe, models.judge, texts),
-                                  generators, config, clock))
-        conds.append(cond)
+        rows = slice(begin, begin + config.sample_batch)
+        cond, generators = conds.map(lambda v: v[rows]), [generator(config.seed, "pool", epoch, i) for i in mine[rows]]
+        parts.append(sample_pairs(pipe, models, cond, negative(pipe, cond, empty), text[rows], generators, config, clock))
     # Every process contributes equally many prompts, so that the messages have fixed shapes: pad with invalid ones.
     count, slots = -(-len(indices) // processes.world), sum(map(len, pool_groups(
         pipe.schedule.timesteps(config.steps), config.t_min, config.t_max, config.j)))
     groups = -(-slots // config.j)
     shape = pipe.latent_shape(config.resolution or None)
     if not parts:
-        cond = encode_prompts(pipe, [prompts[indices[0]]], config.resolution or None)
         blank = torch.zeros(0, slots, 2, *shape, device=pipe.device)
         parts.append(Pairs(blank, blank, torch.zeros(0, slots, dtype=torch.bool, device=pipe.device),
                            torch.zeros(0, groups, config.k, device=pipe.device),
                            *torch.zeros(2, 0, groups, dtype=torch.long, device=pipe.device)))
-        conds.append(cond.map(lambda v: v[:0]))
 
     def whole(tensors: list[torch.Tensor]) -> torch.Tensor:
         tensor = torch.cat(tensors)
@@ -508,9 +527,7 @@ def sample_round(pipe: Pipeline, models: Models, prompts: list[str], indices: li
 
     with clock("exchange"):
         pairs = Pairs(*(whole([getattr(p, f.name) for p in parts]) for f in dataclasses.fields(Pairs)))
-        everyone = [(c.prompt_embeds, c.pooled, c.time_ids) for c in conds]
-        cond = Conditioning(*(None if ts[0] is None else whole(list(ts)) for ts in zip(*everyone)))
-    return pairs, cond
+        return pairs, conds.map(lambda v: whole([v]))
 
 
 def draw_trace(trace: list[dict], width: int = 96):
@@ -560,6 +577,7 @@ def main() -> None:
     config = parse_options(SPOConfig, PRESETS, description=__doc__)
     check(config)
     processes = start_processes(config.device or None)
+    config = fit_memory(config, processes.device)
     prompts = read_prompts(config.prompts, config.sample_prompts, config.seed)
     rounds_per_epoch = -(-len(prompts) // config.prompts_per_round)
     total = min(config.rounds or math.inf, config.epochs * rounds_per_epoch)
@@ -601,6 +619,8 @@ def main() -> None:
                       lora_norm=lora.norm(pipe.unet), prompts_per_second=len(indices) / seconds,
                       seconds={name: round(v, 3) for name, v in clock.seconds().items()},
                       eta_minutes=(total - step - 1) * seconds / 60)
+        if pipe.device.type == "cuda":
+            record["peak_memory_gb"] = torch.cuda.max_memory_allocated(pipe.device) / 1e9          # since the start
         if checked := int(pairs.agreement.abs().sum()):
             same = int((pairs.agreement == 1).sum())
             record["decoder_agreement"], agreed = same / checked, [agreed[0] + same, agreed[1] + checked]

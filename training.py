@@ -114,7 +114,7 @@ def run_script(main) -> None:
             dist.destroy_process_group()
 
 
-LESS_MEMORY = "lower --sample_batch, --train_batch or --decode_batch, or set --checkpointing (spm_train.py: lower --micro_batch)"
+LESS_MEMORY = "try --memory low, or lower --sample_batch, --train_batch or --decode_batch (spm_train.py: lower --micro_batch)"
 TOO_MANY = 10                           # optimizer steps that are skipped in a row, after which a run stops
 
 

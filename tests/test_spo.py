@@ -3,6 +3,7 @@ import dataclasses
 import json
 import math
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 import ddim
+import gentle
 import lora
 import spo_train
 from conftest import assert_close, assert_same_gradients, randomize, seeded
@@ -442,6 +444,70 @@ def test_checkpointing_changes_nothing(sd, spm):
         perturb(parts[0], 0.02)
         norms.append(train(parts, pairs, torch.optim.AdamW(lora.parameters(parts[0].unet), lr=1e-3))[0]["grad_norm"])
     assert norms[0] == pytest.approx(norms[1], rel=1e-6) and norms[0] > 0
+
+
+# Memory
+
+SMALL = dict(sample_batch=1, train_batch=1, decode_batch=1, checkpointing=True)
+
+
+@pytest.mark.parametrize("words, device, size, wanted", [
+    ("", "cpu", 0, dict(memory="normal", sample_batch=16, train_batch=32, decode_batch=64, checkpointing=False)),         # tiny
+    ("", "cuda", 8, dict(memory="normal", sample_batch=16)),
+    ("--memory low", "cpu", 0, dict(SMALL, memory="low", beta=100.0, prompts_per_round=16)),
+    ("--model sd15", "cpu", 0, dict(memory="normal", sample_batch=10, train_batch=10, decode_batch=16, checkpointing=False)),
+    ("--model sd15", "cuda", 80, dict(memory="normal", sample_batch=10, checkpointing=False)),
+    ("--model sd15", "cuda", 48, dict(memory="low", sample_batch=2, train_batch=4, decode_batch=2, checkpointing=True)),
+    ("--model sd15 --memory normal", "cuda", 12, dict(memory="normal", sample_batch=10)),
+    ("--model sd15 --memory low --decode-batch 9", "cuda", 80, dict(memory="low", sample_batch=2, train_batch=4, decode_batch=9)),
+    ("--model sd15 --sample_batch 10 --checkpointing=false --k 3", "cuda", 24, dict(sample_batch=10, decode_batch=2, checkpointing=False, k=3)),
+    ("--model sdxl", "cuda", 80, dict(memory="normal", sample_batch=2, train_batch=2, decode_batch=2, checkpointing=True)),
+    ("--model sdxl", "cuda", 24, dict(SMALL, memory="low", k=2, j=4, rank=64)),
+    ("--model ./mine", "cuda", 24, dict(SMALL, memory="low", k=4)), ("--model ./mine", "cuda", 80, dict(memory="normal", sample_batch=10))])
+def test_memory_decides_batches_that_the_command_line_does_not(monkeypatch, words, device, size, wanted):
+    """Command line over --memory over the model's preset; nothing else changes."""
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda place: SimpleNamespace(total_memory=size * 2 ** 30))
+    given = spo_train.parse_options(SPOConfig, spo_train.PRESETS, words.split())
+    config = spo_train.fit_memory(given, torch.device(device), words.split())
+    assert {name: getattr(config, name) for name in wanted} == wanted
+    changed = {f.name for f in dataclasses.fields(config) if getattr(config, f.name) != getattr(given, f.name)}
+    assert changed <= {"memory", *SMALL} <= set(spo_train.FREE)
+
+
+@pytest.mark.parametrize("model", ["tiny", "sd", "sdxl"])
+def test_low_memory_trains_the_same_lora(request, spm, prompts, tmp_path, monkeypatch, model):
+    """Batches of one, recomputed activations and moved text encoders; two rounds, so that the second starts from a trained LoRA."""
+    monkeypatch.setattr(torch.optim, "AdamW", gentle.adamw)
+    kind = () if model == "tiny" else ("--model", request.getfixturevalue(model), "--spm", spm, "--prompts", prompts)
+    words = ("spo_train", *kind, *BASE, "--rounds", 2, "--lr", 0.005, "--prompts_per_round", 4)
+    name = "pytorch_lora_weights.safetensors"
+    assert "memory             normal" in call(*words, "--out", tmp_path / "normal")
+    assert "train_batch        1\n" in call(*words, "--out", tmp_path / "low", "--memory", "low")
+    normal, low = (load_file(tmp_path / f / name) for f in ("normal", "low"))
+    assert max(float(v.abs().max()) for k, v in low.items() if "lora_B" in k) > 1e-4
+    for key, value in normal.items():
+        assert_close(low[key], value, what=key)
+    call(*words, "--out", tmp_path / "low", "--rounds", 3)          # goes on with other batches
+
+
+def test_text_encoders_are_on_the_device_only_while_they_encode(sdxl, spm):
+    """With `offload`; without, nothing moves. A device that only says where it was asked to be."""
+    pipe, models, config = setup(sdxl, spm, memory="low")[:3]
+    encoders = [*pipe.text_encoders, models.judge]
+    movers, places, used = [*pipe.text_encoders, models.judge.text_model], {}, []
+    for i, (mover, encoder) in enumerate(zip(movers, encoders)):
+        mover.to = lambda place, i=i: places.update({i: str(place)})
+        encoder.text_model.register_forward_pre_hook(lambda module, inputs, i=i: used.append((i, dict(places))))
+    pipe.device = torch.device("cpu", 0)
+    plan = lambda: spo_train.sample_round(pipe, models, PROMPTS, [0, 1, 2], encode_empty(pipe), dataclasses.replace(config, sample_batch=1), ALONE,
+                                          Clock(torch.device("cpu")), 0)
+    plan()
+    assert used == [(0, {0: "cpu:0"}), (1, {0: "cpu", 1: "cpu:0"}), (2, {0: "cpu", 1: "cpu", 2: "cpu:0"})]     # once a round each
+    assert places == {0: "cpu", 1: "cpu", 2: "cpu"}
+    places.clear()
+    pipe.offload = False
+    plan()
+    assert places == {} and len(used) == 6
 
 
 # The command
