@@ -180,11 +180,11 @@ def offline_round(pipe: Pipeline, models: Models, data: preference_pairs.Pairs, 
 def main() -> None:
     """Train as the command line says; continue if the run folder holds the same run."""
     config = parse_options(BaselineConfig, PRESETS, description=__doc__)
-    own = METHODS[config.method]
+    processes = start_processes(config.device or None)
+    config, own = spo_train.fit_memory(config, PRESETS, processes.device), METHODS[config.method]
     config = dataclasses.replace(config, lr=config.lr or own["lr"], beta=config.beta or own["beta"])
     walk = d3po_as_spo(config)
     spo_train.check(walk)
-    processes = start_processes(config.device or None)
     offline = config.method in OFFLINE
     prompts = [] if offline else read_prompts(config.prompts, config.sample_prompts, config.seed)
     run = Run(config.out, dataclasses.asdict(config), processes, spo_train.FREE)

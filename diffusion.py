@@ -7,6 +7,7 @@ SD-1.5, SDXL and the embedded tiny model take the same path; only their configur
 
 Shapes: N samples, C H W latent, L tokens, D width of the conditioning, P width of the pooled text.
 """
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -17,9 +18,9 @@ from PIL import Image
 import ddim
 from clip_spm import CLIP, CLIPConfig, TowerConfig, clip_h, clip_l
 from unet import UNet, UNetConfig
-from vae import VAE, VAEConfig
-from weights import (InputError, clean, fetch, from_open_clip, load_strict, original_unet_name, original_vae_name, read_json,
-                     read_weights, rename, take, weight_file)
+from vae import VAE, TinyDecoder, TinyDecoderConfig, VAEConfig
+from weights import (InputError, clean, fetch, from_open_clip, load_strict, original_tiny_decoder, original_unet_name,
+                     original_vae_name, read_json, read_weights, rename, take, weight_file)
 
 TINY = Path(__file__).resolve().parent / "tiny" / "model"
 NAMES = {
@@ -28,6 +29,7 @@ NAMES = {
     "sdxl": "stabilityai/stable-diffusion-xl-base-1.0",
 }
 SDXL_VAE = "madebyollin/sdxl-vae-fp16-fix"                      # SDXL's stock VAE overflows in half precision
+TAESD = ("madebyollin/taesd", "madebyollin/taesdxl")             # small decoders of SD-1.5's and of SDXL's latents
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 FILES = ["model_index.json", "scheduler/*", "tokenizer*/*"] + [
@@ -72,6 +74,7 @@ class Pipeline:
     vae: VAE
     schedule: ddim.Schedule
     zero_negative: bool = False         # SDXL trains and samples with all-zero negative conditioning
+    offload: bool = False               # the text encoders wait on the CPU until they are needed
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     @property
@@ -118,6 +121,28 @@ def load_clip(source: str, dtype: torch.dtype = torch.float32, device: torch.dev
     with torch.device("meta"):
         clip = CLIP(replace(config or clip_h(), step_aware=step_aware))
     return load_strict(clip, weights, file, dtype, device)
+
+
+def load_tiny_decoder(source: str, pipe: Pipeline, dtype: torch.dtype = torch.float32) -> TinyDecoder:
+    """A small decoder for this model's latents: `taesd` (the official one for its kind), a folder, hub id or weight file.
+
+    Weight files are diffusers' AutoencoderTiny, or the original's decoder; the shape is that of the `config.json` beside them, else
+    the official one. Raises InputError where they are something else, or speak of other latents or pictures than `pipe`.
+    """
+    path = fetch({"taesd": TAESD[pipe.is_sdxl]}.get(source, source), ["config.json", "diffusion_pytorch_model.safetensors"])
+    file = path if path.is_file() else weight_file(path)
+    try:
+        config = TinyDecoderConfig.from_json(read_json(file.parent / "config.json") if (file.parent / "config.json").is_file() else {})
+    except ValueError as error:
+        raise InputError(f"{file.parent / 'config.json'}: {error}") from None
+    with torch.device("meta"):
+        decoder = TinyDecoder(config)
+    for what, ours, theirs in (("channels in a latent", config.latent_channels, pipe.unet.config.in_channels),
+                               ("pixels a side per latent position", decoder.factor, pipe.vae.factor)):
+        if ours != theirs:
+            raise InputError(f"{source}: a decoder with {ours} {what}, but {pipe.name} has {theirs}")
+    load_strict(decoder, original_tiny_decoder(read_weights(file)), file, dtype, pipe.device)
+    return decoder.to(memory_format=torch.channels_last)
 
 
 def _tokenizer(folder: Path):
@@ -216,6 +241,16 @@ def load_pipeline(source: str = "tiny", dtype: torch.dtype = torch.float32, devi
     return pipe
 
 
+@contextmanager
+def on_device(module: torch.nn.Module, device: torch.device, offload: bool):
+    """With `offload`: `module` is on `device` inside the block, and on the CPU after it. Without: nothing moves."""
+    if offload:
+        module.to(device)
+    yield
+    if offload:
+        module.to("cpu")
+
+
 @torch.no_grad()
 def encode_prompts(pipe: Pipeline, prompts: list[str], resolution: int | None = None) -> Conditioning:
     """Texts -> Conditioning for N = len(prompts), as the original pipelines encode them.
@@ -227,16 +262,16 @@ def encode_prompts(pipe: Pipeline, prompts: list[str], resolution: int | None = 
     for tokenizer, encoder in zip(pipe.tokenizers, pipe.text_encoders):
         length = encoder.config.text.max_position_embeddings
         ids = tokenizer(prompts, padding="max_length", truncation=True, max_length=length).input_ids
-        device = encoder.text_model.final_layer_norm.weight.device
-        penultimate, last, end = encoder.text_model(torch.tensor(ids, device=device))
+        with on_device(encoder, pipe.device, pipe.offload):
+            penultimate, last, end = encoder.text_model(torch.tensor(ids, device=pipe.device))
+            pooled = encoder.text_projection(end) if pipe.is_sdxl and encoder.config.projection_dim else pooled
         embeds.append(penultimate if pipe.is_sdxl else last)
-        pooled = encoder.text_projection(end) if pipe.is_sdxl and encoder.config.projection_dim else pooled
-    prompt_embeds = torch.cat(embeds, dim=-1).to(pipe.device)
+    prompt_embeds = torch.cat(embeds, dim=-1)
     if not pipe.is_sdxl:
         return Conditioning(prompt_embeds)
     side = pipe.side(resolution)
     time_ids = torch.tensor([[side, side, 0, 0, side, side]], dtype=torch.float32, device=pipe.device)
-    return Conditioning(prompt_embeds, pooled.to(pipe.device), time_ids.repeat(len(prompts), 1))
+    return Conditioning(prompt_embeds, pooled, time_ids.repeat(len(prompts), 1))
 
 
 def negative(pipe: Pipeline, conditioning: Conditioning, encoded: Conditioning | None = None) -> Conditioning:

@@ -43,7 +43,9 @@ from diffusion import (
     guided_noise,
     load_clip,
     load_pipeline,
+    load_tiny_decoder,
     negative,
+    on_device,
     to_pil,
 )
 from training import (
@@ -76,6 +78,7 @@ class RunConfig:
     device: str = opt("", "cpu or cuda; empty: a GPU if there is one")
     dtype: str = opt("bf16", "of the frozen weights; LoRA, schedule and loss are always fp32", tuple(DTYPES))
     vae: str = opt("", "another VAE, folder or hub id; empty: the model's own (sdxl: the fp16-safe one)")
+    decoder: str = opt("", "small decoder of the pictures that the judge sees: taesd, a folder, file or hub id; empty: the VAE's")
     prediction_type: str = opt("", "single files: epsilon or v_prediction; empty: epsilon, or as the folder says",
                                ("", "epsilon", "v_prediction"))
     negative: str = opt("", "guidance's other side: zeros, or the empty prompt encoded; empty: as the model was trained",
@@ -97,10 +100,13 @@ class RunConfig:
     prompts_per_round: int = opt(40, "global batch of prompts per round (O: 4 x 10 SD-1.5, 4 x 2 SDXL)")
     pairs_per_step: int = opt(40, "global batch of pairs per optimizer step (P: 40 SD-1.5; 8 x 2 SDXL)")
     # What fits, and how often; none of these changes the mathematics
+    memory: str = opt("auto", "low: small batches, checkpointing, text encoders on the card only while they encode; normal: the batches "
+                      "below; auto: low on cards under 64 GB (not for tiny)", ("auto", "normal", "low"))
     sample_batch: int = opt(10, "prompts that one process samples at a time")
     train_batch: int = opt(10, "pairs in one forward and backward")
     decode_batch: int = opt(16, "latents that the VAE decodes at a time")
     checkpointing: bool = opt(False, "recompute the UNet's activations in the backward: less memory, slower")
+    decoder_check: int = opt(0, "with --decoder: for this many rounds decode with the VAE too and log how often it names the same pair")
     compile: bool = opt(False, "torch.compile the UNet, the decoder and the judge")
     save_every: int = opt(10, "rounds between checkpoints; the last two stay, and that of the highest mean score (its LoRA: best/)")
     grid_every: int = opt(10, "rounds between sample grids; 0: never")
@@ -132,8 +138,12 @@ PRESETS = {
     "sdxl": dict(prompts="4k_training_prompts.json", vae=SDXL_VAE, k=2, j=4, threshold=0.4, lr=1e-5, rank=64,
                  prompts_per_round=8, pairs_per_step=16, sample_batch=2, train_batch=2, decode_batch=2, checkpointing=True),
 }
-FREE = ("out", "device", "epochs", "rounds", "sample_batch", "train_batch", "decode_batch", "checkpointing", "compile",
-        "save_every", "grid_every", "snapshot_every")
+LOW = {         # estimated, not measured: sd15 within 10 GB at 512 pixels, sdxl within 24 GB at 1024
+    "sd15": dict(sample_batch=2, train_batch=4, decode_batch=2, checkpointing=True),
+    "": dict(sample_batch=1, train_batch=1, decode_batch=1, checkpointing=True),            # every other model
+}
+FREE = ("out", "device", "epochs", "rounds", "memory", "sample_batch", "train_batch", "decode_batch", "checkpointing", "compile",
+        "decoder_check", "save_every", "grid_every", "snapshot_every")
 
 
 @dataclass
@@ -145,6 +155,7 @@ class Pairs:
     scores: torch.Tensor        # [B, G, K] of each of the G groups
     fault: torch.Tensor         # [B, G] index into FAULTS: what was not finite first; such a pool is not used
     log_prob: torch.Tensor      # [B, S, 2] of x_next under the policy that drew it
+    agreement: torch.Tensor     # [B, G] 1: the VAE's pictures would give the same pair, -1: another; 0: no pair, or not asked
 
 
 FAULTS = ("", "the UNet's prediction", "a decoded picture", "the judge's score")
@@ -198,6 +209,7 @@ class Models:
     decode: object              # latents -> pictures
     judge: CLIP | None = None
     image_features: object = None       # of the judge
+    check: object = None                # latents -> pictures with the VAE, where `decode` is a smaller decoder and the two are compared
 
 
 @torch.no_grad()
@@ -226,20 +238,24 @@ def sample_pairs(pipe: Pipeline, models: Models, cond: Conditioning, uncond: Con
     def finite(values: torch.Tensor) -> torch.Tensor:                                # [B * K, ...] -> [B]
         return torch.isfinite(values).reshape(b, -1).all(1)
 
-    def score(x0: torch.Tensor, t: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Predicted clean latents [B * K, C, H, W] -> (scores [B, K], pictures, index into FAULTS [B])."""
-        with clock("decoding"):
-            images = torch.cat([models.decode(part) for part in x0.split(config.decode_batch)])
-        with clock("scoring"):
-            pixels = preprocess_decoded(images, models.judge.config.vision.image_size)
-            features = models.image_features(pixels, torch.full((len(x0),), max(t, 0), device=device))
-            scores = models.judge.score(features, text.repeat_interleave(k, 0)).view(b, k)
+    def score(x0: torch.Tensor, t: int, decode) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Predicted clean latents [B * K, C, H, W] -> (scores [B, K], index into FAULTS [B], pictures if they are traced)."""
+        features, sound, images = [], [], []
+        for part in x0.split(config.decode_batch):              # no more pictures at a time than are decoded
+            with clock("decoding"):
+                pictures = decode(part)
+            with clock("scoring"):
+                pixels = preprocess_decoded(pictures, models.judge.config.vision.image_size)
+                features.append(models.image_features(pixels, torch.full((len(part),), max(t, 0), device=device)))
+                sound.append(torch.isfinite(pictures).flatten(1).all(1))
+            images += [pictures] if trace is not None else []
+        scores = models.judge.score(torch.cat(features), text.repeat_interleave(k, 0)).view(b, k)
         fault = 3 * ~finite(scores)
-        for code, values in ((2, images), (1, x0)):             # the earlier cause explains the later
-            fault = torch.where(finite(values), fault, code)
-        return scores, images, fault
+        for code, fine in ((2, torch.cat(sound).view(b, k).all(1)), (1, finite(x0))):       # the earlier cause explains the later
+            fault = torch.where(fine, fault, code)
+        return scores, fault, torch.cat(images) if images else None
 
-    slots_x, slots_next, valid, all_scores, faults, slots_density = [], [], [], [], [], []
+    slots_x, slots_next, slots_density, valid, all_scores, faults, agreements = [], [], [], [], [], [], []
     rows = torch.arange(b, device=device)
     latents, i = draw(), 0
     noise_pred = noise_of(latents, timesteps[0])
@@ -272,9 +288,13 @@ def sample_pairs(pipe: Pipeline, models: Models, cond: Conditioning, uncond: Con
             t_next = timesteps[i]
             noise_pred = noise_of(candidates, t_next, k)
             x0 = ddim.predict_x0(schedule, candidates, noise_pred, t_next)
-        scores, images, fault = score(x0, t_next)                                   # [B, K], [B]
+        scores, fault, images = score(x0, t_next, models.decode)                    # [B, K], [B]
         win, lose, keep = choose_pair(scores, config.threshold, config.pair, uniform[:, 1:])
         keep = keep & (fault == 0)
+        agreement = torch.zeros_like(fault)
+        if models.check:
+            win_vae, lose_vae, _ = choose_pair(score(x0, t_next, models.check)[0], config.threshold, config.pair, uniform[:, 1:])
+            agreement = keep * torch.where((win == win_vae) & (lose == lose_vae), 1, -1)
         for before, after, dense in zip(path, path[1:], density):
             slots_x.append(torch.stack([before[rows, win], before[rows, lose]], 1))     # [B, 2, C, H, W]
             slots_next.append(torch.stack([after[rows, win], after[rows, lose]], 1))
@@ -282,6 +302,7 @@ def sample_pairs(pipe: Pipeline, models: Models, cond: Conditioning, uncond: Con
             valid.append(keep)
         all_scores.append(scores)
         faults.append(fault)
+        agreements.append(agreement)
         chosen = {"random": (uniform[:, 0] * k).long().clamp(max=k - 1), "win": win, "lose": lose}[config.start]
         latents = path[-1][rows, chosen]
         if not last:                            # the chosen candidate's noise prediction is already there
@@ -289,7 +310,7 @@ def sample_pairs(pipe: Pipeline, models: Models, cond: Conditioning, uncond: Con
         if trace is not None:
             trace.append(dict(timestep=t_next, images=images.unflatten(0, (b, k))[0].cpu(), scores=scores[0].tolist(),
                               win=int(win[0]), lose=int(lose[0]), chosen=int(chosen[0]), valid=bool(keep[0])))
-    return Pairs(*(torch.stack(v, 1) for v in (slots_x, slots_next, valid, all_scores, faults, slots_density)))
+    return Pairs(*(torch.stack(v, 1) for v in (slots_x, slots_next, valid, all_scores, faults, slots_density, agreements)))
 
 
 def pair_log_ratios(unet, model: torch.nn.Module, schedule: ddim.Schedule, x_t: torch.Tensor, x_next: torch.Tensor,
@@ -429,8 +450,8 @@ def judge_features(pipe: Pipeline, judge: CLIP, prompts: list[str]) -> torch.Ten
     """The judge's text features [B, P]. All CLIPs here share one vocabulary; what pads a text does not matter."""
     length = judge.config.text.max_position_embeddings
     ids = pipe.tokenizers[0](prompts, padding="max_length", truncation=True, max_length=length).input_ids
-    with torch.no_grad():
-        return judge.text_features(torch.tensor(ids, device=judge.logit_scale.device))
+    with torch.no_grad(), on_device(judge.text_model, pipe.device, pipe.offload):
+        return judge.text_features(torch.tensor(ids, device=pipe.device))
 
 
 def judge_source(config: SPOConfig) -> str:
@@ -447,6 +468,20 @@ def judge_source(config: SPOConfig) -> str:
     raise InputError(f"--judge {config.judge} with --model {config.model}: say with --spm where its weights are")
 
 
+def fit_memory(config: RunConfig, presets: dict[str, dict], device: torch.device, arguments: list[str] | None = None) -> RunConfig:
+    """The configuration with `memory` decided, normal or low, and low's batches where the command line does not name others.
+
+    `arguments` is the command line that gave `config`; None: this process's own.
+    """
+    low = config.memory == "low"
+    if config.memory == "auto":
+        low = device.type == "cuda" and config.model != "tiny" and torch.cuda.get_device_properties(device).total_memory < 64e9
+    if low:
+        presets = {config.model: presets.get(config.model, {}) | LOW.get(config.model, LOW[""])}
+        config = parse_options(type(config), presets, arguments)
+    return dataclasses.replace(config, memory="low" if low else "normal")
+
+
 def check(config: SPOConfig) -> None:
     """Refuse numbers that no run could use, before anything is loaded."""
     least = dict(k=2, j=1, steps=1, rank=1, epochs=1, rounds=0, sample_prompts=0, prompts_per_round=1, pairs_per_step=1,
@@ -458,6 +493,10 @@ def check(config: SPOConfig) -> None:
         raise InputError(f"--steps {config.steps}: must be at most 999")
     if not 0 < config.eta <= 1:
         raise InputError(f"--eta {config.eta}: must lie in 0..1 and not be 0, which leaves a step without a probability")
+    if config.decoder_check and not config.decoder:
+        raise InputError(f"--decoder_check {config.decoder_check}: there is nothing to compare without --decoder")
+    if config.decoder == "taesd" and config.model == "tiny":
+        raise InputError("--decoder taesd: knows the latents of SD-1.5 and SDXL, not those of tiny")
     if not 0 <= config.clamp < 1:
         raise InputError(f"--clamp {config.clamp}: must be at least 0 and below 1")
 
@@ -467,12 +506,18 @@ def prepare_policy(config: RunConfig, processes: Processes) -> tuple[Pipeline, M
     dtype = DTYPES[config.dtype]
     pipe = load_pipeline(config.model, dtype, processes.device, vae=config.vae or None, prediction_type=config.prediction_type,
                          tokenizer=config.tokenizer, zero_negative=NEGATIVE[config.negative])
+    pipe.offload = config.memory == "low"
     try:
         lora.add(pipe.unet, config.rank, targets=tuple(config.targets.split(",")), seed=config.seed)
     except ValueError as error:
         raise InputError(f"--targets {config.targets}: {error}") from None
     pipe.unet.checkpointing = config.checkpointing
     models = Models(Counted(pipe.unet), lambda z: decode(pipe, z, config.decode_batch))
+    if config.decoder:
+        small = load_tiny_decoder(config.decoder, pipe, dtype)
+        models.check, models.decode = models.decode, lambda z: small(z.to(dtype)).float()
+        if config.compile:
+            small.compile()
     if config.compile:
         models.unet = Counted(torch.compile(pipe.unet))
         pipe.vae.decode = torch.compile(pipe.vae.decode)
@@ -496,28 +541,26 @@ def prepare(config: SPOConfig, processes: Processes) -> tuple[Pipeline, Models]:
 def sample_round(pipe: Pipeline, models: Models, prompts: list[str], indices: list[int], empty: Conditioning | None,
                  config: SPOConfig, processes: Processes, clock: Clock, epoch: int) -> tuple[Pairs, Conditioning]:
     """This process's share of a round's prompts, sampled; then everybody's, in the order of `indices`."""
-    mine, parts, conds = processes.share(len(indices)), [], []
+    mine, parts = [indices[i] for i in processes.share(len(indices))], []
+    texts = [prompts[i] for i in mine or indices[:1]]           # a process without prompts needs the shapes
+    conds = encode_prompts(pipe, texts, config.resolution or None).map(lambda v: v[:len(mine)])
+    text = judge_features(pipe, models.judge, texts)
     for begin in range(0, len(mine), config.sample_batch):
-        chosen = [indices[i] for i in mine[begin:begin + config.sample_batch]]
-        texts = [prompts[i] for i in chosen]
-        cond = encode_prompts(pipe, texts, config.resolution or None)
-        generators = [generator(config.seed, "pool", epoch, i) for i in chosen]
-        parts.append(sample_pairs(pipe, models, cond, negative(pipe, cond, empty), judge_features(pipe, models.judge, texts),
-                                  generators, config, clock))
-        conds.append(cond)
+        rows = slice(begin, begin + config.sample_batch)
+        cond, generators = conds.map(lambda v: v[rows]), [generator(config.seed, "pool", epoch, i) for i in mine[rows]]
+        parts.append(sample_pairs(pipe, models, cond, negative(pipe, cond, empty), text[rows], generators, config, clock))
     # Every process contributes equally many prompts, so that the messages have fixed shapes: pad with invalid ones.
     count, slots = -(-len(indices) // processes.world), sum(map(len, pool_groups(
         pipe.schedule.timesteps(config.steps), config.t_min, config.t_max, config.j)))
     groups = -(-slots // config.j)
     shape = pipe.latent_shape(config.resolution or None)
     if not parts:
-        cond = encode_prompts(pipe, [prompts[indices[0]]], config.resolution or None)
         blank = torch.zeros(0, slots, 2, *shape, device=pipe.device)
         parts.append(Pairs(blank, blank, torch.zeros(0, slots, dtype=torch.bool, device=pipe.device),
                            torch.zeros(0, groups, config.k, device=pipe.device),
                            torch.zeros(0, groups, dtype=torch.long, device=pipe.device),
-                           torch.zeros(0, slots, 2, device=pipe.device)))
-        conds.append(cond.map(lambda v: v[:0]))
+                           torch.zeros(0, slots, 2, device=pipe.device),
+                           torch.zeros(0, groups, dtype=torch.long, device=pipe.device)))
 
     def whole(tensors: list[torch.Tensor]) -> torch.Tensor:
         tensor = torch.cat(tensors)
@@ -526,9 +569,7 @@ def sample_round(pipe: Pipeline, models: Models, prompts: list[str], indices: li
 
     with clock("exchange"):
         pairs = Pairs(*(whole([getattr(p, f.name) for p in parts]) for f in dataclasses.fields(Pairs)))
-        everyone = [(c.prompt_embeds, c.pooled, c.time_ids) for c in conds]
-        cond = Conditioning(*(None if ts[0] is None else whole(list(ts)) for ts in zip(*everyone)))
-    return pairs, cond
+        return pairs, conds.map(lambda v: whole([v]))
 
 
 def draw_trace(trace: list[dict], width: int = 96):
@@ -601,14 +642,17 @@ def run_rounds(config: RunConfig, run: Run, processes: Processes, prompts: list[
         epoch, place = divmod(step, rounds_per_epoch)
         order = permutation(len(prompts), config.seed, "order", epoch)
         indices = order[place * config.prompts_per_round:(place + 1) * config.prompts_per_round]
+        if step >= config.decoder_check:
+            models.check = None
         stats = one_round(optimizer, indices, (epoch, place), clock, bad)
         bad = stats.pop("bad")
         evaluations = torch.tensor([float(models.unet.evaluations)], device=pipe.device, dtype=torch.float64)
         processes.sum([evaluations])
         seconds, done = time.perf_counter() - started, step + 1
+        card = dict(peak_memory_gb=torch.cuda.max_memory_allocated(pipe.device) / 1e9) if pipe.device.type == "cuda" else {}
         run.log(dict(round=done, epoch=epoch, **stats, lora_norm=lora.norm(pipe.unet), evaluations=int(evaluations),
                      prompts_per_second=len(indices) / seconds, seconds={k: round(v, 3) for k, v in clock.seconds().items()},
-                     eta_minutes=(total - done) * seconds / 60))
+                     eta_minutes=(total - done) * seconds / 60, **card))
         progress.set_postfix({k: f"{stats[k]:.4g}" for k in ("score", "pairs", "margin") if stats[k] is not None}, refresh=False)
         progress.update()
         recent += [] if stats["score"] is None else [stats["score"]]
@@ -634,6 +678,10 @@ def run_rounds(config: RunConfig, run: Run, processes: Processes, prompts: list[
             break
     progress.close()
     if processes.main:
+        checked = [row for row in run.read_log() if "decoder_pairs" in row]
+        if count := sum(row["decoder_pairs"] for row in checked):
+            same = sum(row["decoder_pairs"] * row["decoder_agreement"] for row in checked)
+            print(f"--decoder {config.decoder}: of {count} pairs, {same / count:.1%} are the VAE's too")
         print(f"LoRA in {run.folder / 'pytorch_lora_weights.safetensors'} (diffusers) and lora_kohya.safetensors (ComfyUI, A1111)")
 
 
@@ -647,6 +695,8 @@ def spo_round(pipe: Pipeline, models: Models, prompts: list[str], empty: Conditi
     faults = report_faults(pairs, texts, groups, timesteps) if processes.main else 0
     stats = train_on_pairs(pipe, models, optimizer, pairs, cond, empty, config, processes, clock, key, texts, bad)
     gap = sound.amax(-1) - sound.amin(-1)
+    if checked := int(pairs.agreement.abs().sum()):
+        stats |= dict(decoder_pairs=checked, decoder_agreement=int((pairs.agreement == 1).sum()) / checked)
     return stats | dict(bad=stats.pop("in_a_row") + (not len(sound)), score=float(sound.mean()) if len(sound) else None,
                         score_gap=float(gap.mean()) if len(sound) else None, not_finite=faults)
 
@@ -656,6 +706,7 @@ def main() -> None:
     config = parse_options(SPOConfig, PRESETS, description=__doc__)
     check(config)
     processes = start_processes(config.device or None)
+    config = fit_memory(config, PRESETS, processes.device)
     prompts = read_prompts(config.prompts, config.sample_prompts, config.seed)
     run = Run(config.out, dataclasses.asdict(config), processes, FREE)
     pipe, models = prepare(config, processes)

@@ -114,7 +114,7 @@ def run_script(main) -> None:
             dist.destroy_process_group()
 
 
-LESS_MEMORY = "lower --sample_batch, --train_batch or --decode_batch, or set --checkpointing (spm_train.py: lower --micro_batch)"
+LESS_MEMORY = "try --memory low, or lower --sample_batch, --train_batch or --decode_batch (spm_train.py: lower --micro_batch)"
 TOO_MANY = 10                           # optimizer steps that are skipped in a row, after which a run stops
 
 
@@ -273,6 +273,11 @@ class Run:
         if self.processes.main:
             with open(self.folder / "log.jsonl", "a") as handle:
                 handle.write(json.dumps({k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in record.items()}) + "\n")
+
+    def read_log(self) -> list[dict]:
+        """The records of log.jsonl so far."""
+        path = self.folder / "log.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
     def _scores(self) -> dict[Path, float]:
         """The checkpoints on disk that were given a score."""

@@ -2,7 +2,8 @@
 
 SPO decodes the predicted clean latent of every candidate so that the step-aware preference model can look at a picture;
 training that model needs the encoder too (paper, section 4.2). Parameter names equal the official
-files' (`vae/diffusion_pytorch_model.safetensors`), so loading is a strict `load_state_dict`.
+files' (`vae/diffusion_pytorch_model.safetensors`), so loading is a strict `load_state_dict`. At the end a far smaller
+decoder that may stand in for the large one.
 
 Shapes: N pictures, 3 x H x W pixels in [-1, 1]; latents N, 4, H / f, W / f with f = 2 ** (levels - 1).
 """
@@ -190,3 +191,65 @@ class VAE(nn.Module):
     def factor(self) -> int:
         """Pixels per latent position along one side: 8 for SD-1.5, SDXL and tiny."""
         return 2 ** (len(self.config.block_out_channels) - 1)
+
+
+@dataclass
+class TinyDecoderConfig:
+    """What shapes the decoder of a TAESD, the small autoencoder; as it stands the official one."""
+    latent_channels: int = 4
+    width: int = 64
+    blocks: tuple[int, ...] = (3, 3, 3, 1)      # residual blocks per resolution, coarsest first
+
+    @classmethod
+    def from_json(cls, config: dict) -> "TinyDecoderConfig":
+        """From the `config.json` of diffusers' AutoencoderTiny; raise ValueError where it asks for another architecture."""
+        plain = dict(_class_name="AutoencoderTiny", act_fn="relu", upsample_fn="nearest", upsampling_scaling_factor=2, out_channels=3,
+                     scaling_factor=1.0, shift_factor=0.0)
+        for key, wanted in plain.items():
+            if config.get(key, wanted) != wanted:
+                raise ValueError(f"tiny autoencoder config: {key}={config[key]!r} is not supported, only {wanted!r}")
+        widths, blocks = config.get("decoder_block_out_channels", (64,) * 4), config.get("num_decoder_blocks", (3, 3, 3, 1))
+        if len(set(widths)) != 1 or len(widths) != len(blocks):
+            raise ValueError(f"tiny autoencoder config: decoder_block_out_channels={widths!r} is not supported, only one width throughout")
+        return cls(config.get("latent_channels", 4), widths[0], tuple(blocks))
+
+
+class SoftClamp(nn.Module):
+    """Latents into -3..3, smoothly."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(x / 3) * 3
+
+
+class TinyBlock(nn.Module):
+    """Three 3x3 convolutions, around which the input is added back."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        first, second, third = (nn.Conv2d(width, width, 3, padding=1) for _ in range(3))
+        self.conv = nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), third)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.relu(self.conv(x) + x)
+
+
+class TinyDecoder(nn.Sequential):
+    """The decoder of a TAESD (`taesd_decoder.pth`, whose names these are): 1.2 M parameters instead of 50 M, no norms, no attention."""
+
+    def __init__(self, config: TinyDecoderConfig):
+        width, last = config.width, len(config.blocks) - 1
+        layers = [SoftClamp(), nn.Conv2d(config.latent_channels, width, 3, padding=1), nn.ReLU()]
+        for i, count in enumerate(config.blocks):
+            layers += [TinyBlock(width) for _ in range(count)]
+            layers += [nn.Upsample(scale_factor=2), nn.Conv2d(width, width, 3, padding=1, bias=False)] if i < last else []
+        super().__init__(*layers, nn.Conv2d(width, 3, 3, padding=1))
+        self.config = config
+
+    def forward(self, latents: torch.Tensor) -> torch.Tensor:
+        """Scaled latents [N, C, h, w] -> pictures [N, 3, h * f, w * f], about [-1, 1], not clamped. The weights speak [0, 1]."""
+        return 2 * super().forward(latents) - 1
+
+    @property
+    def factor(self) -> int:
+        """Pixels per latent position along one side: 8 for the official ones."""
+        return 2 ** (len(self.config.blocks) - 1)

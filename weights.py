@@ -123,6 +123,7 @@ def layout(weights: dict[str, torch.Tensor]) -> str:
              ("lora", "a LoRA"), ("visual.transformer.resblocks", "an open_clip model"), ("visual.", "an open_clip model"),
              ("adaLN_modulation", "a step-aware preference model"), ("vision_model.", "a transformers CLIP"),
              ("text_model.", "a transformers CLIP text encoder"), ("decoder.up_blocks", "a diffusers VAE"),
+             ("decoder.layers.", "a diffusers AutoencoderTiny"), ("conv.4.weight", "half of a TAESD"),
              ("up_blocks", "a diffusers UNet"), ("blip.", "ImageReward")]
     return next((name for sign, name in signs if any(sign in key for key in weights)), "of unknown layout")
 
@@ -231,6 +232,14 @@ def original_vae_name(key: str, levels: int) -> str:
     for ours, theirs in (("group_norm", "norm"), ("to_q", "q"), ("to_k", "k"), ("to_v", "v"), ("to_out.0", "proj_out")):
         key = key.replace(f"mid_block.attentions.0.{ours}.", f"mid.attn_1.{theirs}.")
     return key.replace("conv_shortcut", "nin_shortcut").replace("conv_norm_out", "norm_out")
+
+
+def original_tiny_decoder(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The decoder of diffusers' AutoencoderTiny with the names of `taesd_decoder.pth`, which counts the input's clamp as layer 0."""
+    if not any(k.startswith("decoder.layers.") for k in weights):
+        return weights
+    return {re.sub(r"^decoder\.layers\.(\d+)", lambda m: str(int(m[1]) + 1), k): v
+            for k, v in weights.items() if not k.startswith("encoder.layers.")}
 
 
 def take(weights: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:

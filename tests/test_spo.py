@@ -3,6 +3,7 @@ import dataclasses
 import json
 import math
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,9 +12,10 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 import ddim
+import gentle
 import lora
 import spo_train
-from conftest import assert_close, assert_same_gradients, seeded
+from conftest import assert_close, assert_same_gradients, randomize, seeded
 from diffusion import encode_empty, encode_prompts, guided_noise, load_pipeline, negative
 from helpers import PROMPTS, ROOT, call, log_of, shell
 from spo_train import Pairs, SPOConfig, choose_pair, cut_minibatches, pool_groups, spo_loss
@@ -444,6 +446,70 @@ def test_checkpointing_changes_nothing(sd, spm):
     assert norms[0] == pytest.approx(norms[1], rel=1e-6) and norms[0] > 0
 
 
+# Memory
+
+SMALL = dict(sample_batch=1, train_batch=1, decode_batch=1, checkpointing=True)
+
+
+@pytest.mark.parametrize("words, device, size, wanted", [
+    ("", "cpu", 0, dict(memory="normal", sample_batch=16, train_batch=32, decode_batch=64, checkpointing=False)),         # tiny
+    ("", "cuda", 8, dict(memory="normal", sample_batch=16)),
+    ("--memory low", "cpu", 0, dict(SMALL, memory="low", beta=100.0, prompts_per_round=16)),
+    ("--model sd15", "cpu", 0, dict(memory="normal", sample_batch=10, train_batch=10, decode_batch=16, checkpointing=False)),
+    ("--model sd15", "cuda", 80, dict(memory="normal", sample_batch=10, checkpointing=False)),
+    ("--model sd15", "cuda", 48, dict(memory="low", sample_batch=2, train_batch=4, decode_batch=2, checkpointing=True)),
+    ("--model sd15 --memory normal", "cuda", 12, dict(memory="normal", sample_batch=10)),
+    ("--model sd15 --memory low --decode-batch 9", "cuda", 80, dict(memory="low", sample_batch=2, train_batch=4, decode_batch=9)),
+    ("--model sd15 --sample_batch 10 --checkpointing=false --k 3", "cuda", 24, dict(sample_batch=10, decode_batch=2, checkpointing=False, k=3)),
+    ("--model sdxl", "cuda", 80, dict(memory="normal", sample_batch=2, train_batch=2, decode_batch=2, checkpointing=True)),
+    ("--model sdxl", "cuda", 24, dict(SMALL, memory="low", k=2, j=4, rank=64)),
+    ("--model ./mine", "cuda", 24, dict(SMALL, memory="low", k=4)), ("--model ./mine", "cuda", 80, dict(memory="normal", sample_batch=10))])
+def test_memory_decides_batches_that_the_command_line_does_not(monkeypatch, words, device, size, wanted):
+    """Command line over --memory over the model's preset; nothing else changes."""
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda place: SimpleNamespace(total_memory=size * 2 ** 30))
+    given = spo_train.parse_options(SPOConfig, spo_train.PRESETS, words.split())
+    config = spo_train.fit_memory(given, spo_train.PRESETS, torch.device(device), words.split())
+    assert {name: getattr(config, name) for name in wanted} == wanted
+    changed = {f.name for f in dataclasses.fields(config) if getattr(config, f.name) != getattr(given, f.name)}
+    assert changed <= {"memory", *SMALL} <= set(spo_train.FREE)
+
+
+@pytest.mark.parametrize("model", ["tiny", "sd", "sdxl"])
+def test_low_memory_trains_the_same_lora(request, spm, prompts, tmp_path, monkeypatch, model):
+    """Batches of one, recomputed activations and moved text encoders; two rounds, so that the second starts from a trained LoRA."""
+    monkeypatch.setattr(torch.optim, "AdamW", gentle.adamw)
+    kind = () if model == "tiny" else ("--model", request.getfixturevalue(model), "--spm", spm, "--prompts", prompts)
+    words = ("spo_train", *kind, *BASE, "--rounds", 2, "--lr", 0.005, "--prompts_per_round", 4)
+    name = "pytorch_lora_weights.safetensors"
+    assert "memory             normal" in call(*words, "--out", tmp_path / "normal")
+    assert "train_batch        1\n" in call(*words, "--out", tmp_path / "low", "--memory", "low")
+    normal, low = (load_file(tmp_path / f / name) for f in ("normal", "low"))
+    assert max(float(v.abs().max()) for k, v in low.items() if "lora_B" in k) > 1e-4
+    for key, value in normal.items():
+        assert_close(low[key], value, what=key)
+    call(*words, "--out", tmp_path / "low", "--rounds", 3)          # goes on with other batches
+
+
+def test_text_encoders_are_on_the_device_only_while_they_encode(sdxl, spm):
+    """With `offload`; without, nothing moves. A device that only says where it was asked to be."""
+    pipe, models, config = setup(sdxl, spm, memory="low")[:3]
+    encoders = [*pipe.text_encoders, models.judge]
+    movers, places, used = [*pipe.text_encoders, models.judge.text_model], {}, []
+    for i, (mover, encoder) in enumerate(zip(movers, encoders)):
+        mover.to = lambda place, i=i: places.update({i: str(place)})
+        encoder.text_model.register_forward_pre_hook(lambda module, inputs, i=i: used.append((i, dict(places))))
+    pipe.device = torch.device("cpu", 0)
+    plan = lambda: spo_train.sample_round(pipe, models, PROMPTS, [0, 1, 2], encode_empty(pipe), dataclasses.replace(config, sample_batch=1), ALONE,
+                                          Clock(torch.device("cpu")), 0)
+    plan()
+    assert used == [(0, {0: "cpu:0"}), (1, {0: "cpu", 1: "cpu:0"}), (2, {0: "cpu", 1: "cpu", 2: "cpu:0"})]     # once a round each
+    assert places == {0: "cpu", 1: "cpu", 2: "cpu"}
+    places.clear()
+    pipe.offload = False
+    plan()
+    assert places == {} and len(used) == 6
+
+
 # The command
 
 BASE = ("--dtype", "fp32", "--steps", "4", "--k", "2", "--prompts_per_round", "3", "--pairs_per_step", "4", "--threshold", "0",
@@ -475,6 +541,52 @@ def test_other_judges(sd, spm, pickscore, prompts, tmp_path, judge):
         call("spo_train", *kind, "--spm", spm, "--out", tmp_path / "other")
     with pytest.raises(InputError, match="not step-aware"):
         call("spo_train", *kind[:-2], "--spm", pickscore, "--judge", "spm", "--out", tmp_path / "third")
+
+
+@pytest.fixture(scope="module")
+def taesd(tmp_path_factory):
+    """Folder of a minuscule random TAESD for the reduced checkpoints, which have two pixels a side per latent position."""
+    from diffusers import AutoencoderTiny
+    folder = tmp_path_factory.mktemp("taesd")
+    randomize(AutoencoderTiny(decoder_block_out_channels=[8, 8], num_decoder_blocks=[2, 1], encoder_block_out_channels=[8, 8],
+                              num_encoder_blocks=[1, 1])).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("j", [1, 3])
+def test_the_judge_sees_what_the_small_decoder_draws(sd, spm, taesd, j):
+    """Its scores make the pairs; whether the VAE's would make the same is noted for pools with a pair, and changes nothing."""
+    small, vae = setup(sd, spm, decoder=str(taesd), j=j, threshold=0.1), setup(sd, spm, j=j, threshold=0.1)
+    full = small[1].check
+    z = torch.randn(3, 4, 8, 8, generator=seeded(0))
+    assert torch.equal(full(z), vae[1].decode(z)) and (small[1].decode(z) - full(z)).abs().max() > 0.1
+    checked = sample(small)
+    small[1].check = None
+    plain, other = sample(small), sample(vae)
+    for field in ("x_t", "x_next", "valid", "scores", "fault"):
+        assert torch.equal(getattr(checked, field), getattr(plain, field)), field
+    assert not plain.agreement.any() and not other.agreement.any() and not torch.equal(plain.scores, other.scores)
+    # The first pool is the same candidates for both decoders, so both runs can be compared by hand.
+    same = (plain.scores[:, 0].argmax(1) == other.scores[:, 0].argmax(1)) & (plain.scores[:, 0].argmin(1) == other.scores[:, 0].argmin(1))
+    assert checked.agreement[:, 0].tolist() == [(1 if s else -1) if v else 0 for s, v in zip(same, plain.valid[:, 0])]
+    first = [0, 1, 2, 3, 4] if j == 1 else [0, 3]
+    assert torch.equal(checked.agreement != 0, checked.valid[:, first]) and {-1, 0, 1} == set(checked.agreement.flatten().tolist())
+
+
+def test_a_run_with_the_small_decoder_says_how_often_it_agrees(sd, spm, prompts, taesd, tmp_path):
+    """In the first rounds only, over a stop too; the LoRA is the one of a run that was not asked."""
+    words = ("--model", sd, "--spm", spm, "--prompts", prompts, *BASE, "--decoder", taesd, "--k", 3)
+    call("spo_train", *words, "--out", tmp_path / "plain", "--rounds", 3)
+    said = call("spo_train", *words, "--out", tmp_path / "run", "--rounds", 3, "--decoder_check", 2)
+    rows = log_of(tmp_path / "run")
+    assert [("decoder_agreement" in r) for r in rows] == [True, True, False] and not any("decoder_agreement" in r for r in log_of(tmp_path / "plain"))
+    pools = [r["pairs"] for r in rows[:2]]                  # j = 1: a pool is a pair
+    share = sum(r["decoder_agreement"] * n for r, n in zip(rows, pools)) / sum(pools)
+    assert 0 < share < 1 and f"--decoder {taesd}: of {sum(pools)} pairs, {share:.1%} are the VAE's too" in said
+    call("spo_train", *words, "--out", tmp_path / "parts", "--rounds", 1, "--decoder_check", 2)
+    assert f"of {sum(pools)} pairs, {share:.1%}" in call("spo_train", *words, "--out", tmp_path / "parts", "--rounds", 3, "--decoder_check", 2)
+    name = "pytorch_lora_weights.safetensors"
+    assert (tmp_path / "plain" / name).read_bytes() == (tmp_path / "run" / name).read_bytes() == (tmp_path / "parts" / name).read_bytes()
 
 
 def test_sdxl_shape_trains_too(sdxl, spm, prompts, tmp_path):
@@ -513,7 +625,8 @@ def test_the_best_lora_is_kept_and_survives_a_stop(sd, spm, prompts, tmp_path):
 @pytest.mark.parametrize("words, says", [
     (("--thresold", "0.2"), "did you mean --threshold?"), (("--k", "four"), "--k four"), (("--start", "best"), "choose one of random, win, lose"),
     (("--k", "1"), "at least 2"), (("--eta", "0"), "--eta 0"), (("--prompts", "no.txt"), "no.txt"), (("--k",), "--k"),
-    (("--t_max", "0"), "0..0"), (("--targets", "to_x"), "to_x"), (("--steps", "1000"), "--steps 1000"), (("--model", "nowhere/at-all"), "nowhere")])
+    (("--t_max", "0"), "0..0"), (("--targets", "to_x"), "to_x"), (("--steps", "1000"), "--steps 1000"), (("--model", "nowhere/at-all"), "nowhere"),
+    (("--decoder_check", "1"), "without --decoder"), (("--decoder", "taesd", "--model", "tiny"), "not those of tiny"), (("--decoder", "no.pth"), "no.pth")])
 def test_mistakes_are_one_line(sd, spm, prompts, tmp_path, words, says):
     with pytest.raises(InputError) as caught:
         call("spo_train", "--model", sd, "--spm", spm, "--prompts", prompts, "--out", tmp_path / "run", *BASE, *words)

@@ -3,10 +3,13 @@ import json
 
 import pytest
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, AutoencoderTiny
+from safetensors.torch import load_file, save_file
 
 from conftest import FACTS, assert_close, assert_same_gradients, count, randomize, seeded, shapes
-from vae import VAE, VAEConfig
+from diffusion import load_pipeline, load_tiny_decoder
+from vae import VAE, TinyDecoder, TinyDecoderConfig, VAEConfig
+from weights import InputError, original_tiny_decoder
 
 PRECISIONS = pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.float64, 1e-10)])
 
@@ -103,3 +106,95 @@ def test_official_names_and_shapes():
 def test_other_architectures_are_refused(field, value):
     with pytest.raises(ValueError, match=field):
         VAEConfig.from_json(config(**{field: value}))
+
+
+def tiny_config(blocks=(3, 3, 3, 1), width: int = 64, **changes) -> dict:
+    """A `config.json` of diffusers' AutoencoderTiny."""
+    return dict(decoder_block_out_channels=[width] * len(blocks), num_decoder_blocks=list(blocks),
+                encoder_block_out_channels=[width] * len(blocks), num_encoder_blocks=list(blocks)[::-1]) | changes
+
+
+def make_tiny_pair(config: dict, dtype: torch.dtype = torch.float32) -> tuple[TinyDecoder, AutoencoderTiny]:
+    """Our small decoder and diffusers' small autoencoder, with the same random weights."""
+    theirs = randomize(AutoencoderTiny(**config)).to(dtype)
+    ours = TinyDecoder(TinyDecoderConfig.from_json(dict(theirs.config))).to(dtype)
+    ours.load_state_dict(original_tiny_decoder(theirs.state_dict()), strict=True)
+    return ours, theirs
+
+
+@PRECISIONS
+@pytest.mark.parametrize("blocks, width, size", [((3, 3, 3, 1), 64, (3, 4)), ((2, 1), 8, (5, 4)), ((1, 2, 1), 6, (4, 4))])
+def test_tiny_decoder_equals_diffusers(blocks, width, size, dtype, tolerance):
+    ours, theirs = make_tiny_pair(tiny_config(blocks, width), dtype)
+    z = (3 * torch.randn(2, 4, *size, generator=seeded(1))).to(dtype).requires_grad_()          # far enough to be clamped
+    w = z.detach().clone().requires_grad_()
+    pictures, expected = ours(z), theirs.decode(w).sample
+    assert pictures.shape == (2, 3, *(s * ours.factor for s in size)) and ours.factor == 2 ** (len(blocks) - 1)
+    assert_close(pictures, expected, tolerance, "pictures")
+    for out in (pictures, expected):
+        (out * torch.randn(out.shape, generator=seeded(2)).to(dtype)).sum().backward()
+    assert_close(z.grad, w.grad, tolerance, "gradient of the latents")
+    assert_same_gradients(ours, theirs.decoder.layers, tolerance, rename=lambda k: f"{int(k.split('.')[0]) - 1}.{k.split('.', 1)[1]}")
+
+
+def test_tiny_decoder_has_the_official_names_and_shapes():
+    """All of AutoencoderTiny has 134 tensors and 2,445,063 parameters; ours is its decoder, as the original's Sequential counts it."""
+    with torch.device("meta"):
+        ours, theirs = TinyDecoder(TinyDecoderConfig()), AutoencoderTiny()
+    assert count(theirs) == (134, 2_445_063) and count(ours) == (67, 1_222_531) == count(theirs.decoder)
+    assert shapes(ours) == {k: list(v.shape) for k, v in original_tiny_decoder(theirs.state_dict()).items()}
+    convs, blocks = (1, 7, 12, 17, 19), (3, 4, 5, 8, 9, 10, 13, 14, 15, 18)                     # taesd_decoder.pth
+    assert set(ours.state_dict()) == {f"{i}.weight" for i in convs} | {"1.bias", "19.bias"} | {
+        f"{i}.conv.{j}.{kind}" for i in blocks for j in (0, 2, 4) for kind in ("weight", "bias")}
+    assert TinyDecoderConfig.from_json(tiny_config()) == TinyDecoderConfig() == TinyDecoderConfig.from_json({})
+
+
+def test_tiny_decoder_is_read_in_both_layouts(sd, tmp_path):
+    """A folder as diffusers saves it, and the original's decoder alone, pickled or not: the same pictures."""
+    pipe = load_pipeline(str(sd))
+    theirs = randomize(AutoencoderTiny(**tiny_config((2, 1), 8)))
+    theirs.save_pretrained(tmp_path / "tiny")
+    original = {f"{int(k.split('.')[0]) + 1}.{k.split('.', 1)[1]}": v for k, v in theirs.decoder.layers.state_dict().items()}
+    save_file(original, tmp_path / "tiny/taesd_decoder.safetensors")
+    torch.save(original, tmp_path / "tiny/taesd_decoder.pth")
+    z = torch.randn(2, 4, 8, 8, generator=seeded(1))
+    for source in ("", "diffusion_pytorch_model.safetensors", "taesd_decoder.safetensors", "taesd_decoder.pth"):
+        assert_close(load_tiny_decoder(str(tmp_path / "tiny" / source), pipe)(z), theirs.decode(z).sample)
+
+
+def test_foreign_tiny_decoders_are_refused_in_one_line(sd, tmp_path):
+    """Another factor, another number of channels, another architecture, the encoder, a whole VAE."""
+    pipe = load_pipeline(str(sd))
+
+    def refused(source, says):
+        with pytest.raises(InputError, match=says) as caught:
+            load_tiny_decoder(str(source), pipe)
+        assert "\n" not in str(caught.value)
+
+    def saved(name, **changes):
+        AutoencoderTiny(**tiny_config((1, 1), 8, **changes)).save_pretrained(tmp_path / name)
+        return tmp_path / name
+
+    AutoencoderTiny(**tiny_config((1, 1, 1), 8)).save_pretrained(tmp_path / "four")
+    refused(tmp_path / "four", f"4 pixels a side per latent position, but {sd} has 2")
+    refused(saved("sixteen", latent_channels=16), "16 channels in a latent")
+    refused(saved("scaled", scaling_factor=0.5), "scaling_factor=0.5 is not supported")
+    refused(saved("smooth", act_fn="silu"), "act_fn='silu'")
+    good = saved("good")
+    layers = load_file(good / "diffusion_pytorch_model.safetensors")
+    save_file(layers | {"extra": torch.zeros(1)}, good / "more.safetensors")
+    refused(good / "more.safetensors", r"1 unexpected \(extra\)")
+    save_file(AutoencoderTiny(**tiny_config((1, 1), 8)).encoder.layers.state_dict(), good / "taesd_encoder.safetensors")
+    refused(good / "taesd_encoder.safetensors", "missing.*half of a TAESD")
+    refused(sd / "vae", "_class_name='AutoencoderKL'")
+    pipe.vae.config.block_out_channels = (8,) * 4
+    save_file(load_file(sd / "vae/diffusion_pytorch_model.safetensors"), tmp_path / "vae.safetensors")
+    refused(tmp_path / "vae.safetensors", "does not fit TinyDecoder.*a diffusers VAE")
+
+
+@pytest.mark.parametrize("field, value", [
+    ("act_fn", "silu"), ("upsample_fn", "bilinear"), ("upsampling_scaling_factor", 4), ("out_channels", 1), ("scaling_factor", 0.2),
+    ("shift_factor", 0.1), ("_class_name", "AutoencoderKL"), ("decoder_block_out_channels", [64, 64, 64, 32]), ("num_decoder_blocks", [1] * 3)])
+def test_other_tiny_architectures_are_refused(field, value):
+    with pytest.raises(ValueError, match=field if field[0] != "n" else "decoder_block"):
+        TinyDecoderConfig.from_json(tiny_config(**{field: value}))
