@@ -69,7 +69,7 @@ def predict_x0_eps(schedule: Schedule, latents: torch.Tensor, noise_pred: torch.
     """
     latents, noise_pred = latents.float(), noise_pred.float()
     alpha = torch.as_tensor(alpha, dtype=torch.float32)
-    a, b = alpha.sqrt().to(latents.device), (1 - alpha).sqrt().to(latents.device)
+    a, b = alpha.sqrt(), (1 - alpha).sqrt()
     if schedule.prediction_type == "v_prediction":
         return a * latents - b * noise_pred, a * noise_pred + b * latents
     return (latents - b * noise_pred) / a, noise_pred
@@ -100,9 +100,9 @@ def step_gaussian(schedule: Schedule, latents: torch.Tensor, noise_pred: torch.T
 
 
 def _alphas(schedule: Schedule, timestep: torch.Tensor | int, device: torch.device) -> torch.Tensor:
-    """alphas_cumprod of one number (0-d) or of [N] timesteps ([N, 1, 1, 1])."""
+    """alphas_cumprod of one number (0-d, on the CPU: copying it to a GPU would wait for the GPU) or of [N] timesteps ([N, 1, 1, 1])."""
     if isinstance(timestep, int):
-        return torch.tensor(schedule.alpha(timestep), dtype=torch.float32, device=device)
+        return torch.tensor(schedule.alpha(timestep), dtype=torch.float32)
     timestep = timestep.to(device)
     alphas = schedule.alphas_cumprod.to(device)[timestep.clamp(min=0)]
     return torch.where(timestep >= 0, alphas, torch.full_like(alphas, schedule.final_alpha_cumprod)).view(-1, 1, 1, 1)

@@ -295,11 +295,12 @@ def guided_noise(unet, latents: torch.Tensor, timestep: torch.Tensor | int, cond
 
     `timestep` is one number or [N]. With `uncond` None or guidance_scale 1 only the conditional half is computed.
     """
+    if isinstance(timestep, int):           # filled on the device: a copy would wait for it, and a compiled UNet is not made anew
+        timestep = torch.full((len(latents),), timestep, device=latents.device)
     if uncond is None or guidance_scale == 1:
         return unet(latents, timestep, cond.prompt_embeds, cond.pooled, cond.time_ids).float()
     both = Conditioning.cat([uncond, cond])
-    timestep = torch.cat([timestep, timestep]) if isinstance(timestep, torch.Tensor) and timestep.ndim else timestep
-    out = unet(torch.cat([latents, latents]), timestep, both.prompt_embeds, both.pooled, both.time_ids).float()
+    out = unet(torch.cat([latents, latents]), torch.cat([timestep, timestep]), both.prompt_embeds, both.pooled, both.time_ids).float()
     unconditional, conditional = out.chunk(2)
     return unconditional + guidance_scale * (conditional - unconditional)
 

@@ -60,6 +60,7 @@ from training import (
     read_prompts,
     run_script,
     start_processes,
+    upload,
     warn,
     write_atomic,
 )
@@ -228,7 +229,7 @@ def sample_pairs(pipe: Pipeline, models: Models, cond: Conditioning, uncond: Con
     opens = {group[0]: group for group in groups}
 
     def draw(*lead: int) -> torch.Tensor:                                           # [B, *lead, C, H, W]
-        return torch.stack([torch.randn(*lead, *shape, generator=g) for g in generators]).to(device)
+        return upload(torch.stack([torch.randn(*lead, *shape, generator=g) for g in generators]), device)
 
     def noise_of(latents: torch.Tensor, t: int, repeat: int = 1) -> torch.Tensor:
         with clock("sampling"):
@@ -268,7 +269,7 @@ def sample_pairs(pipe: Pipeline, models: Models, cond: Conditioning, uncond: Con
             continue
         # K candidates from one Gaussian; with J > 1 each goes J steps on its own (section 4.5).
         group = opens[i]
-        noise, uniform = draw(len(group), k), torch.stack([torch.rand(3, generator=g) for g in generators]).to(device)
+        noise, uniform = draw(len(group), k), upload(torch.stack([torch.rand(3, generator=g) for g in generators]), device)
         path, density = [latents[:, None].expand(-1, k, *shape)], []                # [B, K, C, H, W] each; [B, K] each
         for inner, step in enumerate(group):
             t = timesteps[step]
@@ -315,19 +316,19 @@ def sample_pairs(pipe: Pipeline, models: Models, cond: Conditioning, uncond: Con
 
 def pair_log_ratios(unet, model: torch.nn.Module, schedule: ddim.Schedule, x_t: torch.Tensor, x_next: torch.Tensor,
                     timestep: torch.Tensor, previous: torch.Tensor, shared: list[bool], cond: Conditioning,
-                    uncond: Conditioning, guidance_scale: float, eta: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
+                    uncond: Conditioning, guidance_scale: float, eta: float = 1.0, size: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     """log p_theta / p_ref of winner and loser, [N] each (the two logarithms inside Eq. 4).
 
     x_t, x_next [N, 2, C, H, W]; timestep, previous [N]. Where a pair shares its x_t (`shared`), one policy and one
     reference forward give both ratios; the official code runs four. `model` is the UNet that carries the LoRA,
-    `unet` what to call (it, or it compiled).
+    `unet` what to call (it, or it compiled); forwards are filled up to `size` rows.
     """
     apart = [i for i, s in enumerate(shared) if not s]
-    rows = list(range(len(shared))) + apart                             # the winners' x_t, then losers' that differ
+    rows = fill_up(list(range(len(shared))) + apart, size)              # the winners' x_t, then losers' that differ
     lose_row = list(range(len(shared)))
     for place, i in enumerate(apart):
         lose_row[i] = len(shared) + place
-    latents = torch.cat([x_t[:, 0], x_t[apart, 1]]) if apart else x_t[:, 0]
+    latents = torch.cat([x_t[:, 0], x_t[apart, 1], x_t[:1, 0].expand(len(rows) - len(shared) - len(apart), *x_t.shape[2:])])
     t, t_prev = timestep[rows], previous[rows]
     c, u = cond.map(lambda v: v[rows]), uncond.map(lambda v: v[rows])
     noise_pred = guided_noise(unet, latents, t, c, u, guidance_scale)
@@ -357,6 +358,11 @@ def cut_minibatches(slots: list[int], size: int, *key) -> list[list[int]]:
     order = [slots[i] for i in permutation(len(slots), *key)]
     count = max(1, round(len(order) / size)) if order else 0
     return [order[len(order) * i // count: len(order) * (i + 1) // count] for i in range(count)]
+
+
+def fill_up(rows: list, size: int) -> list:
+    """`rows` with its first one repeated up to `size`: a compiled network sees one shape only. Nobody reads what is computed for them."""
+    return rows + rows[:1] * (size - len(rows))
 
 
 def train_minibatches(pipe: Pipeline, optimizer: torch.optim.Optimizer, slots: list[int], names: tuple[str, ...], loss_of, place_of,
@@ -412,14 +418,15 @@ def train_on_pairs(pipe: Pipeline, models: Models, optimizer: torch.optim.Optimi
     steps = [i for group in groups for i in group]
     first = [i == group[0] for group in groups for i in group]
     count = len(steps)
+    size = config.train_batch * (1 if all(first) else 2) if config.compile else 0
 
     def loss_of(part: list[int]) -> torch.Tensor:
         prompt, slot = [s // count for s in part], [s % count for s in part]
-        t = torch.tensor([timesteps[steps[s]] for s in slot], device=pipe.device)
+        t = upload(torch.tensor([timesteps[steps[s]] for s in slot]), pipe.device)
         c = cond.map(lambda v: v[prompt])
         win, lose = pair_log_ratios(
             models.unet, pipe.unet, pipe.schedule, pairs.x_t[prompt, slot], pairs.x_next[prompt, slot], t, t - stride,
-            [first[s] for s in slot], c, negative(pipe, c, empty), config.guidance_scale, config.eta)
+            [first[s] for s in slot], c, negative(pipe, c, empty), config.guidance_scale, config.eta, size)
         loss = spo_loss(win, lose, config.beta, config.clamp)
         with torch.no_grad():
             outside = [((r.exp() - 1).abs() > (config.clamp or math.inf)).float() for r in (win, lose)]
@@ -517,10 +524,10 @@ def prepare_policy(config: RunConfig, processes: Processes) -> tuple[Pipeline, M
         small = load_tiny_decoder(config.decoder, pipe, dtype)
         models.check, models.decode = models.decode, lambda z: small(z.to(dtype)).float()
         if config.compile:
-            small.compile()
+            small.compile(dynamic=False)
     if config.compile:
-        models.unet = Counted(torch.compile(pipe.unet))
-        pipe.vae.decode = torch.compile(pipe.vae.decode)
+        models.unet = Counted(torch.compile(pipe.unet, dynamic=False))
+        pipe.vae.decode = torch.compile(pipe.vae.decode, dynamic=False)
     return pipe, models
 
 
@@ -534,7 +541,7 @@ def prepare(config: SPOConfig, processes: Processes) -> tuple[Pipeline, Models]:
     models.judge = load_clip(judge_source(config), DTYPES[config.dtype], processes.device)
     if (config.judge == "spm") != models.judge.config.step_aware:
         raise InputError(f"--judge {config.judge}: {judge_source(config)} is {'' if models.judge.config.step_aware else 'not '}step-aware")
-    models.image_features = torch.compile(models.judge.image_features) if config.compile else models.judge.image_features
+    models.image_features = torch.compile(models.judge.image_features, dynamic=False) if config.compile else models.judge.image_features
     return pipe, models
 
 
@@ -545,10 +552,13 @@ def sample_round(pipe: Pipeline, models: Models, prompts: list[str], indices: li
     texts = [prompts[i] for i in mine or indices[:1]]           # a process without prompts needs the shapes
     conds = encode_prompts(pipe, texts, config.resolution or None).map(lambda v: v[:len(mine)])
     text = judge_features(pipe, models.judge, texts)
+    size = min(config.sample_batch, -(-config.prompts_per_round // processes.world)) if config.compile else 0
     for begin in range(0, len(mine), config.sample_batch):
-        rows = slice(begin, begin + config.sample_batch)
-        cond, generators = conds.map(lambda v: v[rows]), [generator(config.seed, "pool", epoch, i) for i in mine[rows]]
-        parts.append(sample_pairs(pipe, models, cond, negative(pipe, cond, empty), text[rows], generators, config, clock))
+        rows = list(range(begin, min(begin + config.sample_batch, len(mine))))
+        whole_rows = fill_up(rows, size)
+        cond, generators = conds.map(lambda v: v[whole_rows]), [generator(config.seed, "pool", epoch, mine[i]) for i in whole_rows]
+        part = sample_pairs(pipe, models, cond, negative(pipe, cond, empty), text[whole_rows], generators, config, clock)
+        parts.append(Pairs(*(getattr(part, f.name)[:len(rows)] for f in dataclasses.fields(Pairs))))
     # Every process contributes equally many prompts, so that the messages have fixed shapes: pad with invalid ones.
     count, slots = -(-len(indices) // processes.world), sum(map(len, pool_groups(
         pipe.schedule.timesteps(config.steps), config.t_min, config.t_max, config.j)))
@@ -625,7 +635,7 @@ def run_rounds(config: RunConfig, run: Run, processes: Processes, prompts: list[
     total = min(config.rounds or math.inf, config.epochs * rounds_per_epoch)
     weights = lora.parameters(pipe.unet)
     optimizer = torch.optim.AdamW(weights, lr=config.lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=config.weight_decay)
-    begin, bad, recent = 0, 0, []
+    begin, bad, recent, first = 0, 0, [], 0.0
     if state := run.resume():
         for p, value in zip(weights, state["lora"], strict=True):
             p.data.copy_(value)
@@ -655,6 +665,10 @@ def run_rounds(config: RunConfig, run: Run, processes: Processes, prompts: list[
                      eta_minutes=(total - done) * seconds / 60, **card))
         progress.set_postfix({k: f"{stats[k]:.4g}" for k in ("score", "pairs", "margin") if stats[k] is not None}, refresh=False)
         progress.update()
+        if config.compile and processes.main and step < begin + 2:
+            first = seconds if step == begin else first
+            if step > begin:
+                tqdm.write(f"compiling took about {max(first - seconds, 0):.0f} s (the first round less the second)")
         recent += [] if stats["score"] is None else [stats["score"]]
         ending, due = processes.any(run.stop) or bad >= TOO_MANY, done % config.save_every == 0 or done == total
         if processes.main and config.snapshot_every and done % config.snapshot_every == 0:

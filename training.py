@@ -211,6 +211,11 @@ def permutation(count: int, *key) -> list[int]:
     return torch.randperm(count, generator=generator(*key)).tolist()
 
 
+def upload(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A CPU tensor to the device, without waiting for what the device is doing."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
 def write_atomic(path: Path, write) -> None:
     """Call `write(temporary path)`, make it durable, and only then let it take the place of `path`."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
