@@ -10,7 +10,7 @@ first LoRA at or above each is judged, by ground truth, on the 256 held-out capt
 sample through the UNet, guidance's two sides counted apart, three where a backward follows.
 
 Learning rates of the methods in Table 1: each of RATES, seed 100; the highest mean PickScore on 128 training captions with other noise
-at the budget of evaluations wins, for every method alike. PickScore is what a real user has; ground truth decides nothing.
+at the budget of evaluations wins, for every method alike; where the best lies at an end, the next one in that direction is tried, too. PickScore is what a real user has; ground truth decides nothing.
 """
 import argparse
 import fcntl
@@ -164,13 +164,15 @@ class Judge:
 
 def choose_rate(method: str, judge: Judge) -> float:
     """The method's learning rate by the stated procedure."""
-    scores = {}
-    for rate in RATES:
+    scores, rates = {}, list(RATES)
+    for rate in rates:                  # grows below
         folder = train(f"{method} rate {rate:g}", dict(METHODS[method], lr=rate), RATE_SEED)
         row = reach(read_log(folder), "evaluations", EVALUATIONS)
         values = judge(folder / "loras" / f"{row['round']:05d}", "choice")["pickscore"]
         scores[rate] = sum(values) / len(values)
-    best = max(scores, key=scores.get)
+        best = max(scores, key=scores.get)
+        if len(scores) == len(rates) and best in (min(rates), max(rates)):
+            rates.append(best * 4 if best == max(rates) else best / 4)
     keep(["rates", method], dict(chosen=best, pickscore={f"{r:g}": round(s, 4) for r, s in scores.items()}))
     return best
 
