@@ -10,7 +10,8 @@ first LoRA at or above each is judged, by ground truth, on the 256 held-out capt
 sample through the UNet, guidance's two sides counted apart, three where a backward follows.
 
 Learning rates of the methods in Table 1: each of RATES, seed 100; the highest mean PickScore on 128 training captions with other noise
-at the budget of evaluations wins, for every method alike; where the best lies at an end, the next one in that direction is tried, too. PickScore is what a real user has; ground truth decides nothing.
+at the budget of evaluations wins, for every method alike; where the best lies at an end, the next one in that direction is tried
+too. PickScore is what a real user has; ground truth decides nothing.
 """
 import argparse
 import fcntl
