@@ -1,0 +1,350 @@
+"""The official recipe against this program: one process, interleaved, medians, at equal mathematics.
+
+    python benchmarks/bench.py                          # the embedded tiny model; a few minutes on a CPU, most of them compiling
+    python benchmarks/bench.py --model sd15             # full size, random weights, one GPU; or sdxl
+    python benchmarks/bench.py --sides official eager   # without compiling
+
+Sides:
+    official    diffusers' UNet with peft's LoRA, a second UNet as reference, four forwards per pair; diffusers' VAE; fp16 under
+                autocast on a GPU, fp32 on a CPU
+    eager       this program
+    compiled    this program with --compile
+All walk down the same number of trajectories with the same batches, decode and score the same candidates with one SPM, and train
+on every pair. Before it measures, the program checks that both recipes give the same loss on the same pairs and weights.
+Needs requirements-dev.txt. Writes benchmarks/results/bench_MODEL_DEVICE.json.
+"""
+import contextlib
+import dataclasses
+import json
+import platform
+import statistics
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+import diffusers  # noqa: E402
+import peft  # noqa: E402
+import torch  # noqa: E402
+from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
+
+import ddim  # noqa: E402
+import lora  # noqa: E402
+from clip_spm import CLIP, clip_h, preprocess_decoded  # noqa: E402
+from conftest import sd15_shaped, sdxl_shaped  # noqa: E402
+from diffusion import DTYPES, Conditioning, Pipeline, decode, encode_prompts, guided_noise, load_clip, load_pipeline, negative  # noqa: E402
+from spo_train import PRESETS, Counted, Models, Pairs, SPOConfig, judge_features, pair_log_ratios, sample_pairs, spo_loss, train_on_pairs  # noqa: E402
+from test_unet import SD15_FULL, SDXL_FULL  # noqa: E402
+from training import Clock, Processes, generator, opt, parse_options, read_prompts, run_script, write_json  # noqa: E402
+from unet import UNet, UNetConfig  # noqa: E402
+from vae import VAE, VAEConfig  # noqa: E402
+
+PHASES = ("sampling", "decoding", "scoring", "training")
+
+
+@dataclass
+class BenchConfig:
+    """Every option."""
+    model: str = opt("tiny", "tiny, or sd15 or sdxl at full size with random weights (a GPU)", ("tiny", "sd15", "sdxl"))
+    sides: tuple[str, ...] = opt(("official", "eager", "compiled"), "what to compare")
+    prompts: int = opt(0, "prompts in a round; 0: 16 tiny, 10 sd15, 2 sdxl")
+    repeats: int = opt(3, "rounds of each side, of which the median counts")
+    out: str = opt("", "the JSON file; empty: benchmarks/results/bench_MODEL_DEVICE.json")
+
+
+@dataclass
+class Side:
+    """One of the things compared: its networks, how it trains on the pairs of a round, and what must be on the card for it."""
+    models: Models
+    train: object                       # (pairs, clock) -> None
+    modules: list[torch.nn.Module]
+    autocast: bool = False
+
+
+def tiny_parts(device: torch.device) -> tuple[Pipeline, CLIP, Conditioning, Conditioning, torch.Tensor, SPOConfig]:
+    """The embedded model with the demo's settings."""
+    config = SPOConfig(**PRESETS["tiny"])
+    pipe = load_pipeline("tiny", torch.float32, device)
+    judge = load_clip(str(ROOT / "tiny/model/spm"), torch.float32, device)
+    prompts = read_prompts(config.prompts)[:64]
+    cond = encode_prompts(pipe, prompts)
+    return pipe, judge, cond, negative(pipe, cond, encode_prompts(pipe, [""])), judge_features(pipe, judge, prompts), config
+
+
+def full_parts(model: str, device: torch.device) -> tuple[Pipeline, CLIP, Conditioning, Conditioning, torch.Tensor, SPOConfig]:
+    """SD-1.5 or SDXL at full size; random weights and conditioning, which cost what real ones cost."""
+    config = SPOConfig(**PRESETS[model] | dict(model=model))
+    shape = sd15_shaped(**SD15_FULL) if model == "sd15" else sdxl_shaped(**SDXL_FULL)
+    torch.manual_seed(0)
+    with torch.device(device):
+        torch.set_default_dtype(torch.bfloat16)
+        unet, vae, judge = UNet(UNetConfig.from_json(shape)), VAE(VAEConfig()), CLIP(clip_h(step_aware=True))
+        torch.set_default_dtype(torch.float32)
+    for module in (unet, vae, judge):
+        module.requires_grad_(False).eval()
+    tables = torch.linspace(0.00085 ** 0.5, 0.012 ** 0.5, 1000).square()
+    pipe = Pipeline(model, [], [], unet, vae, ddim.Schedule((1 - tables).cumprod(0), 0.9991), device=device)
+    wide, n = unet.config.cross_attention_dim, 16
+    draw = lambda *s: torch.randn(*s, device=device, dtype=torch.bfloat16)          # noqa: E731
+    extra = (draw(n, 1280), torch.tensor([[1024, 1024, 0, 0, 1024, 1024.0]], device=device).repeat(n, 1)) if model == "sdxl" else ()
+    cond, uncond = (Conditioning(draw(n, 77, wide), *extra) for _ in range(2))
+    return pipe, judge, cond, uncond, torch.nn.functional.normalize(draw(n, 1024).float(), dim=-1), config
+
+
+def official_side(pipe: Pipeline, judge: CLIP, cond: Conditioning, uncond: Conditioning, config: SPOConfig, unet_json: dict,
+                  vae_json: dict) -> Side:
+    """diffusers + peft, with the very weights of `pipe` and of its LoRA."""
+    dtype = torch.float16 if pipe.device.type == "cuda" else torch.float32
+    weights = {k: v for k, v in pipe.unet.state_dict().items() if ".lora_" not in k}
+    unets = []
+    for _ in range(2):
+        with torch.device("meta"):
+            unet = diffusers.UNet2DConditionModel(**unet_json)
+        unet = unet.to_empty(device=pipe.device)
+        unet.load_state_dict(weights)
+        unets.append(unet.to(dtype).requires_grad_(False).eval())
+    policy, reference = unets
+    policy.add_adapter(peft.LoraConfig(r=config.rank, lora_alpha=config.rank, target_modules=list(lora.TARGETS)))
+    for name, p in policy.named_parameters():
+        if ".lora_" in name:
+            p.data = pipe.unet.get_parameter(name.replace(".base_layer", "").replace(".default", "")).data.float().clone()
+            p.requires_grad_(True)
+    with torch.device("meta"):
+        vae = diffusers.AutoencoderKL(**vae_json)
+    vae = vae.to_empty(device=pipe.device)
+    vae.load_state_dict(pipe.vae.state_dict())
+    vae = vae.to(dtype).requires_grad_(False).eval()
+
+    def call(unet):
+        def forward(latents, timestep, prompt_embeds, pooled=None, time_ids=None):
+            added = dict(text_embeds=pooled.to(dtype), time_ids=time_ids) if pooled is not None else None
+            return unet(latents.to(dtype), timestep, encoder_hidden_states=prompt_embeds.to(dtype), added_cond_kwargs=added).sample
+        return forward
+
+    scale, parameters = pipe.vae.config.scaling_factor, [p for p in policy.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-6)
+
+    def loss_of(x_t, x_next, t, c, u):
+        """Four forwards: policy and reference, winner and loser."""
+        stride, ratios = len(pipe.schedule.alphas_cumprod) // config.steps, []
+        for place in (0, 1):
+            densities = []
+            for unet, grad in ((policy, True), (reference, False)):
+                with torch.set_grad_enabled(grad):
+                    noise_pred = guided_noise(call(unet), x_t[:, place], t, c, u, config.guidance_scale)
+                mean, std = ddim.step_gaussian(pipe.schedule, x_t[:, place], noise_pred, t, t - stride, config.eta)
+                densities.append(ddim.log_prob(x_next[:, place], mean, std))
+            ratios.append(densities[0] - densities[1])
+        return spo_loss(*ratios, config.beta, config.clamp)
+
+    def train(pairs: Pairs, clock: Clock) -> None:
+        count, timesteps = pairs.valid.shape[1], pool_timesteps(pipe, config)
+        slots = list(range(pairs.valid.numel()))
+        for first in range(0, len(slots), config.pairs_per_step):
+            batch = slots[first:first + config.pairs_per_step]
+            with clock("training"):
+                for begin in range(0, len(batch), config.train_batch):
+                    part = batch[begin:begin + config.train_batch]
+                    prompt, slot = [s // count for s in part], [s % count for s in part]
+                    t = torch.tensor([timesteps[s] for s in slot], device=pipe.device)
+                    c, u = (v.map(lambda w, prompt=prompt: w[prompt]) for v in (cond, uncond))
+                    (loss_of(pairs.x_t[prompt, slot], pairs.x_next[prompt, slot], t, c, u).sum() / len(batch)).backward()
+                torch.nn.utils.clip_grad_norm_(parameters, config.clip_norm)
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+
+    def draw(latents: torch.Tensor) -> torch.Tensor:
+        return vae.decode(latents.to(dtype) / scale).sample.float()
+
+    side = Side(Models(Counted(call(policy)), draw, judge, judge.image_features), train, [policy, reference, vae],
+                autocast=pipe.device.type == "cuda")
+    side.loss_of = loss_of
+    return side
+
+
+def pool_timesteps(pipe: Pipeline, config: SPOConfig) -> list[int]:
+    """The timesteps at which pairs are collected, in the order of the slots."""
+    return [t for t in pipe.schedule.timesteps(config.steps) if config.t_min <= t <= config.t_max]
+
+
+def our_side(pipe: Pipeline, judge: CLIP, cond: Conditioning, uncond: Conditioning, config: SPOConfig, compiled: bool) -> Side:
+    """This program's own functions."""
+    config = dataclasses.replace(config, compile=compiled, lr=1e-6)
+    build = (lambda f: torch.compile(f, dynamic=False)) if compiled else (lambda f: f)
+    vae_decode, unet, features = build(pipe.vae.decode), build(pipe.unet), build(judge.image_features)
+    dtype = pipe.vae.post_quant_conv.weight.dtype
+    optimizer = torch.optim.AdamW(lora.parameters(pipe.unet), lr=1e-6)
+    models = Models(Counted(unet), lambda z: vae_decode(z.to(dtype)).float(), judge, features)
+
+    def train(pairs: Pairs, clock: Clock) -> None:
+        empty = None if pipe.zero_negative else uncond.map(lambda v: v[:1])
+        train_on_pairs(pipe, models, optimizer, pairs, cond, empty, config, Processes(0, 1, pipe.device), clock, (0, 0))
+
+    return Side(models, train, [pipe.unet, pipe.vae])
+
+
+def flops_of(function) -> float:
+    """Floating-point operations of one call, multiply-add counted as two."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        function()
+    return float(counter.get_total_flops())
+
+
+def ceiling(device: torch.device, dtype: torch.dtype) -> float:
+    """The device's matrix product, measured: TFLOP/s, best of several."""
+    n = 8192 if device.type == "cuda" else 2048
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    best = 0.0
+    for _ in range(8):
+        wait(device)
+        begin = time.perf_counter()
+        for _ in range(4):
+            a @ b
+        wait(device)
+        best = max(best, 4 * 2 * n ** 3 / (time.perf_counter() - begin) / 1e12)
+    return best
+
+
+def wait(device: torch.device) -> None:
+    """Until the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def main() -> None:
+    """Build the sides, check that they agree, and take turns."""
+    given = parse_options(BenchConfig, {}, description=__doc__)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    prompts = given.prompts or {"tiny": 16, "sd15": 10, "sdxl": 2}[given.model]
+    if given.model == "tiny":
+        pipe, judge, cond, uncond, text, config = tiny_parts(device)
+        unet_json, vae_json = (json.loads((ROOT / f"tiny/model/{part}/config.json").read_text()) for part in ("unet", "vae"))
+        unet_json, vae_json = ({k: v for k, v in j.items() if not k.startswith("_")} for j in (unet_json, vae_json))
+    else:
+        pipe, judge, cond, uncond, text, config = full_parts(given.model, device)
+        unet_json = sd15_shaped(**SD15_FULL) if given.model == "sd15" else sdxl_shaped(**SDXL_FULL)
+        vae_json = dict(block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4,
+                        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4)
+    cond, uncond, text = cond.map(lambda v: v[:prompts]), uncond.map(lambda v: v[:prompts]), text[:prompts]
+    config = dataclasses.replace(config, threshold=-1.0, sample_batch=prompts)          # every pair counts, on every side
+    lora.add(pipe.unet, config.rank)
+    pipe.unet.checkpointing = config.checkpointing
+    torch.manual_seed(1)
+    with torch.no_grad():                                           # policy and reference apart, or the check below would check nothing
+        for layer in lora.layers(pipe.unet).values():
+            layer.lora_B.weight.normal_(std=0.01)
+    sides = {}
+    if "official" in given.sides:
+        sides["official"] = official_side(pipe, judge, cond, uncond, config, unet_json, vae_json)
+    for name in ("eager", "compiled"):
+        if name in given.sides:
+            sides[name] = our_side(pipe, judge, cond, uncond, config, name == "compiled")
+    modules = {id(m): m for side in sides.values() for m in side.modules}
+
+    def run(side: Side, seed: int) -> tuple[dict[str, float], float, int | None]:
+        """One round of one side: seconds by phase, in all, and the peak of the card's memory."""
+        for key, module in modules.items():         # whoever rests, rests elsewhere
+            module.to(device if any(id(m) == key for m in side.modules) else "cpu")
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        clock, generators = Clock(device), [generator(seed, "bench", i) for i in range(prompts)]
+        cast = torch.autocast("cuda", torch.float16) if side.autocast else contextlib.nullcontext()
+        wait(device)
+        begin = time.perf_counter()
+        with cast:
+            pairs = sample_pairs(pipe, side.models, cond, uncond, text, generators, config, clock)
+            pairs.valid[:] = True
+            side.train(pairs, clock)
+        wait(device)
+        return clock.seconds(), time.perf_counter() - begin, torch.cuda.max_memory_allocated() if device.type == "cuda" else None
+
+    # What is compared is the same: same pairs, same weights, same loss.
+    difference = None
+    if "official" in sides and "eager" in sides:
+        for module in modules.values():
+            module.to(device)
+        with torch.no_grad():
+            clock, generators = Clock(device), [generator(0, "check", i) for i in range(prompts)]
+            pairs = sample_pairs(pipe, sides["eager"].models, cond, uncond, text, generators, config, clock)
+            n = min(prompts, config.train_batch)
+            t = torch.full((n,), pool_timesteps(pipe, config)[0], device=device)
+            stride = len(pipe.schedule.alphas_cumprod) // config.steps
+            c, u = (v.map(lambda w: w[:n]) for v in (cond, uncond))
+            ours = spo_loss(*pair_log_ratios(pipe.unet, pipe.unet, pipe.schedule, pairs.x_t[:n, 0], pairs.x_next[:n, 0], t, t - stride,
+                                             [True] * n, c, u, config.guidance_scale, config.eta), config.beta, config.clamp)
+            theirs = sides["official"].loss_of(pairs.x_t[:n, 0], pairs.x_next[:n, 0], t, c, u)
+        difference = float((ours - theirs).abs().max())
+        print(f"loss of {n} pairs, official against ours: largest difference {difference:.1e} "
+              f"(losses {float(ours.min()):.3f} to {float(ours.max()):.3f})", flush=True)
+        if device.type == "cpu" and not (difference < 1e-4 and ours.std() > 1e-3):
+            raise SystemExit("the two recipes do not compute the same loss; nothing that follows would mean anything")
+
+    times: dict[str, list] = {name: [] for name in sides}
+    cold = {}
+    for repeat in range(given.repeats + 1):                         # the first warms up: allocations, autotuning, compiling
+        for name, side in sides.items():
+            result = run(side, repeat)
+            if repeat:
+                times[name].append(result)
+            else:
+                cold[name] = result[1]
+            print(f"{name}, round {repeat}: {result[1]:.1f} s", flush=True)
+
+    slots = len(pool_timesteps(pipe, config))
+    groups, shape = -(-slots // config.j), pipe.latent_shape()
+    for module in modules.values():
+        module.to(device)
+    one = torch.zeros(1, *shape, device=device)
+    t, dtype = torch.zeros(1, device=device), DTYPES["bf16" if device.type == "cuda" else "fp32"]
+    c = cond.map(lambda v: v[:1])
+    with torch.no_grad(), lora.disabled(pipe.unet):
+        unet_flops = flops_of(lambda: pipe.unet(one, t, c.prompt_embeds, c.pooled, c.time_ids))
+        picture = decode(pipe, one)
+        decode_flops = flops_of(lambda: decode(pipe, one))
+        pixels = preprocess_decoded(picture, judge.config.vision.image_size)
+        judge_flops = flops_of(lambda: judge.image_features(pixels, t))
+    # Per prompt: forwards to walk; then per pair forward and backward of the policy (frozen weights need no gradient: about one
+    # forward more) and the reference's forward, with the guidance's two sides, once where winner and loser share x_t.
+    top = ceiling(device, dtype)
+    record = dict(date=time.strftime("%Y-%m-%d"), device=torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or
+                  platform.machine(), threads=torch.get_num_threads(), torch=torch.__version__, diffusers=diffusers.__version__,
+                  peft=peft.__version__, model=given.model, prompts=prompts, repeats=given.repeats, k=config.k, j=config.j,
+                  train_batch=config.train_batch, ceiling_tflops=top, loss_difference=difference, unet_flops=unet_flops,
+                  decode_flops=decode_flops, judge_flops=judge_flops, sides={})
+    early = sum(t > config.t_max for t in pipe.schedule.timesteps(config.steps))
+    end = pool_timesteps(pipe, config)[-1] == pipe.schedule.timesteps(config.steps)[-1]
+    walk = 2 * (early + 1 + config.k * (slots - end))
+    lines = ["| side | s / prompt | " + " | ".join(PHASES) + " | peak memory | TFLOP/s | of the matrix ceiling | first round |",
+             "|---" * 9 + "|"]
+    for name in sides:
+        total = statistics.median(r[1] for r in times[name]) / prompts
+        phases = {p: statistics.median(r[0].get(p, 0.0) for r in times[name]) / prompts for p in PHASES}
+        visits = 2 * slots if name == "official" else 2 * slots - groups        # x_t's per prompt; a group's first one is shared
+        flops = walk * unet_flops + groups * config.k * (decode_flops + judge_flops) + visits * 2 * 3 * unet_flops
+        memory = max((r[2] for r in times[name] if r[2]), default=None)
+        record["sides"][name] = dict(seconds_per_prompt=total, phases=phases, peak_bytes=memory, tflop_per_prompt=flops / 1e12,
+                                     tflops=flops / total / 1e12, share_of_ceiling=flops / total / 1e12 / top,
+                                     first_round_seconds=cold[name])
+        lines.append(f"| {name} | {total:.3f} | " + " | ".join(f"{phases[p]:.3f}" for p in PHASES) +
+                     f" | {f'{memory / 1e9:.1f} GB' if memory else 'not measured'} | {flops / total / 1e12:.3g} | "
+                     f"{100 * flops / total / 1e12 / top:.0f} % | {cold[name]:.1f} s |")
+    if "official" in sides:
+        base = record["sides"]["official"]
+        for name in sides:
+            row = record["sides"][name]
+            row["speedup"] = base["seconds_per_prompt"] / row["seconds_per_prompt"]
+            row["memory_ratio"] = row["peak_bytes"] / base["peak_bytes"] if base["peak_bytes"] else None
+        lines.append("\nfaster than the official recipe: " + ", ".join(f"{n} {record['sides'][n]['speedup']:.2f} x" for n in sides))
+    path = Path(given.out or ROOT / f"benchmarks/results/bench_{given.model}_{'gpu' if device.type == 'cuda' else 'cpu'}.json")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, record)
+    print("\n".join(lines))
+    print(path)
+
+
+if __name__ == "__main__":
+    run_script(main)
