@@ -11,7 +11,7 @@ sample through the UNet, guidance's two sides counted apart, three where a backw
 
 Learning rates of the methods in Table 1: each of RATES, seed 100; the highest mean PickScore on 128 training captions with other noise
 at the budget of evaluations wins, for every method alike; where the best lies at an end, the next one in that direction is tried
-too. PickScore is what a real user has; ground truth decides nothing.
+too, at most two. PickScore is what a real user has; ground truth decides nothing.
 """
 import argparse
 import fcntl
@@ -172,7 +172,7 @@ def choose_rate(method: str, judge: Judge) -> float:
         values = judge(folder / "loras" / f"{row['round']:05d}", "choice")["pickscore"]
         scores[rate] = sum(values) / len(values)
         best = max(scores, key=scores.get)
-        if len(scores) == len(rates) and best in (min(rates), max(rates)):
+        if 5 > len(scores) == len(rates) and best in (min(rates), max(rates)):
             rates.append(best * 4 if best == max(rates) else best / 4)
     keep(["rates", method], dict(chosen=best, pickscore={f"{r:g}": round(s, 4) for r, s in scores.items()}))
     return best
