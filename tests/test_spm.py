@@ -268,10 +268,10 @@ def test_stopped_and_continued_is_the_same_run(kind, tmp_path, monkeypatch):
 
 
 def test_two_processes_train_what_one_trains(kind, tmp_path):
-    """Sharded optimizer state, shares of 3 and 3 pairs of which micro batches hold 4 and 2."""
+    """Sharded optimizer state, shares of 3 and 3 pairs of which micro batches hold 4 and 2, one cache of latents for both processes."""
     words = ("tests/gentle.py", "spm_train.py", *kind, "--device", "cpu")
     shell(*words, "--out", tmp_path / "one")
-    shell(*words, "--out", tmp_path / "two", "--micro_batch", 2, processes=2)
+    shell(*words, "--out", tmp_path / "two", "--micro_batch", 2, "--cache_latents", processes=2)
     assert_same_models(tmp_path / "one", tmp_path / "two", 1e-5)
     shell(*words, "--out", tmp_path / "two", processes=2)       # resumes; nothing left to do
     assert_same_models(tmp_path / "one", tmp_path / "two", 1e-5)
@@ -298,6 +298,16 @@ def test_cached_latents_change_nothing(kind, tmp_path, monkeypatch, labels, dtyp
     encoded.clear(), read.clear()
     call(*words, "--out", tmp_path / "cached", "--cache_latents")           # steps 4 and 5 once more
     assert encoded == [] and len(read) == (12 if labels == "pickscore" else 0)
+    assert_same_models(tmp_path / "cached", tmp_path / "plain")
+
+
+def test_unreadable_pairs_are_not_cached(kind, pairs, tmp_path, monkeypatch):
+    """The second epoch, too, finds them damaged and gives them no weight."""
+    monkeypatch.setattr(spm_train, "warn", lambda text: None)
+    words = ("spm_train", *kind, "--pairs", damaged_copy(pairs, tmp_path / "bad", (1, 2, 3, 6, 7, 8)), "--max_unreadable", 1)
+    call(*words, "--out", tmp_path / "plain")
+    call(*words, "--out", tmp_path / "cached", "--cache_latents")
+    assert log_of(tmp_path / "cached") == log_of(tmp_path / "plain") and log_of(tmp_path / "plain")[-1]["unreadable"] >= 3
     assert_same_models(tmp_path / "cached", tmp_path / "plain")
 
 
