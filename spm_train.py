@@ -11,6 +11,7 @@ Shapes: N pairs, C H W latent, S x S pixels of the CLIP.
 """
 import dataclasses
 import math
+import shutil
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -91,6 +92,9 @@ class SPMConfig:
     validation: int = opt(512, "pairs held back for the table of accuracies")
     max_unreadable: float = opt(0.01, "share of the pairs read so far whose pictures may be damaged; they are skipped and listed")
     step_blind: bool = opt(False, "also train a twin without the timestep, on the same inputs (P Table 5)")
+    cache_latents: bool = opt(False, "keep encoded pictures in the run folder's latents.bin (SD-1.5, bf16: 13 GB for 100,000 pairs); with "
+                               "human labels a pair's pictures are then read once")
+    compile: bool = opt(False, "torch.compile the UNet, the VAE and the CLIPs")
     save_every: int = opt(500, "steps between checkpoints; the last two stay, and the one of the highest mean accuracy (SPM in best/)")
 
 
@@ -101,7 +105,7 @@ PRESETS = {
     "sd15": dict(),
     "sdxl": dict(vae=SDXL_VAE, lr=1e-6, steps=7000, labels="pickscore", micro_batch=4),
 }
-FREE = ("out", "device", "micro_batch", "save_every", "max_unreadable")
+FREE = ("out", "device", "micro_batch", "cache_latents", "compile", "save_every", "max_unreadable")
 
 
 def readable(pairs: Pairs, i: int) -> torch.Tensor | str:
@@ -112,10 +116,11 @@ def readable(pairs: Pairs, i: int) -> torch.Tensor | str:
         return str(error)
 
 
-def stack_pictures(got: list[torch.Tensor | str], side: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """What `readable` gave for N pairs -> uint8 [N, 2, 3, S, S], black where it gave none, and [N] whether it did."""
+def stack_pictures(got: list[torch.Tensor | str | None], side: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """What `readable` gave for N pairs (None: not needed) -> uint8 [N, 2, 3, S, S], black where nothing, and [N] false where unreadable."""
     blank = torch.zeros(2, 3, side, side, dtype=torch.uint8)
-    return torch.stack([blank if isinstance(g, str) else g for g in got]), torch.tensor([not isinstance(g, str) for g in got])
+    return (torch.stack([g if isinstance(g, torch.Tensor) else blank for g in got]),
+            torch.tensor([not isinstance(g, str) for g in got]))
 
 
 @torch.no_grad()
@@ -128,15 +133,53 @@ def relabel(clip: CLIP, images: torch.Tensor, text: torch.Tensor, threshold: flo
 
 
 @torch.no_grad()
-def predicted_pixels(pipe: Pipeline, images: torch.Tensor, index: list[int], timestep: torch.Tensor, cond: Conditioning,
+def encode_pairs(pipe: Pipeline, images: torch.Tensor) -> torch.Tensor:
+    """Pictures of N pairs [N, 2, 3, H, W] uint8 -> [N, 2, 2, C, h, w]: mean and standard deviation of both unscaled latents."""
+    vae = pipe.vae.quant_conv.weight
+    moments = pipe.vae.moments(images.flatten(0, 1).to(vae.device, vae.dtype) / 127.5 - 1)                    # [2 N, C, h, w] each
+    return torch.stack([m.unflatten(0, (-1, 2)) for m in moments], 1).contiguous()
+
+
+def open_latents(folder: Path, pipe: Pipeline, side: int, count: int) -> torch.Tensor:
+    """What encode_pairs gives for `count` pairs, as a file that all processes of a machine share; zero where nothing was encoded yet."""
+    path, dtype = folder / "latents.bin", pipe.vae.quant_conv.weight.dtype
+    shape = (count, 2, 2, pipe.vae.config.latent_channels, side // pipe.vae.factor, side // pipe.vae.factor)
+    size = math.prod(shape) * dtype.itemsize
+    try:
+        there, written = (path.stat().st_size, path.stat().st_blocks * 512) if path.exists() else (size, 0)
+        if there != size:
+            raise InputError(f"{path}: holds the latents of other pairs; delete it")
+        if (free := shutil.disk_usage(folder).free) < size - written:
+            raise InputError(f"{path}: {size / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free; leave out --cache_latents")
+        return torch.from_file(str(path), shared=True, size=math.prod(shape), dtype=dtype).view(shape)
+    except (OSError, RuntimeError) as error:
+        raise InputError(f"{path}: cannot be used as a cache ({str(error).splitlines()[0]})") from None
+
+
+def is_encoded(latents: torch.Tensor, i: int) -> bool:
+    """Is pair i there? Its standard deviations, none of which is zero, are written last."""
+    return bool(latents[i, 1].all())
+
+
+def cached_pairs(pipe: Pipeline, latents: torch.Tensor, index: list[int], images: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
+    """encode_pairs of the pairs `index`; those that `latents` lacks are encoded and, where `seen`, written there."""
+    moments, new = latents[index].to(pipe.device), [n for n, i in enumerate(index) if not is_encoded(latents, i)]
+    if new:
+        moments[new] = encode_pairs(pipe, images[new])
+        for n in new:
+            if seen[n]:
+                latents[index[n], 0], latents[index[n], 1] = moments[n].cpu()
+    return moments
+
+
+@torch.no_grad()
+def predicted_pixels(pipe: Pipeline, moments: torch.Tensor, index: list[int], timestep: torch.Tensor, cond: Conditioning,
                      empty: Conditioning | None, guidance_scale: float, key: tuple, size: int) -> torch.Tensor:
-    """What the SPM sees of N pairs [N, 2, 3, H, W] uint8 at timesteps [N]: decoded x0 predictions -> CLIP pixels [2 N, 3, S, S].
+    """What the SPM sees of N encoded pairs [N, 2, 2, C, H, W] at timesteps [N]: decoded x0 predictions -> CLIP pixels [2 N, 3, S, S].
 
     Both pictures of a pair get the same noise (section 4.2), keyed by the pair's number in `index`.
     """
-    vae = pipe.vae.quant_conv.weight
-    mean, std = (m.float() * pipe.vae.config.scaling_factor for m in
-                 pipe.vae.moments(images.flatten(0, 1).to(vae.device, vae.dtype) / 127.5 - 1))                # [2 N, C, H, W] each
+    mean, std = (m.flatten(0, 1).float() * pipe.vae.config.scaling_factor for m in moments.unbind(1))         # [2 N, C, H, W] each
     draws = torch.stack([torch.randn(3, *mean.shape[1:], generator=generator(*key, i)) for i in index]).to(pipe.device)
     latents = mean + std * draws[:, 1:].flatten(0, 1)
     noise = draws[:, :1].expand(-1, 2, *mean.shape[1:]).flatten(0, 1)
@@ -174,10 +217,10 @@ def accuracy_table(pipe: Pipeline, models: dict[str, CLIP], pairs: Pairs, labels
         images, seen = stack_pictures([readable(pairs, i) for i in part], pipe.side(config.resolution))
         label = labels_of(part, images)
         counted[place] = ((label != 0.5) & seen.to(pipe.device)).float()
-        cond = encode_prompts(pipe, [pairs.captions[i] for i in part], config.resolution or None)
+        cond, moments = encode_prompts(pipe, [pairs.captions[i] for i in part], config.resolution or None), encode_pairs(pipe, images)
         for row, t in enumerate(REPORT_AT):
             steps = torch.full((len(part),), t)
-            pixels = predicted_pixels(pipe, images, part, steps, cond, empty, config.guidance_scale, (config.seed, "report", t), size)
+            pixels = predicted_pixels(pipe, moments, part, steps, cond, empty, config.guidance_scale, (config.seed, "report", t), size)
             for m, clip in enumerate(models.values()):
                 scores = pair_scores(clip, pixels, steps, ids[part].to(pipe.device), torch.float32)
                 hits[row, m, place] = ((scores[:, 0] > scores[:, 1]) == (label > 0.5)).float()
@@ -276,6 +319,11 @@ def main() -> None:
     kind = dict(lr=config.lr, betas=(0.9, 0.999), weight_decay=config.weight_decay)
     optimizer = (ZeroRedundancyOptimizer(groups, torch.optim.AdamW, **kind) if processes.world > 1
                  else torch.optim.AdamW(groups, **kind))
+    if config.compile:
+        for module, *methods in ((pipe.unet, "forward"), (pipe.vae, "moments", "decode"),
+                                 *((clip, "image_features", "text_features") for clip in models.values())):
+            for name in methods:
+                setattr(module, name, torch.compile(getattr(module, name)))
     empty, begin, unreadable, recent = encode_empty(pipe), 0, {}, []
     if state := run.resume():
         for clip, weights in zip(models.values(), state["models"], strict=True):
@@ -299,11 +347,16 @@ def main() -> None:
         return shuffled[epoch][place * config.batch:(place + 1) * config.batch]
 
     readers = ThreadPoolExecutor(4)
+    latents = open_latents(run.folder, pipe, side, len(ids)) if config.cache_latents else None
+
+    def needed(i: int) -> torch.Tensor | str | None:
+        """Pair i's pictures as `readable` gives them, or None where its latents will do."""
+        return None if latents is not None and config.labels == "human" and is_encoded(latents, i) else readable(pairs, i)
 
     def read(step: int) -> list[Future]:
         """Start reading this process's share of a step's pictures."""
         rows = batch_of(step) if step < config.steps else []
-        return [readers.submit(readable, pairs, i) for i in rows[processes.rank::processes.world]]
+        return [readers.submit(needed, i) for i in rows[processes.rank::processes.world]]
 
     coming = read(begin)
     bad, skipped = 0, 0
@@ -322,7 +375,8 @@ def main() -> None:
             broken |= {i: g for i, g in zip(index, got) if isinstance(g, str)}
             images, seen = stack_pictures(got, side)
             cond = encode_prompts(pipe, [pairs.captions[i] for i in index], side)
-            pixels = predicted_pixels(pipe, images, index, t, cond, empty, config.guidance_scale, (config.seed, "noise", step),
+            moments = encode_pairs(pipe, images) if latents is None else cached_pairs(pipe, latents, index, images, seen)
+            pixels = predicted_pixels(pipe, moments, index, t, cond, empty, config.guidance_scale, (config.seed, "noise", step),
                                       pickscore.config.vision.image_size)
             target, w = labels_of(index, images), (pairs.weight[index] * seen).to(pipe.device)
             drawn = judged = torch.isfinite(pixels).reshape(len(rows), -1).all(1)          # [N]
@@ -356,7 +410,7 @@ def main() -> None:
         run.log(dict(step=step + 1, epoch=epoch, loss=float(stats[0]) if sound else None, accuracy=float(stats[1]),
                      grad_norm=norms[0] if sound else None, lr=lr, skipped=skipped, unreadable=len(unreadable),
                      pairs_per_second=len(batch) / seconds, eta_minutes=(config.steps - step - 1) * seconds / 60))
-        progress.set_postfix(loss=f"{float(stats[0]):.3f}", refresh=False)
+        progress.set_postfix(loss=f"{float(stats[0]):.3f}", pairs_per_second=f"{len(batch) / seconds:.1f}", refresh=False)
         progress.update()
         seen_so_far = min((step + 1) * config.batch, len(used))
         spoilt = len(unreadable) > max(3, config.max_unreadable * seen_so_far)

@@ -16,7 +16,7 @@ from conftest import assert_close, seeded
 from diffusion import encode_empty, encode_prompts, load_clip, load_pipeline
 from helpers import PROMPTS, call, log_of, shell
 from pairs import UnreadablePicture, epoch_order, folder_pairs, load_pairs, square
-from spm_train import predicted_pixels, relabel
+from spm_train import encode_pairs, open_latents, predicted_pixels, relabel
 from weights import InputError
 
 
@@ -138,7 +138,7 @@ def test_both_pictures_of_a_pair_get_the_same_noise(sd):
     images = torch.randint(0, 256, (1, 1, 3, 16, 16), generator=seeded(0)).byte().expand(3, 2, 3, 16, 16)
     pipe.vae.moments = lambda x, plain=pipe.vae.moments: (plain(x)[0], torch.zeros_like(plain(x)[1]))     # the encoder's own noise differs
     cond, t = encode_prompts(pipe, [PROMPTS[0]] * 3), torch.tensor([500, 500, 900])
-    see = lambda *key: predicted_pixels(pipe, images, [0, 1, 2], t, cond, encode_empty(pipe), 5.0, key, 16)
+    see = lambda *key: predicted_pixels(pipe, encode_pairs(pipe, images), [0, 1, 2], t, cond, encode_empty(pipe), 5.0, key, 16)
     pixels = see(0, "noise", 0).unflatten(0, (3, 2))
     assert_close(pixels[:, 0], pixels[:, 1]) and torch.equal(see(0, "noise", 0), see(0, "noise", 0))
     assert (pixels[0] - pixels[1]).abs().max() > 0.1
@@ -155,7 +155,8 @@ def test_pixels_by_hand(sd):
     pipe, theirs = load_pipeline(str(sd)), StableDiffusionPipeline.from_pretrained(sd)
     images = torch.randint(0, 256, (2, 2, 3, 16, 16), generator=seeded(1)).byte()
     t = torch.tensor([251, 777])
-    ours = predicted_pixels(pipe, images, [0, 1], t, encode_prompts(pipe, PROMPTS[:2]), encode_empty(pipe), 5.0, (0, "noise", 4), 16)
+    ours = predicted_pixels(pipe, encode_pairs(pipe, images), [0, 1], t, encode_prompts(pipe, PROMPTS[:2]), encode_empty(pipe), 5.0,
+                            (0, "noise", 4), 16)
     with torch.no_grad():
         for i in range(2):
             noise, *encoder = torch.randn(3, 4, 8, 8, generator=generator(0, "noise", 4, i))
@@ -267,13 +268,79 @@ def test_stopped_and_continued_is_the_same_run(kind, tmp_path, monkeypatch):
 
 
 def test_two_processes_train_what_one_trains(kind, tmp_path):
-    """Sharded optimizer state, shares of 3 and 3 pairs of which micro batches hold 4 and 2."""
+    """Sharded optimizer state, shares of 3 and 3 pairs of which micro batches hold 4 and 2, one cache of latents for both processes."""
     words = ("tests/gentle.py", "spm_train.py", *kind, "--device", "cpu")
     shell(*words, "--out", tmp_path / "one")
-    shell(*words, "--out", tmp_path / "two", "--micro_batch", 2, processes=2)
+    shell(*words, "--out", tmp_path / "two", "--micro_batch", 2, "--cache_latents", processes=2)
     assert_same_models(tmp_path / "one", tmp_path / "two", 1e-5)
     shell(*words, "--out", tmp_path / "two", processes=2)       # resumes; nothing left to do
     assert_same_models(tmp_path / "one", tmp_path / "two", 1e-5)
+
+
+@pytest.mark.parametrize("labels, dtype", [("human", "fp32"), ("human", "bf16"), ("pickscore", "fp32")])
+def test_cached_latents_change_nothing(kind, tmp_path, monkeypatch, labels, dtype):
+    """Same losses, weights and table, also where a run goes on with what another part encoded; each training pair is encoded once."""
+    encoded, read, plain, readable = [], [], spm_train.encode_pairs, spm_train.readable
+    monkeypatch.setattr(spm_train, "encode_pairs", lambda pipe, images: encoded.append(len(images)) or plain(pipe, images))
+    monkeypatch.setattr(spm_train, "readable", lambda pairs, i: read.append(i) or readable(pairs, i))
+    monkeypatch.setattr(spm_train, "accuracy_table", lambda *inputs: {name: {t: [0] * 5 for t in (0, 251, 501, 701, 951)} for name in inputs[1]})
+    words = ("spm_train", *kind, "--labels", labels, "--dtype", dtype, "--save_every", 3)
+    call(*words, "--out", tmp_path / "plain")
+    assert sum(encoded) == 5 * 6                                # of 15 pairs
+    encoded.clear(), read.clear()
+    call(*words, "--out", tmp_path / "cached", "--cache_latents")
+    seen = sum(encoded)
+    assert 12 <= seen <= 15 and (len(read) == 30 if labels == "pickscore" else seen <= len(read) < 30)
+    assert log_of(tmp_path / "cached") == log_of(tmp_path / "plain")
+    assert_same_models(tmp_path / "cached", tmp_path / "plain")
+    for path in (tmp_path / "cached").glob("checkpoint-000005.*"):
+        path.unlink()
+    encoded.clear(), read.clear()
+    call(*words, "--out", tmp_path / "cached", "--cache_latents")           # steps 4 and 5 once more
+    assert encoded == [] and len(read) == (12 if labels == "pickscore" else 0)
+    assert_same_models(tmp_path / "cached", tmp_path / "plain")
+
+
+def test_unreadable_pairs_are_not_cached(kind, pairs, tmp_path, monkeypatch):
+    """The second epoch, too, finds them damaged and gives them no weight."""
+    monkeypatch.setattr(spm_train, "warn", lambda text: None)
+    words = ("spm_train", *kind, "--pairs", damaged_copy(pairs, tmp_path / "bad", (1, 2, 3, 6, 7, 8)), "--max_unreadable", 1)
+    call(*words, "--out", tmp_path / "plain")
+    call(*words, "--out", tmp_path / "cached", "--cache_latents")
+    assert log_of(tmp_path / "cached") == log_of(tmp_path / "plain") and log_of(tmp_path / "plain")[-1]["unreadable"] >= 3
+    assert_same_models(tmp_path / "cached", tmp_path / "plain")
+
+
+def test_a_cache_that_does_not_fit_is_one_line(sd, tmp_path, monkeypatch):
+    """Latents of other pairs, and a disk without room, before anything is encoded. What is written is there when opened again."""
+    pipe = load_pipeline(str(sd))
+    latents = open_latents(tmp_path, pipe, 16, 3)
+    assert latents.shape == (3, 2, 2, 4, 8, 8) and not latents.any()
+    latents[1] = 2.5
+    again = open_latents(tmp_path, pipe, 16, 3)
+    assert [spm_train.is_encoded(again, i) for i in range(3)] == [False, True, False] and torch.equal(again, latents)
+    again[2, 0], again[2, 1, 0] = 1.0, 1.0                      # cut off while it was written
+    assert not spm_train.is_encoded(again, 2)
+    with pytest.raises(InputError, match="latents.bin: holds the latents of other pairs; delete it"):
+        open_latents(tmp_path, pipe, 16, 4)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10, 9, 1))
+    (tmp_path / "latents.bin").unlink()
+    with pytest.raises(InputError, match="GB are free; leave out --cache_latents"):
+        open_latents(tmp_path, pipe, 16, 3)
+
+
+def test_compiling_changes_nothing(kind, tmp_path, monkeypatch):
+    """UNet, VAE and both CLIPs go through torch.compile; traced only here, which spares the compiler."""
+    made, plain = [], torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function: made.append(function.__qualname__) or plain(function, backend="eager"))
+    words = ("spm_train", *kind, "--steps", 1, "--batch", 4, "--validation", 4)
+    call(*words, "--out", tmp_path / "plain")
+    assert not made
+    call(*words, "--out", tmp_path / "compiled", "--compile")
+    assert made == ["UNet.forward", "VAE.moments", "VAE.decode"] + ["CLIP.image_features", "CLIP.text_features"] * 2
+    assert_same_models(tmp_path / "compiled", tmp_path / "plain", 1e-4)
+    for a, b in zip(log_of(tmp_path / "compiled"), log_of(tmp_path / "plain"), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
 
 
 def damaged_copy(pairs, folder, numbers):
