@@ -28,7 +28,7 @@ import lora
 import pairs as preference_pairs
 import spo_train
 from diffusion import Conditioning, Pipeline, encode_empty, encode_prompts, guided_noise, negative
-from spm_train import readable, stack_pictures
+from spm_train import encode_pairs, readable, stack_pictures
 from spo_train import Models, RunConfig, SPOConfig, prepare, prepare_policy, run_rounds, sample_round, spo_round, train_minibatches
 from training import Clock, Processes, Run, generator, opt, parse_options, read_prompts, run_script, start_processes
 from weights import InputError
@@ -150,11 +150,9 @@ def offline_round(pipe: Pipeline, models: Models, data: preference_pairs.Pairs, 
         generators = [generator(config.seed, "noise", key[0], i) for i in rows]
         last = len(pipe.schedule.alphas_cumprod)
         t = torch.stack([torch.randint(last, (1,), generator=g) for g in generators]).to(pipe.device)       # [N, 1]
-        vae = pipe.vae.quant_conv.weight
-        with torch.no_grad():
-            mean, std = pipe.vae.moments(images.flatten(0, 1).to(vae.device, vae.dtype) / 127.5 - 1)        # [2 N, C, H, W] each
-            draws = torch.stack([torch.randn(3, *mean.shape[1:], generator=g) for g in generators]).to(pipe.device)
-            latents = (mean.float() + std.float() * draws[:, 1:].flatten(0, 1)) * pipe.vae.config.scaling_factor
+        mean, std = (m.flatten(0, 1).float() for m in encode_pairs(pipe, images).unbind(1))                 # [2 N, C, H, W] each
+        draws = torch.stack([torch.randn(3, *mean.shape[1:], generator=g) for g in generators]).to(pipe.device)
+        latents = (mean + std * draws[:, 1:].flatten(0, 1)) * pipe.vae.config.scaling_factor
         noise, t = draws[:, :1].expand(-1, 2, *mean.shape[1:]).flatten(0, 1), t.expand(-1, 2).flatten()
         cond = encode_prompts(pipe, [data.captions[i] for i in rows], config.resolution or None).map(lambda v: v.repeat_interleave(2, 0))
         label = data.label[rows].to(pipe.device)
