@@ -57,6 +57,7 @@ from training import (
     opt,
     parse_options,
     permutation,
+    profiled,
     read_prompts,
     run_script,
     start_processes,
@@ -109,6 +110,7 @@ class RunConfig:
     checkpointing: bool = opt(False, "recompute the UNet's activations in the backward: less memory, slower")
     decoder_check: int = opt(0, "with --decoder: for this many rounds decode with the VAE too and log how often it names the same pair")
     compile: bool = opt(False, "torch.compile the UNet, the decoder and the judge")
+    profile: bool = opt(False, "write what the second round spends its time on: profile.json (for Perfetto), profile.txt")
     save_every: int = opt(10, "rounds between checkpoints; the last two stay, and that of the highest mean score (its LoRA: best/)")
     grid_every: int = opt(10, "rounds between sample grids; 0: never")
     snapshot_every: int = opt(0, "rounds between LoRAs that stay, in loras/; 0: none")
@@ -144,7 +146,7 @@ LOW = {         # estimated, not measured: sd15 within 10 GB at 512 pixels, sdxl
     "": dict(sample_batch=1, train_batch=1, decode_batch=1, checkpointing=True),            # every other model
 }
 FREE = ("out", "device", "epochs", "rounds", "memory", "sample_batch", "train_batch", "decode_batch", "checkpointing", "compile",
-        "decoder_check", "save_every", "grid_every", "snapshot_every")
+        "decoder_check", "profile", "save_every", "grid_every", "snapshot_every")
 
 
 @dataclass
@@ -654,7 +656,8 @@ def run_rounds(config: RunConfig, run: Run, processes: Processes, prompts: list[
         indices = order[place * config.prompts_per_round:(place + 1) * config.prompts_per_round]
         if step >= config.decoder_check:
             models.check = None
-        stats = one_round(optimizer, indices, (epoch, place), clock, bad)
+        with profiled(run.folder, pipe.device, config.profile and processes.main and step == min(begin + 1, total - 1)):
+            stats = one_round(optimizer, indices, (epoch, place), clock, bad)
         bad = stats.pop("bad")
         evaluations = torch.tensor([float(models.unet.evaluations)], device=pipe.device, dtype=torch.float64)
         processes.sum([evaluations])

@@ -399,6 +399,20 @@ def _read_prompts(source: str) -> list[str]:
     return prompts
 
 
+@contextlib.contextmanager
+def profiled(folder: Path, device: torch.device, wanted: bool):
+    """Where `wanted`: what happens inside is written to `profile.json` (open it in chrome://tracing or Perfetto) and `profile.txt`."""
+    if not wanted:
+        yield
+        return
+    from torch.profiler import ProfilerActivity, profile
+    with profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")) as profiler:
+        yield
+    write_atomic(folder / "profile.json", lambda p: profiler.export_chrome_trace(str(p)))
+    rows = profiler.key_averages().table(sort_by=f"self_{device.type}_time_total", row_limit=30, max_name_column_width=60)
+    write_atomic(folder / "profile.txt", lambda p: p.write_text(rows))
+
+
 class Clock:
     """Seconds spent in named phases; on a GPU by events, so that measuring does not wait for it."""
 

@@ -678,3 +678,11 @@ def test_nothing_is_compiled_anew_after_the_first_round(sd, spm, prompts, tmp_pa
     call("spo_train", *words, "--rounds", 3, "--out", tmp_path / "eager")
     for ours, theirs in zip(rows, log_of(tmp_path / "eager"), strict=True):        # but for filled-up rows, which are evaluations too
         assert ours.pop("evaluations") >= theirs.pop("evaluations") and ours == pytest.approx(theirs, rel=1e-3, abs=1e-4)
+
+
+def test_profile_of_one_round(sd, spm, prompts, tmp_path):
+    call("spo_train", "--model", sd, "--spm", spm, "--prompts", prompts, "--dtype", "fp32", "--steps", 4, "--k", 2, "--prompts_per_round", 2,
+         "--grid_every", 0, "--rounds", 2, "--profile", "--out", tmp_path / "run")
+    events = json.loads((tmp_path / "run/profile.json").read_text())["traceEvents"]
+    assert sum(e.get("name") == "aten::conv2d" for e in events) > 10
+    assert "aten::" in (tmp_path / "run/profile.txt").read_text()
