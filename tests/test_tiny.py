@@ -120,3 +120,23 @@ def test_four_rounds_of_spo_raise_true_aesthetics(tmp_path):
     subprocess.run(score, check=True, cwd=ROOT, capture_output=True)
     gain = json.loads((tmp_path / "e/results.json").read_text())["results"]["spo"]["aesthetics"]
     assert gain["difference"] > 0.3 and gain["difference"] > 4 * gain["difference_standard_error"]
+
+
+def test_geneval_of_the_world_by_hand():
+    """Tags see what they name and nothing else: shapes without colours, places without colours, colours with shapes."""
+    by_text = {c.text: c for c in world.all_captions()}
+    thing = lambda colour, shape, x=32, y=32: world.Thing(colour, shape, x, y)          # noqa: E731
+    single, two = by_text["a red circle"], by_text["two blue squares"]
+    pair = by_text["a red circle left of a blue square"]
+    assert world.geneval([thing("red", "circle")], single) == dict(single=True, colours=True)
+    assert world.geneval([thing("green", "circle")], single) == dict(single=True, colours=False)
+    assert world.geneval([thing("red", "square")], single) == dict(single=False, colours=False)
+    for count in (1, 2, 3):
+        assert world.geneval([thing("red", "square")] * count, two) == dict(counting=count == 2)
+    left, right = thing("red", "circle", 16), thing("blue", "square", 48)
+    assert world.geneval([left, right], pair) == dict(two=True, position=True, binding=True)
+    assert world.geneval([thing("blue", "circle", 16), thing("red", "square", 48)], pair) == dict(two=True, position=True, binding=False)
+    assert world.geneval([thing("red", "circle", 48), thing("blue", "square", 16)], pair) == dict(two=True, position=False, binding=True)
+    assert world.geneval([left], pair) == dict(two=False, position=False, binding=False)
+    same = by_text["a red circle above a blue circle"]
+    assert world.geneval([thing("red", "circle", 32, 16)], same) == dict(two=False, position=False, binding=False)
