@@ -3,7 +3,7 @@
     python experiments/tables.py 1            # Tables 1 and 2 (rivals), with 3 (GenEval); then 4 ... 9, "more", or all
     python experiments/tables.py all          # sized for a night on two cores; continues where it stopped
     python experiments/tables.py all --seeds 1                      # one seed, so that several processes can share the work
-    python experiments/tables.py render       # only write results/tables.json and README.md's tables from what has been run
+    python experiments/tables.py render       # only write results/tables.md from what has been run
 
 Every arm is compared at equal network evaluations *and* at equal optimizer updates: it runs until it has had both budgets, and the
 first LoRA at or above each is judged, by ground truth, on the 256 held-out captions, same noise for all. An evaluation is one
@@ -71,7 +71,8 @@ TABLES = {          # title, arms, and the paper's own figures (SD-1.5; Table 7:
           {"start from winner": (17.87, 11.31, -2.2692, 3.963), "start from loser": (19.36, 18.63, -1.3743, 5.338),
            "as the demo": (21.43, 26.45, 0.1712, 5.887)}),
     "5": ("Table 5: who judges", ["as the demo", "SPM without step", "PickScore"],
-          {"as the demo": (21.43, 26.45, 0.1712, 5.887), "SPM without step": (21.19, 25.84, 0.1365, 5.678)}),
+          {"as the demo": (21.43, 26.45, 0.1712, 5.887), "SPM without step": (21.19, 25.84, 0.1365, 5.678),
+           "PickScore": (20.28, 23.09, -0.2982, 5.410)}),
     "6": ("Table 6: candidates in a pool", ["k = 2", "as the demo", "k = 6", "k = 8", "k = 16"], {}),
     "7": ("Table 7: MSPO's inner steps", ["as the demo", "j = 2", "j = 3", "j = 4", "j = 5", "j = 6"],
           {"as the demo": (22.85, 31.37, 1.0071, 6.359), "j = 2": (22.84, 31.17, 1.0118, 6.268), "j = 3": (22.94, 31.55, 1.0847, 6.380),
@@ -234,30 +235,75 @@ def interval(values: list[float]) -> str:
     return f"{mean:+.3f} ± {({2: 12.71, 3: 4.303}.get(n, 2.8)) * spread:.3f}" + ("" if n == len(SEEDS) else f" ({n} seeds)")
 
 
+def markdown(title: str, header: list[str], rows: list[list[str]]) -> list[str]:
+    """A headed Markdown table; short rows are filled up."""
+    lines = [f"\n### {title}\n", "| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
+    return lines + ["| " + " | ".join([*row, *[""] * (len(header) - len(row))]) + " |" for row in rows]
+
+
+def average(values: list[float]) -> float:
+    """The mean."""
+    return sum(values) / len(values)
+
+
 def render() -> str:
     """All tables as Markdown, from results/tables.json; what has not been run says so."""
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    arms, base = results.get("arms", {}), results.get("base", {})
-    lines = []
+    arms, base, lines = results.get("arms", {}), results.get("base", {}), []
     for number, (title, names, paper) in TABLES.items():
-        columns = ["arm", *METRICS, "aesthetics, equal updates", "alignment, equal updates", "updates / evaluations"]
-        columns += ["paper: " + ", ".join(PAPER)] if paper else []
-        lines += [f"\n### {title}\n", "| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+        rows = []
         for name in (["base"] if number == "1" else []) + names:
-            seeds = arms.get(name, {})
-            theirs = " " + ", ".join(map(str, paper[name])) + " |" if name in paper else (" |" if paper else "")
-            if name == "base":
-                cells = [f"{base[m]:.3f}" for m in METRICS] + ["", "", ""] if base else ["not measured"] + [""] * 5
-            elif not seeds:
-                cells = ["not measured"] + [""] * 5
-            else:
-                at = [seeds[s]["evaluations"] for s in sorted(seeds)]
-                also = [seeds[s]["updates"] for s in sorted(seeds)]
+            cells = ["not measured"] + [""] * 5
+            if name == "base" and base:
+                cells = [f"{base[m]:.3f}" for m in METRICS] + [""] * 3
+            elif name in arms:
+                at, also = ([arms[name][s][point] for s in sorted(arms[name])] for point in ("evaluations", "updates"))
                 cells = [interval([r[m]["difference"] for r in at]) for m in METRICS]
                 cells += [interval([r[m]["difference"] for r in also]) for m in METRICS[:2]]
-                cells.append(f"{sum(r['updates'] for r in at) / len(at):.0f} / {sum(r['evaluations'] for r in also) / len(also):,.0f}")
-            lines.append(f"| {name} | " + " | ".join(cells) + " |" + theirs)
+                cells.append(f"{average([r['updates'] for r in at]):.0f} / {average([r['evaluations'] for r in also]):,.0f}")
+            rows.append([name, *cells, ", ".join(map(str, paper[name]))] if name in paper else [name, *cells])
+        header = ["arm", "aesthetics", "alignment", "PickScore", "aesthetics, equal updates", "alignment, equal updates",
+                  "updates / evaluations"]
+        lines += markdown(title, header + (["paper: " + ", ".join(PAPER)] if paper else []), rows)
+        if number == "1":
+            lines += render_more(results, {name: list(arms[name].values()) for name in METHODS if name in arms})
     return "\n".join(lines) + "\n"
+
+
+def render_more(results: dict, arms: dict[str, list[dict]]) -> list[str]:
+    """What belongs to Table 1: learning rates, curves, GenEval, and what a gain in preference is made of."""
+    rows = []
+    for name, row in results.get("rates", {}).items():
+        tried = sorted((float(r), score) for r, score in row["pickscore"].items())
+        rows.append([name, f"{row['chosen']:g}", ", ".join(f"{r:g}: {score:.3f}" for r, score in tried)])
+    lines = markdown("Table 1, learning rates: mean PickScore on 128 training captions", ["method", "chosen", "tried"], rows)
+
+    shares = {**{f"evaluations x {s:g}": s for s in CURVE}, "evaluations": 1}
+    rows = [[name] + [" / ".join(f"{average([s[p][m]['difference'] for s in seeds]):+.3f}" for m in METRICS[:2]) for p in shares]
+            for name, seeds in arms.items()]
+    lines += markdown("Table 1, learning curves: gain in aesthetics / alignment",
+                      ["method", *(f"{100 * s:.0f} % of the evaluations" for s in shares.values())], rows)
+
+    tags, rows = ("single", "two", "counting", "colours", "position", "binding"), []
+    readings = {"base": [results["base geneval"]] if "base geneval" in results else []}
+    readings |= {name: [s["geneval"] for s in seeds] for name, seeds in arms.items()}
+    for name, reads in readings.items():
+        values = [average([r[tag] for r in reads]) for tag in tags] if reads else []
+        rows.append([name, *(f"{v:.3f}" for v in [*values, average(values)])] if values else [name, "not measured"])
+    lines += markdown("Table 3: this world's GenEval, read from the pixels", ["model", *tags, "mean"], rows)
+
+    rows = []
+    for name, seeds in arms.items():
+        beauty, aligned = (average([s["evaluations"][m]["difference"] for s in seeds]) for m in METRICS[:2])
+        rows.append([name, f"{beauty * 0.5 / 0.6:+.2f}", f"{aligned * 10 / 0.6:+.2f}"])
+    lines += markdown("The claim: what a gain in this world's preference is made of", ["method", "from aesthetics", "from alignment"], rows)
+    lines.append("\nIn log-odds of being liked better than the base's picture, (10 x alignment + 0.5 x aesthetics) / 0.6.")
+    if labels := results.get("labels"):
+        there, elsewhere, all_, share = (100 * labels[k] for k in ("against_aesthetics_there", "against_aesthetics_elsewhere",
+                                                                   "against_aesthetics", "pairs_that_differ_in_alignment"))
+        lines.append(f"Of {labels['pairs']:,} generic labels {all_:.0f} % prefer the less beautiful picture: {there:.0f} % where only one "
+                     f"of the two shows what the caption says ({share:.0f} % of the pairs), {elsewhere:.0f} % elsewhere.")
+    return lines
 
 
 def main() -> None:
