@@ -196,7 +196,7 @@ def choose_pair(scores: torch.Tensor, threshold: float, how: str,
 
 @dataclass
 class Counted:
-    """A UNet that counts what it is asked for: 1 for each sample's forward, 3 where a backward follows, which costs about two more."""
+    """A UNet that counts what it is asked for: 1 for each sample, 3 where a full backward follows (frozen weights spare half of it)."""
     unet: object
     evaluations: int = 0
 
