@@ -670,7 +670,7 @@ def test_nothing_is_compiled_anew_after_the_first_round(sd, spm, prompts, tmp_pa
     monkeypatch.setattr(spo_train, "spo_round", counted)
     torch._dynamo.reset()
     words = ("--model", sd, "--spm", spm, "--prompts", prompts, "--dtype", "fp32", "--steps", 4, "--k", 2, "--j", 2, "--prompts_per_round", 3,
-             "--pairs_per_step", 5, "--train_batch", 4, "--decode_batch", 4, "--threshold", 0.05, "--lr", "2e-3", "--grid_every", 0)
+             "--pairs_per_step", 10, "--train_batch", 10, "--decode_batch", 4, "--threshold", 0.05, "--lr", "2e-3", "--grid_every", 0)
     call("spo_train", *words, "--rounds", 3, "--compile", "--out", tmp_path / "compiled")
     rows = log_of(tmp_path / "compiled")
     assert len({row["pairs"] for row in rows}) > 1 and after[0] >= 6 and set(after) == {after[0]}
