@@ -13,6 +13,7 @@ only the blended labels of `generic_preference`, and SPO sees only the step-awar
 
 Shapes of tensors: N pictures, 3 channels, S x S pixels (S = 64), values in [0, 1].
 """
+import functools
 import math
 from dataclasses import dataclass
 
@@ -179,16 +180,21 @@ def _chroma(images: torch.Tensor) -> torch.Tensor:
     return images.amax(1) - images.amin(1)
 
 
+def _dilate(maps: torch.Tensor, reach: int) -> torch.Tensor:
+    """The largest value of [N, S, S], none negative, within `reach` pixels each way; by axes, five times as fast as max_pool2d."""
+    padded = F.pad(maps, (reach,) * 4)
+    for axis in (1, 2):
+        size = padded.shape[axis] - 2 * reach
+        padded = functools.reduce(torch.maximum, (padded.narrow(axis, i, size) for i in range(2 * reach + 1)))
+    return padded
+
+
 def _components(mask: torch.Tensor) -> torch.Tensor:
     """Label the connected regions of boolean masks [N, S, S]; 0 is the ground, labels are unique per picture."""
     n, h, w = mask.shape
     label = torch.arange(1, h * w + 1, dtype=torch.float32).view(1, h, w) * mask
-    while True:                                  # the largest label floods its region, in the eight directions
-        spread = F.pad(label, (1, 1, 1, 1))
-        for axis in (1, 2):                      # five times as fast as a max_pool2d of 3 x 3
-            before, here, after = (spread.narrow(axis, i, spread.shape[axis] - 2) for i in range(3))
-            spread = torch.maximum(torch.maximum(before, here), after)
-        spread = spread * mask
+    while True:                                  # the largest label floods its region
+        spread = _dilate(label, 1) * mask
         if torch.equal(spread, label):
             return label.long()
         label = spread
@@ -271,8 +277,8 @@ def aesthetics(images: torch.Tensor) -> torch.Tensor:
     images = images.float().clamp(0, 1)
     chroma = _chroma(images)
     mask = chroma > 0.11
-    inner = -F.max_pool2d(-mask[:, None].float(), 3, 1, 1)[:, 0]            # without the anti-aliased edge
-    ground = 1 - F.max_pool2d(mask[:, None].float(), 9, 1, 4)[:, 0]         # without edge and shadow
+    inner = 1 - _dilate(1 - mask.float(), 1)                                # without the anti-aliased edge
+    ground = 1 - _dilate(mask.float(), 4)                                   # without edge and shadow
     hues = F.normalize(RGB - RGB.mean(1, keepdim=True), dim=1)
     direction = F.normalize(images - images.mean(1, keepdim=True), dim=1)
     nearest = torch.einsum("kc,nchw->nkhw", hues, direction).argmax(1)      # colour name of every pixel
