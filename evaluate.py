@@ -134,15 +134,33 @@ def find_images(folder: str, count: int) -> dict[str, list[Path]]:
     return files
 
 
-def draw_all(pipe: Pipeline, models: dict[str, str], prompts: list[str], config: EvaluateConfig, processes: Processes,
-             folder: Path) -> None:
-    """Draw this process's share of all pictures into folder/NAME/00000.png; what is there already is not drawn again."""
-    for name, source in models.items():
+def undrawn(models: dict[str, str], count: int, processes: Processes, folder: Path) -> dict[str, list[int]]:
+    """{model: the pictures that are not there yet}. The main process looks before anybody draws, so that all deal out one list."""
+    return processes.union({name: [i for i in range(count) if not (folder / name / f"{i:05d}.png").exists()] for name in models}
+                           if processes.main else {})
+
+
+def rehearse(pipe: Pipeline, models: dict[str, str], words: tuple[str, ...], load, prompt: str, side: int) -> None:
+    """Wear every candidate, then let every metric (`load(word)`, one in memory at a time) score a blank picture.
+
+    What is wrong with a file is so said before hours of drawing, not after.
+    """
+    for source in [*models.values(), ""]:
         wear(pipe, source)
+    for word in words:
+        load(word).score([Image.new("RGB", (side, side))], [prompt])
+
+
+def draw_all(pipe: Pipeline, models: dict[str, str], prompts: list[str], config: EvaluateConfig, processes: Processes,
+             folder: Path, todo: dict[str, list[int]]) -> None:
+    """Draw this process's share of `todo` {model: indices of prompts} into folder/NAME/00000.png."""
+    for name, source in models.items():
+        mine = [todo[name][i] for i in processes.share(len(todo[name]))]
+        if mine:
+            wear(pipe, source)
         (folder / name).mkdir(parents=True, exist_ok=True)
-        todo = [i for i in processes.share(len(prompts)) if not (folder / name / f"{i:05d}.png").exists()]
-        for begin in tqdm(range(0, len(todo), config.batch), desc=f"draw {name}", disable=not processes.main):
-            part = todo[begin:begin + config.batch]
+        for begin in tqdm(range(0, len(mine), config.batch), desc=f"draw {name}", disable=not processes.main):
+            part = mine[begin:begin + config.batch]
             latents = generate_latents(pipe, [prompts[i] for i in part], [config.seed + i for i in part], config.steps,
                                        config.guidance_scale, config.eta, config.resolution or None)
             images = (decode(pipe, latents, config.batch) / 2 + 0.5).clamp(0, 1)
@@ -285,13 +303,22 @@ def main() -> None:
     protocol |= dict(prompts=len(chosen.prompts), images_per_prompt=config.images_per_prompt,
                      prompts_sha256=hashlib.sha256("\n".join(chosen.prompts).encode()).hexdigest())
     prompts, groups = ([x for x in part for _ in range(config.images_per_prompt)] for part in (chosen.prompts, chosen.groups))
+
+    def load(word: str) -> Metric:
+        name, given = metric_sources(word)
+        return geneval.geneval(*given, chosen.rows, tokenizer, processes.device) if name == "geneval" else \
+            load_metric(word, config.model, tokenizer, processes.device)
+
     if config.images:
         files = find_images(config.images, len(prompts))
         claim(folder, dict(protocol, lora={}), processes)
     else:
         protocol["vae"] = config.vae or "its own"
         claim(folder, dict(protocol, lora={n: digest(weight_files(s)) for n, s in models.items()}), processes)
-        draw_all(pipe, models, prompts, config, processes, folder / "images")
+        todo = undrawn(models, len(prompts), processes, folder / "images")
+        if any(todo.values()):
+            rehearse(pipe, models, config.metrics, load, prompts[0], pipe.side(config.resolution))
+            draw_all(pipe, models, prompts, config, processes, folder / "images", todo)
         files = {name: [folder / "images" / name / f"{i:05d}.png" for i in range(len(prompts))] for name in models}
         del pipe                        # the scorers want its memory
     processes.barrier()
@@ -300,9 +327,8 @@ def main() -> None:
             geneval.export(chosen.rows, paths, Path(config.export_geneval) / name)
     digests = {name: digest(paths) for name, paths in files.items()} if processes.main else {}
     scores, metrics = {name: {} for name in files}, []
-    for word, name in zip(config.metrics, sources):
-        metric = geneval.geneval(*sources[name], chosen.rows, tokenizer, processes.device) if name == "geneval" else \
-            load_metric(word, config.model, tokenizer, processes.device)
+    for word in config.metrics:
+        metric = load(word)
         for model, row in score_all(metric, files, digests, prompts, config.batch, processes, folder / "scores").items():
             scores[model][metric.name] = row
         metrics.append(replace(metric, score=None))         # one scorer in memory at a time

@@ -167,7 +167,8 @@ def name_colours(clip: CLIP, words: torch.Tensor, image: Image.Image, group: lis
 def geneval(source: str, clip_source: str, rows: list[dict], tokenizer, device: torch.device) -> Metric:
     """GenEval as a metric: 1 where a picture is right, 0 where it is wrong."""
     model, clip = load_detector(source, device), load_clip(clip_source, torch.float32, device)
-    by_prompt, words = {row["prompt"]: row for row in rows}, {}
+    by_prompt, words = {row["prompt"]: row for row in rows}, {CLASSES[0]: colour_words(clip, tokenizer, CLASSES[0])}
+    name_colours(clip, words[CLASSES[0]], Image.new("RGB", (8, 8)), [Found(CLASSES[0], 1, (0, 0, 8, 8))])     # a wrong CLIP fails here
 
     def right(image: Image.Image, prompt: str) -> bool:
         """Does the picture fulfil what the metadata asks of its prompt?"""

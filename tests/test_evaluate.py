@@ -136,6 +136,36 @@ def other_unet(sd, tmp_path):
     return tmp_path / "dpo"
 
 
+def test_what_is_wrong_is_said_before_anything_is_drawn(kind, trained, tmp_path, monkeypatch):
+    """A LoRA of another model in second place; a metric of which the weights or the prompts do not fit."""
+    weights = load_file(trained[0])
+    save_file({k: v[:, :-1].contiguous() if "lora_A" in k else v for k, v in weights.items()}, tmp_path / "foreign.safetensors")
+    monkeypatch.setattr(evaluate, "load_metric", load_metric)
+    for words, says in ((("--lora", "base=", f"spo={tmp_path / 'foreign.safetensors'}"), "foreign.safetensors"),
+                        (("--metrics", "aesthetics", f"aesthetic-v1={trained[0]},{kind[1]}"), "text_encoder|weight file"),
+                        (("--metrics", "aesthetics", "pickscore"), "PickScore_v1")):
+        with pytest.raises(InputError, match=says):
+            call("evaluate", *kind, *words)
+        assert not list((tmp_path / "e").rglob("*.png"))
+
+
+def test_processes_deal_out_what_is_missing(tmp_path):
+    """Pictures 0, 2, 4 and 5 are there: of 1, 3 and 6 the first process of two draws 1 and 6, not only what its turn was."""
+    for i in (0, 2, 4, 5):
+        (tmp_path / "base").mkdir(exist_ok=True)
+        (tmp_path / "base" / f"{i:05d}.png").touch()
+    todo = evaluate.undrawn({"base": ""}, 7, evaluate.Processes(0, 1, torch.device("cpu")), tmp_path)
+    assert todo == {"base": [1, 3, 6]}
+    drawn = []
+    config = evaluate.EvaluateConfig(batch=1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate, "wear", lambda *_: None)
+        patch.setattr(evaluate, "generate_latents", lambda pipe, prompts, *_: drawn.extend(prompts))
+        patch.setattr(evaluate, "decode", lambda *_: torch.zeros(1, 3, 8, 8))
+        evaluate.draw_all(None, {"base": ""}, list("abcdefg"), config, evaluate.Processes(0, 2, torch.device("cpu")), tmp_path, todo)
+    assert drawn == ["b", "g"]
+
+
 def test_whole_unets_are_candidates(kind, trained, tmp_path, sd, other_unet, monkeypatch):
     """Folder with unet/, folder, file; and the models after it are what they are without it."""
     pictures = lambda: {f: f.read_bytes() for f in sorted((tmp_path / "e/images").rglob("*.png"))}  # noqa: E731
@@ -199,12 +229,12 @@ def test_scores_are_kept_while_pictures_prompts_and_weights_last(kind, trained, 
 
     monkeypatch.setattr(evaluate, "load_metric", counted)
     call("evaluate", *kind, "--lora", "base=")
-    assert seen.count("aesthetics") == seen.count("pickscore") == 7
+    assert seen.count("aesthetics") == seen.count("pickscore") == 7 + 1     # and a blank picture before anything is drawn
     first = json.loads((tmp_path / "e/results.json").read_text())["scores"]["base"]
     seen.clear()
     call("evaluate", *kind, "--lora", "base=", f"spo={trained[0]}")
     again = json.loads((tmp_path / "e/results.json").read_text())["scores"]
-    assert again["base"] == first and len(seen) == 14, "only the new candidate was scored"
+    assert again["base"] == first and len(seen) == 14 + 2, "only the new candidate was scored"
     seen.clear()
     Image.new("RGB", (16, 16)).save(tmp_path / "e/images/spo/00000.png")
     call("evaluate", *kind, "--lora", "base=", f"spo={trained[0]}")
@@ -235,7 +265,9 @@ def test_geneval_end_to_end(kind, tmp_path, monkeypatch):
     monkeypatch.setitem(prompt_sets.SETS, "geneval", ("", [], 7))
     monkeypatch.setattr(geneval, "load_detector", lambda *_: torch.nn.Linear(1, 1))
     monkeypatch.setattr(geneval, "load_clip", lambda *_: torch.nn.Linear(1, 1))
-    hits = iter([1, 1, 0, 1] * 7)
+    monkeypatch.setattr(geneval, "colour_words", lambda *_: None)
+    monkeypatch.setattr(geneval, "name_colours", lambda *_: [])
+    hits = iter([0] + [1, 1, 0, 1] * 7)        # the first is the blank picture
     monkeypatch.setattr(geneval, "detect", lambda *_: [geneval.Found("cat", 0.95, (0, 0, 1, 1))] * next(hits))
     words = (*kind[:-3], "--metrics", "geneval", "--lora", "base=", "--images_per_prompt", 4, "--export_geneval", tmp_path / "export")
     call("evaluate", *words, "--prompts", f"geneval={tmp_path / 'm.jsonl'}")

@@ -262,6 +262,14 @@ def test_metric_looks_prompts_up(detector, clip, tmp_path, monkeypatch):
         metric.score(pictures[:1], ["a dog"])
 
 
+def test_a_clip_of_other_tokens_is_refused_at_once(detector, clip, monkeypatch):
+    """Not only when the first picture shows something coloured."""
+    other = randomize(CLIP(CLIPConfig(TowerConfig(16, 32, 2, 2, vocab_size=100, max_position_embeddings=16), clip[0].config.vision, 12)))
+    monkeypatch.setattr(geneval, "load_clip", lambda *_: other)
+    with pytest.raises(InputError, match="579 tokens, the metric's CLIP 100"):
+        geneval.geneval(str(detector), "clip", [], clip[1], torch.device("cpu"))
+
+
 def test_export_is_the_originals_layout(tmp_path):
     rows = [dict(POSITION, prompt=str(i)) for i in range(3)]
     paths = [tmp_path / f"{i}.{'jpg' if i == 5 else 'png'}" for i in range(6)]
