@@ -207,32 +207,47 @@ def open_image(path: Path) -> Image.Image:
     return image
 
 
-def compare(scores: list[float], first: list[float], resamples: int = 2000) -> dict:
+def compare(scores: list[float], first: list[float], resamples: int = 2000, each: int = 1, groups: list[str] | None = None) -> dict:
     """Mean, standard error, and against the first row: paired difference and win rate (ties count half) with 95 % intervals.
 
-    The interval of the win rate is a percentile bootstrap over pictures.
+    Pictures of one prompt (`each` of them in a row) are not independent: errors are over prompts' means, and the interval of the
+    win rate is a percentile bootstrap over prompts. With `groups`, one for each prompt, everything is the unweighted mean over groups
+    (GenEval's tags). What a single prompt cannot tell is None.
     """
-    x, y = np.array(scores), np.array(first)
-    n = len(x)
+    x, y = (np.array(v, dtype=np.float64).reshape(-1, each) for v in (scores, first))
+    labels = np.array(groups or [""] * len(x))
+    parts, random = [np.flatnonzero(labels == g) for g in dict.fromkeys(labels.tolist())], np.random.default_rng(0)
+    alone = min(map(len, parts)) < 2
+
+    def mean(v: np.ndarray) -> float:
+        return float(np.mean([v[p].mean() for p in parts]))
+
+    def error(v: np.ndarray) -> float | None:
+        return None if alone else float(sum(v[p].mean(1).var(ddof=1) / len(p) for p in parts) ** 0.5 / len(parts))
+
     wins = (x > y) + 0.5 * (x == y)
-    rows = np.random.default_rng(0).integers(0, n, (resamples, n))
-    low, high = np.percentile(wins[rows].mean(1), [2.5, 97.5])
-    error = lambda v: float(v.std(ddof=1) / n ** 0.5) if n > 1 else float("nan")  # noqa: E731
-    return dict(mean=float(x.mean()), standard_error=error(x), n=n, difference=float((x - y).mean()),
-                difference_standard_error=error(x - y), win_rate=float(wins.mean()), win_rate_interval=[float(low), float(high)])
+    drawn = sum(wins[p].mean(1)[random.integers(0, len(p), (resamples, len(p)))].mean(1) for p in parts) / len(parts)
+    return dict(mean=mean(x), standard_error=error(x), n=x.size, prompts=len(x), difference=mean(x - y),
+                difference_standard_error=error(x - y), win_rate=mean(wins),
+                win_rate_interval=None if alone else np.percentile(drawn, [2.5, 97.5]).tolist())
+
+
+def shown(name: str) -> tuple[int, int]:
+    """(factor, decimals) by which tables show a metric; GenEval's shares are given in per cent, as in the literature."""
+    return (100, 2) if name == "geneval" else (1, 3)
 
 
 def table(results: dict[str, dict[str, dict]], metrics: list[Metric]) -> str:
-    """Markdown: one row per model; win rates are against the first."""
+    """Markdown: one row per model; win rates are against the first. One prompt leaves errors and intervals blank."""
     first = next(iter(results))
     lines = ["| model | " + " | ".join(f"{m.name} | win rate" for m in metrics) + " |", "|---" * (1 + 2 * len(metrics)) + "|"]
     for name, row in results.items():
         cells = []
         for m in metrics:
-            r = row[m.name]
-            low, high = r["win_rate_interval"]
-            cells += [f"{r['mean']:.3f} ± {r['standard_error']:.3f}",
-                      "" if name == first else f"{100 * r['win_rate']:.1f} % ({100 * low:.1f} to {100 * high:.1f})"]
+            r, (factor, digits) = row[m.name], shown(m.name)
+            spread = "" if r["standard_error"] is None else f" ± {factor * r['standard_error']:.{digits}f}"
+            interval = "" if r["win_rate_interval"] is None else " ({:.1f} to {:.1f})".format(*(100 * v for v in r["win_rate_interval"]))
+            cells += [f"{factor * r['mean']:.{digits}f}{spread}", "" if name == first else f"{100 * r['win_rate']:.1f} %{interval}"]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -249,7 +264,9 @@ def group_tables(by_group: dict[str, dict[str, dict[str, float]]]) -> str:
     for name in next(iter(by_group.values())):
         columns = list(next(iter(by_group.values()))[name])
         out += [f"\n| {name} | " + " | ".join(columns) + " |", "|---" * (1 + len(columns)) + "|"]
-        out += [f"| {model} | " + " | ".join(f"{row[name][c]:.3f}" for c in columns) + " |" for model, row in by_group.items()]
+        factor, digits = shown(name)
+        out += [f"| {model} | " + " | ".join(f"{factor * row[name][c]:.{digits}f}" for c in columns) + " |"
+                for model, row in by_group.items()]
     return "\n".join(out) + "\n"
 
 
@@ -336,7 +353,8 @@ def main() -> None:
     if not processes.main:
         return
     first = next(iter(files))
-    results = {name: {m.name: compare(scores[name][m.name], scores[first][m.name]) for m in metrics} for name in files}
+    results = {name: {m.name: compare(scores[name][m.name], scores[first][m.name], each=config.images_per_prompt,
+                                      groups=chosen.groups if m.name == "geneval" else None) for m in metrics} for name in files}
     by_group = {name: {m.name: group_means(scores[name][m.name], groups) for m in metrics} for name in files} if groups else {}
     write_json(folder / "results.json", dict(protocol=protocol, metrics={m.name: m.formula for m in metrics}, results=results,
                                              groups=by_group, scores=scores))

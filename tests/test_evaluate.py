@@ -40,7 +40,27 @@ def test_win_rate_by_hand():
     assert got["win_rate"] == 0.625 and got["difference"] == 0.25
     same = compare([1.0, 2.0], [1.0, 2.0])
     assert same["win_rate"] == 0.5 and same["win_rate_interval"] == [0.5, 0.5] and same["difference_standard_error"] == 0
-    assert compare([3.0], [1.0])["win_rate"] == 1.0
+    alone = compare([3.0], [1.0])
+    assert alone["win_rate"] == 1.0 and alone["standard_error"] is alone["difference_standard_error"] is alone["win_rate_interval"] is None
+
+
+def test_pictures_of_one_prompt_are_not_independent():
+    """Every score four times, as four pictures of its prompt, says no more; and errors are those of the prompts' means."""
+    x, y = (np.random.default_rng(i).normal(0.2 * i, 1, 24) for i in (2, 1))
+    once, often = compare(x.tolist(), y.tolist()), compare(np.repeat(x, 4).tolist(), np.repeat(y, 4).tolist(), each=4)
+    assert once.pop("n") == 24 and often.pop("n") == 96
+    assert once == {k: pytest.approx(v, abs=1e-12) for k, v in often.items()}
+    pair = compare(x.tolist(), y.tolist(), each=2)
+    assert pair["standard_error"] == pytest.approx(scipy.stats.sem(x.reshape(-1, 2).mean(1))) and pair["prompts"] == 12
+    assert pair["difference_standard_error"] == pytest.approx(scipy.stats.sem((x - y).reshape(-1, 2).mean(1)))
+
+
+def test_groups_count_alike_however_large():
+    """Accuracies 1 of three and 1/2 of one tag: 3/4, not the pictures' 7/8; the error is that of a mean of two independent means."""
+    x, groups = [1.0, 1.0, 1.0, 1.0, 0.0, 1.0], ["a"] * 4 + ["b"] * 2
+    got = compare(x, [0.0] * 6, groups=groups)
+    assert got["mean"] == got["win_rate"] - 0.125 == 0.75 and got["difference"] == 0.75
+    assert got["standard_error"] == pytest.approx(scipy.stats.sem([0.0, 1.0]) / 2)
 
 
 # End to end
@@ -84,7 +104,7 @@ def test_evaluation_end_to_end(kind, trained, tmp_path, sd, pickscore):
         files = sorted((out / "images" / name).iterdir())
         assert [f.name for f in files] == [f"{i:05d}.png" for i in range(6)]
         for metric in ("aesthetics", "pickscore"):
-            want = compare(report["scores"][name][metric], report["scores"]["base"][metric])
+            want = compare(report["scores"][name][metric], report["scores"]["base"][metric], each=2)
             assert report["results"][name][metric] == want and want["n"] == 6
     # Picture 3 is the second prompt from seed 3; its scores are the metrics of what is on disk.
     pipe = load_pipeline(str(sd))
@@ -256,6 +276,14 @@ def test_means_by_group(kind, tmp_path):
     assert "| aesthetics | Singles | Counts | mean |" in (tmp_path / "e/results.md").read_text()
 
 
+def test_one_prompt_leaves_errors_undefined(kind, tmp_path):
+    """Valid JSON, and blanks in the table and in the report."""
+    call("evaluate", *kind, "--limit", 1, "--lora", "base=", "again=")
+    report = json.loads((tmp_path / "e/results.json").read_text(), parse_constant=lambda name: pytest.fail(name))
+    assert report["results"]["again"]["aesthetics"]["standard_error"] is None
+    assert "nan" not in (tmp_path / "e/results.md").read_text() and "| 50.0 % |" in (tmp_path / "e/results.md").read_text()
+
+
 def test_geneval_end_to_end(kind, tmp_path, monkeypatch):
     """Six tags, their unweighted mean, and the pictures in the original's folders; the detector is made up."""
     import geneval
@@ -267,12 +295,15 @@ def test_geneval_end_to_end(kind, tmp_path, monkeypatch):
     monkeypatch.setattr(geneval, "load_clip", lambda *_: torch.nn.Linear(1, 1))
     monkeypatch.setattr(geneval, "colour_words", lambda *_: None)
     monkeypatch.setattr(geneval, "name_colours", lambda *_: [])
-    hits = iter([0] + [1, 1, 0, 1] * 7)        # the first is the blank picture
+    hits = iter([0] + [1, 1, 0, 1] * 3 + [1, 0, 0, 1] * 4)        # the first is the blank picture
     monkeypatch.setattr(geneval, "detect", lambda *_: [geneval.Found("cat", 0.95, (0, 0, 1, 1))] * next(hits))
     words = (*kind[:-3], "--metrics", "geneval", "--lora", "base=", "--images_per_prompt", 4, "--export_geneval", tmp_path / "export")
     call("evaluate", *words, "--prompts", f"geneval={tmp_path / 'm.jsonl'}")
     report = json.loads((tmp_path / "e/results.json").read_text())
-    assert report["groups"]["base"]["geneval"] == {"single_object": 0.75, "counting": 0.75, "mean": 0.75} and len(report["scores"]["base"]["geneval"]) == 28
+    assert report["groups"]["base"]["geneval"] == {"single_object": 0.75, "counting": 0.5, "mean": 0.625} and len(report["scores"]["base"]["geneval"]) == 28
+    assert report["results"]["base"]["geneval"]["mean"] == 0.625, "the mean over tags, not over pictures"
+    text = (tmp_path / "e/results.md").read_text()
+    assert "| base | 62.50 ± " in text and "| base | 75.00 | 50.00 | 62.50 |" in text
     assert len(list((tmp_path / "export/base").glob("*/samples/*.png"))) == 28 and (tmp_path / "export/base/00006/metadata.jsonl").exists()
     with pytest.raises(InputError, match="wants its own prompts"):
         call("evaluate", *words)
