@@ -26,7 +26,7 @@ import geneval
 import lora
 from diffusion import (DTYPES, NEGATIVE, SDXL_VAE, TINY, Pipeline, decode, first_tokenizer, generate, generate_latents, grid, load_clip,
                        load_pipeline, to_pil)
-from metrics import Metric, load_metric, metric_sources
+from metrics import Metric, fingerprint, load_metric, metric_sources
 from prompt_sets import prompt_set
 from report import read_logs, write_report
 from study import tally, write_study
@@ -316,7 +316,9 @@ def main() -> None:
         protocol = dict(images=config.images)
     else:
         protocol = dict(model=config.model, sampler=f"DDIM, eta {config.eta}", steps=config.steps, guidance_scale=config.guidance_scale,
-                        resolution=config.resolution or pipe.latent_shape()[1] * pipe.vae.factor, dtype=config.dtype, seed=config.seed)
+                        resolution=pipe.side(config.resolution), dtype=config.dtype, seed=config.seed,
+                        negative="zeros" if pipe.zero_negative else "encoded", prediction_type=pipe.schedule.prediction_type,
+                        tokenizer=config.tokenizer or "its own")
     protocol |= dict(prompts=len(chosen.prompts), images_per_prompt=config.images_per_prompt,
                      prompts_sha256=hashlib.sha256("\n".join(chosen.prompts).encode()).hexdigest())
     prompts, groups = ([x for x in part for _ in range(config.images_per_prompt)] for part in (chosen.prompts, chosen.groups))
@@ -331,7 +333,8 @@ def main() -> None:
         claim(folder, dict(protocol, lora={}), processes)
     else:
         protocol["vae"] = config.vae or "its own"
-        claim(folder, dict(protocol, lora={n: digest(weight_files(s)) for n, s in models.items()}), processes)
+        base = fingerprint(pipe.unet, pipe.vae, *pipe.text_encoders)
+        claim(folder, dict(protocol, base=base, lora={n: digest(weight_files(s)) for n, s in models.items()}), processes)
         todo = undrawn(models, len(prompts), processes, folder / "images")
         if any(todo.values()):
             rehearse(pipe, models, config.metrics, load, prompts[0], pipe.side(config.resolution))

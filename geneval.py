@@ -9,6 +9,7 @@ The metadata, one object a line: tag, prompt, include [{class, count, color?, po
 
 Shapes: Q queries, h w a mask's side inside the network, H W the picture's.
 """
+import hashlib
 import json
 import os
 from collections.abc import Callable
@@ -183,7 +184,8 @@ def geneval(source: str, clip_source: str, rows: list[dict], tokenizer, device: 
         return judge(keep(detect(model, image, device), row["tag"]), row, colours)
 
     return Metric("geneval", f"GenEval's rules, detector {source} (not the original's weights), colours {clip_source}",
-                  lambda images, prompts: torch.tensor([float(right(i, p)) for i, p in zip(images, prompts)]), fingerprint(model, clip))
+                  lambda images, prompts: torch.tensor([float(right(i, p)) for i, p in zip(images, prompts)]),
+                  f"{fingerprint(model, clip)} {hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:12]}")
 
 
 def export(rows: list[dict], pictures: list[Path], folder: Path) -> None:

@@ -70,8 +70,12 @@ def metric_sources(word: str) -> tuple[str, list[str]]:
 
 
 def fingerprint(*modules: nn.Module) -> str:
-    """A few hexadecimal digits that change when weights do; scores kept from an earlier run are trusted by it."""
-    sums = [float(v.double().sum()) for m in modules for v in m.state_dict().values()]
+    """A few hexadecimal digits that change when weights do; pictures and scores kept from an earlier run are trusted by it.
+
+    The bits are summed as integers: exact, so the same on every device and with any number of threads.
+    """
+    kinds = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    sums = [int(v.view(kinds[v.element_size()]).sum(dtype=torch.int64)) for m in modules for v in m.state_dict().values()]
     return hashlib.sha256(repr(sums).encode()).hexdigest()[:12]
 
 
@@ -269,6 +273,13 @@ def imagereward(source: str, tokenizer_source: str, device: torch.device) -> Met
 def load_metric(word: str, model: str, tokenizer, device: torch.device) -> Metric:
     """A metric by name (or name=SOURCE) for pictures of `model`, whose first tokenizer CLIP-H shares."""
     name, sources = metric_sources(word)
+    metric = _load_metric(word, name, sources, model, tokenizer, device)
+    if name in ("hpsv2", "hpsv2.0", "imagereward"):         # the tokenizer is part of what scores
+        metric.weights += " " + sources[1]
+    return metric
+
+
+def _load_metric(word: str, name: str, sources: list[str], model: str, tokenizer, device: torch.device) -> Metric:
     if name in ("aesthetics", "alignment"):
         return world_metric(name)
     if name == "pickscore":

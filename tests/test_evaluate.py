@@ -132,15 +132,26 @@ def test_pictures_are_drawn_once(kind, trained, tmp_path):
     assert lost.read_bytes() == before[lost][1] and len(list((folder / "spo").iterdir())) == 7
 
 
-def test_folder_of_another_evaluation_is_refused(kind, trained, tmp_path, prompts):
+def changed(pipe):
+    """The same model after somebody has trained its text encoder on."""
+    pipe.text_encoders[0].text_model.final_layer_norm.bias[0] += 1e-3
+    return pipe
+
+
+def test_folder_of_another_evaluation_is_refused(kind, trained, tmp_path, prompts, monkeypatch):
     call("evaluate", *kind, "--lora", "base=", f"spo={trained[0]}")
     report = (tmp_path / "e/results.json").read_bytes()
     for words, says in ((("--lora", "base=", f"spo={trained[1]}"), "another LoRA file"), (("--steps", 3), "another steps"),
                         (("--eta", 1), "another sampler"), (("--limit", 2), "another prompts"), (("--seed", 1), "another seed"),
-                        (("--vae", tmp_path / "vae"), "another vae")):
+                        (("--vae", tmp_path / "vae"), "another vae"), (("--negative", "zeros"), "another negative"),
+                        (("--prediction_type", "v_prediction"), "another prediction_type")):
         (tmp_path / "vae").exists() or evaluate.Path(tmp_path / "vae").symlink_to(kind[1] / "vae")
         with pytest.raises(InputError, match=says):
             call("evaluate", *kind, *words)
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate, "load_pipeline", lambda *a, **k: changed(load_pipeline(*a, **k)))
+        with pytest.raises(InputError, match="another base"):
+            call("evaluate", *kind)
     prompts.write_text("\n".join(reversed(PROMPTS)))
     with pytest.raises(InputError, match="prompts_sha256"):
         call("evaluate", *kind)

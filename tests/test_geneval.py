@@ -258,6 +258,8 @@ def test_metric_looks_prompts_up(detector, clip, tmp_path, monkeypatch):
     pictures = [Image.new("RGB", (8, 8)), Image.new("RGB", (8, 8)), Image.new("RGB", (16, 8))]
     assert metric.score(pictures, ["a cat", "a cat left of a dog", "a cat left of a dog"]).tolist() == [1, 0, 1]
     assert "not the original's weights" in metric.formula
+    less = [rows[0], dict(rows[1], include=rows[1]["include"][:1])]
+    assert geneval.geneval(str(detector), "clip", less, tokenizer, torch.device("cpu")).weights != metric.weights, "other rules, other scores"
     with pytest.raises(InputError, match="'a dog' is not in the metadata"):
         metric.score(pictures[:1], ["a dog"])
 

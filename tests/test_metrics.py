@@ -374,3 +374,18 @@ def test_metric_words():
 def test_fingerprint_changes_with_the_weights(pickscore, tokenizer):
     one, again = (load_metric(f"pickscore={pickscore}", "sd15", tokenizer, CPU).weights for _ in "ab")
     assert one == again != load_metric("pickscore", "tiny", tokenizer, CPU).weights and TINY.exists()
+
+
+def test_fingerprint_feels_the_last_bit():
+    linear = torch.nn.Linear(300, 300)
+    before = metrics.fingerprint(linear)
+    with torch.no_grad():
+        linear.weight[7, 7] = torch.nextafter(linear.weight[7, 7], torch.tensor(9.0))
+    assert metrics.fingerprint(linear) != before
+
+
+def test_the_tokenizer_belongs_to_a_metrics_identity(reward, tmp_path):
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/vocab.txt").write_text("\n".join(WORDS))
+    other = load_metric(f"imagereward={tmp_path / 'ImageReward.pt'},{tmp_path / 'other'}", "sd15", None, CPU)
+    assert other.weights != reward[1].weights and other.weights.split()[0] == reward[1].weights.split()[0]
