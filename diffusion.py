@@ -154,8 +154,8 @@ def _tokenizer(folder: Path):
 
 
 def first_tokenizer(source: str, tokenizer: str = ""):
-    """The first tokenizer of a model (as load_pipeline takes it) alone; CLIP-H and CLIP-L share it."""
-    single = source.endswith((".safetensors", ".ckpt"))
+    """The first tokenizer of a model (as load_pipeline takes it, "" for none) alone; CLIP-H and CLIP-L share it."""
+    single = not source or source.endswith((".safetensors", ".ckpt"))
     return _tokenizer(fetch(tokenizer or NAMES["sd15"] if single else NAMES.get(source, source), ["tokenizer/*"]) / "tokenizer")
 
 

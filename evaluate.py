@@ -14,6 +14,8 @@ The defaults are the paper's protocol (DDIM, 20 steps, guidance 5); it is writte
 """
 import hashlib
 import json
+import re
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -26,7 +28,7 @@ import geneval
 import lora
 from diffusion import (DTYPES, NEGATIVE, SDXL_VAE, TINY, Pipeline, decode, first_tokenizer, generate, generate_latents, grid, load_clip,
                        load_pipeline, to_pil)
-from metrics import Metric, fingerprint, load_metric, metric_sources
+from metrics import WITH_TOKENIZER, Metric, fingerprint, load_metric, metric_sources
 from prompt_sets import prompt_set
 from report import read_logs, write_report
 from study import tally, write_study
@@ -38,7 +40,8 @@ from weights import InputError, clean, fetch, load_strict, read_json, read_weigh
 @dataclass
 class EvaluateConfig:
     """Every option."""
-    model: str = opt("tiny", "tiny, sd15, sdxl, a folder or hub id in the diffusers layout, or a single-file checkpoint")
+    model: str = opt("", "tiny, sd15, sdxl, a folder or hub id in the diffusers layout, or a single-file checkpoint; empty: tiny, or "
+                         "with --images no model, the official PickScore and CLIP tokenizer")
     lora: tuple[str, ...] = opt(("base=",), "candidates as name=SOURCE: a LoRA (file or run folder), a whole UNet (file, "
                                           "folder or hub id), or nothing for the base model")
     images: str = opt("", "score pictures made elsewhere, FOLDER/NAME/*.png in the order of the prompts, instead of drawing")
@@ -121,11 +124,16 @@ def load_images(paths: list[Path]) -> torch.Tensor:
     return torch.stack([torch.from_numpy(np.asarray(i.resize(images[0].size)).copy()) for i in images]).permute(0, 3, 1, 2) / 255
 
 
+def natural(path: Path) -> list:
+    """Sorting key by which 10.png comes after 2.png."""
+    return [int(part) if i % 2 else part for i, part in enumerate(re.split(r"(\d+)", path.name))]
+
+
 def find_images(folder: str, count: int) -> dict[str, list[Path]]:
-    """FOLDER/NAME/* -> {NAME: its pictures by file name}; InputError unless there are `count` of every name."""
+    """FOLDER/NAME/* -> {NAME: its pictures by file name, numbers as numbers}; InputError unless there are `count` of every name."""
     if not Path(folder).is_dir():
         raise InputError(f"--images {folder}: no such folder")
-    files = {home.name: sorted(p for p in home.iterdir() if p.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"))
+    files = {home.name: sorted((p for p in home.iterdir() if p.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp")), key=natural)
              for home in sorted(Path(folder).iterdir(), key=lambda p: (p.name != "base", p.name)) if home.is_dir()}
     wrong = next((f"{name} holds {len(paths)}" for name, paths in files.items() if len(paths) != count), None)
     if wrong or not files:
@@ -279,6 +287,8 @@ def comparison_grid(files: dict[str, list[Path]], columns: int = 12) -> Image.Im
 def main() -> None:
     """Draw, score and compare as the command line says."""
     config = parse_options(EvaluateConfig, PRESETS, description=__doc__)
+    if not config.model and not config.images:
+        config = parse_options(EvaluateConfig, PRESETS, ["--model", "tiny", *sys.argv[1:]], __doc__)
     if config.tally:
         return print(tally(config.tally))
     logs = read_logs(config.logs)
@@ -292,7 +302,7 @@ def main() -> None:
     if config.study and len(config.lora) < 2 and not config.images:
         raise InputError(f"--study {config.study}: compares two candidates; give a second one, --lora base= spo=FILE")
     if config.images:
-        tokenizer = first_tokenizer(config.model, config.tokenizer)
+        tokenizer = first_tokenizer(config.model, config.tokenizer) if sources.keys() & WITH_TOKENIZER else None
     else:
         models = candidates(config)
         pipe = load_pipeline(config.model, DTYPES[config.dtype], processes.device, vae=config.vae or None,

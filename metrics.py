@@ -43,6 +43,7 @@ SOURCES = {         # where each metric's weights live, and what else it needs
     "aesthetic-v1": ("", CLIP_L),
     "geneval": ("facebook/mask2former-swin-small-coco-instance", CLIP_L),
 }
+WITH_TOKENIZER = {"pickscore", "hpsv2", "hpsv2.0", "geneval"}         # CLIP's, that of the model in question
 
 
 @dataclass

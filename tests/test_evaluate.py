@@ -249,6 +249,31 @@ def test_pictures_made_elsewhere(kind, trained, tmp_path, monkeypatch):
             call("evaluate", *elsewhere[:-4], "--images", folder, "--out", tmp_path / "g")
 
 
+def test_pictures_are_in_the_order_of_their_numbers(tmp_path):
+    names = ["0.png", "1.png", "2.png", "10.png", "11.JPG", "a2.png", "a10.png", "b.webp"]
+    (tmp_path / "x").mkdir()
+    for name in names:
+        (tmp_path / "x" / name).touch()
+    assert [p.name for p in evaluate.find_images(str(tmp_path), 8)["x"]] == names
+
+
+def test_pictures_of_no_model_are_scored_by_official_weights(tmp_path, prompts):
+    """The tiny model's PickScore only where tiny is asked for; without network the official tokenizer is what is missing."""
+    (tmp_path / "p/x").mkdir(parents=True)
+    for i in range(7):
+        Image.new("RGB", (64, 64), (30 * i, 0, 0)).save(tmp_path / f"p/x/{i}.png")
+    words = ("--images", tmp_path / "p", "--prompts", prompts, "--out", tmp_path / "out")
+    with pytest.raises(InputError, match="stable-diffusion-v1-5"):
+        call("evaluate", *words)
+    metric = pytest.MonkeyPatch()
+    metric.setattr(metrics, "pickscore", lambda source, *_: metrics.Metric("pickscore", source, None))
+    assert load_metric("pickscore", "", None, None).formula == "yuvalkirstain/PickScore_v1"
+    metric.undo()
+    call("evaluate", *words, "--model", "tiny", "--metrics", "pickscore")
+    assert "tiny" in json.loads((tmp_path / "out/results.json").read_text())["metrics"]["pickscore"]
+    call("evaluate", *words[:-1], tmp_path / "other", "--metrics", "aesthetics")         # needs no tokenizer
+
+
 def test_scores_are_kept_while_pictures_prompts_and_weights_last(kind, trained, tmp_path, monkeypatch, pickscore_metric):
     seen = []
 
