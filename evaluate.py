@@ -14,6 +14,7 @@ The defaults are the paper's protocol (DDIM, 20 steps, guidance 5); it is writte
 """
 import hashlib
 import json
+import math
 import re
 import sys
 from dataclasses import dataclass, replace
@@ -159,6 +160,14 @@ def rehearse(pipe: Pipeline, models: dict[str, str], words: tuple[str, ...], loa
         load(word).score([Image.new("RGB", (side, side))], [prompt])
 
 
+def refuse_damaged(images: torch.Tensor, name: str, prompts: list[str]) -> None:
+    """InputError for the first of the pictures [N, 3, H, W] that holds NaN or infinity."""
+    sound = images.isfinite().flatten(1).all(1).tolist()
+    if not all(sound):
+        raise InputError(f"{name}: draws NaN for the prompt {prompts[sound.index(False)]!r}; --dtype bf16 or fp32 instead of fp16, another "
+                         "--vae, or the weights of the candidate are damaged")
+
+
 def draw_all(pipe: Pipeline, models: dict[str, str], prompts: list[str], config: EvaluateConfig, processes: Processes,
              folder: Path, todo: dict[str, list[int]]) -> None:
     """Draw this process's share of `todo` {model: indices of prompts} into folder/NAME/00000.png."""
@@ -171,37 +180,58 @@ def draw_all(pipe: Pipeline, models: dict[str, str], prompts: list[str], config:
             part = mine[begin:begin + config.batch]
             latents = generate_latents(pipe, [prompts[i] for i in part], [config.seed + i for i in part], config.steps,
                                        config.guidance_scale, config.eta, config.resolution or None)
-            images = (decode(pipe, latents, config.batch) / 2 + 0.5).clamp(0, 1)
-            for i, image in zip(part, to_pil(images)):
+            images = decode(pipe, latents, config.batch) / 2 + 0.5
+            refuse_damaged(images, name, [prompts[i] for i in part])
+            for i, image in zip(part, to_pil(images.clamp(0, 1))):
                 write_atomic(folder / name / f"{i:05d}.png", lambda p, image=image: image.save(p, format="PNG"))
     wear(pipe, "")
 
 
 def score_all(metric: Metric, files: dict[str, list[Path]], digests: dict[str, str], prompts: list[str], batch: int,
               processes: Processes, folder: Path) -> dict[str, list[float]]:
-    """{model: one score per picture}, on every process. Kept in folder/MODEL.METRIC.json while pictures, prompts and weights last."""
+    """{model: one score per picture}, on every process. Kept in folder/MODEL.METRIC.json while pictures, prompts and weights last.
+
+    Until all are there, each process keeps its own after every batch in a .part file beside it (None where it has none); the next
+    start, with however many processes, goes on from all of them.
+    """
     out = {}
     for name, paths in files.items():
-        scores = torch.zeros(len(prompts), dtype=torch.float64)
-        identity = dict(formula=metric.formula, weights=metric.weights, pictures=digests.get(name),
+        identity = dict(formula=metric.formula, weights=metric.weights, pictures=digests[name],
                         prompts=hashlib.sha256("\n".join(prompts).encode()).hexdigest())
-        kept, path = {}, folder / f"{name}.{metric.name}.json"
-        if processes.main and path.exists():
-            kept = read_json(path)
-        if processes.any(kept.get("identity") == identity):
-            if processes.main:
-                scores = torch.tensor(kept["scores"], dtype=torch.float64)
-        else:
-            mine = processes.share(len(prompts))
-            for begin in tqdm(range(0, len(mine), batch), desc=f"{metric.name} {name}", disable=not processes.main):
-                part = mine[begin:begin + batch]
-                scores[part] = metric.score([open_image(paths[i]) for i in part], [prompts[i] for i in part]).double().cpu()
-        scores = scores.to(processes.device)
-        processes.sum([scores])
-        out[name] = scores.tolist()
+        stem, kept = f"{name}.{metric.name}", {}
+
+        def parts() -> list[Path]:
+            return [p for p in folder.iterdir() if p.name.startswith(f"{stem}.part")]
+
+        def keep(path: Path, scores: dict[int, float]) -> None:
+            write_json(path, dict(identity=identity, scores=[scores.get(i) for i in range(len(prompts))]))
+
         if processes.main:
             folder.mkdir(parents=True, exist_ok=True)
-            write_json(path, dict(identity=identity, scores=out[name]))
+            for path in [folder / f"{stem}.json", *parts()]:
+                old = read_json(path) if path.exists() else {}
+                if old.get("identity") == identity:
+                    kept |= {i: score for i, score in enumerate(old["scores"]) if score is not None}
+            if kept:
+                keep(folder / f"{stem}.part0.json", kept)           # before another process writes over its own
+        kept = processes.union(kept)
+        todo = [i for i in range(len(prompts)) if i not in kept]
+        mine, fresh = [todo[i] for i in processes.share(len(todo))], dict(kept) if processes.main else {}
+        for begin in tqdm(range(0, len(mine), batch), desc=f"{metric.name} {name}", disable=not processes.main):
+            part = mine[begin:begin + batch]
+            scores = metric.score([open_image(paths[i]) for i in part], [prompts[i] for i in part]).double().tolist()
+            for i, score in zip(part, scores):
+                if not math.isfinite(score):
+                    raise InputError(f"{metric.name}: {score} for {paths[i]} of {name}, prompt {prompts[i]!r}; the metric's weights or the "
+                                     "picture are damaged")
+            fresh |= dict(zip(part, scores))
+            keep(folder / f"{stem}.part{processes.rank}.json", fresh)
+        kept |= processes.union(fresh)
+        out[name] = [kept[i] for i in range(len(prompts))]
+        if processes.main:
+            keep(folder / f"{stem}.json", kept)
+            for path in parts():
+                path.unlink()
     return out
 
 
@@ -315,6 +345,7 @@ def main() -> None:
             wear(pipe, source)
             image = generate(pipe, [config.prompt], [config.seed], steps=config.steps, guidance_scale=config.guidance_scale,
                              eta=config.eta, resolution=config.resolution or None)
+            refuse_damaged(image, name, [config.prompt])
             folder.mkdir(parents=True, exist_ok=True)
             to_pil(image)[0].save(folder / f"{name}.png")
             print(folder / f"{name}.png")
@@ -355,7 +386,7 @@ def main() -> None:
     if config.export_geneval and processes.main:
         for name, paths in files.items():
             geneval.export(chosen.rows, paths, Path(config.export_geneval) / name)
-    digests = {name: digest(paths) for name, paths in files.items()} if processes.main else {}
+    digests = processes.union({name: digest(paths) for name, paths in files.items()} if processes.main else {})
     scores, metrics = {name: {} for name in files}, []
     for word in config.metrics:
         metric = load(word)

@@ -301,6 +301,48 @@ def test_scores_are_kept_while_pictures_prompts_and_weights_last(kind, trained, 
     assert len(seen) == 14
 
 
+def test_scoring_goes_on_where_it_was_stopped(tmp_path):
+    """One of two processes, stopped twice; what the other had is not lost; a changed picture or prompt makes all anew."""
+    seen, stop = [], 0
+    files, prompts = {"a": [tmp_path / f"{i}.png" for i in range(7)]}, [str(i) for i in range(7)]
+    for i, path in enumerate(files["a"]):
+        Image.new("RGB", (4, 4), (i, 0, 0)).save(path)
+
+    def score(images, words):
+        if len(seen) >= stop:
+            raise KeyboardInterrupt
+        seen.extend(words)
+        return torch.tensor([float(i.getpixel((0, 0))[0]) / 3 for i in images])
+
+    def run(limit: int, rank: int = 0, world: int = 1, digest: str = "d"):
+        nonlocal stop
+        seen.clear()
+        stop = limit
+        processes = evaluate.Processes(rank, world, torch.device("cpu"))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(evaluate.Processes, "union", lambda self, mine: mine)          # the other process is not there
+            return evaluate.score_all(metrics.Metric("m", "f", score), files, {"a": digest}, prompts, 2, processes, tmp_path / "s")
+
+    for limit, rank, count, want in ((2, 0, 1, "01"), (2, 1, 2, "13"), (2, 0, 1, "24")):
+        with pytest.raises(KeyboardInterrupt):
+            run(limit, rank, count)
+        assert "".join(seen) == want
+    got = run(9)["a"]
+    assert "".join(seen) == "56" and got == pytest.approx([i / 3 for i in range(7)]) and [p.name for p in (tmp_path / "s").iterdir()] == ["a.m.json"]
+    assert run(0)["a"] == got and run(9, digest="e")["a"] == got and len(seen) == 7
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_is_named(value, tmp_path):
+    with pytest.raises(InputError, match="spo: draws NaN for the prompt 'second'"):
+        evaluate.refuse_damaged(torch.tensor([0.0, value]).view(2, 1, 1, 1), "spo", ["first", "second"])
+    Image.new("RGB", (4, 4)).save(tmp_path / "0.png")
+    metric = metrics.Metric("m", "f", lambda images, prompts: torch.tensor([value]))
+    with pytest.raises(InputError, match="m: (nan|inf) for .*0.png of spo, prompt 'second'"):
+        evaluate.score_all(metric, {"spo": [tmp_path / "0.png"]}, {"spo": "d"}, ["second"], 2, evaluate.Processes(0, 1, torch.device("cpu")),
+                           tmp_path / "s")
+
+
 def test_means_by_group(kind, tmp_path):
     """PartiPrompts' categories: each group's mean, and their unweighted mean."""
     rows = ["Prompt\tCategory", "a red circle\tSingles", "two blue squares\tCounts", "three cyan crosses\tCounts"]
