@@ -83,7 +83,7 @@ PRESETS = {
 
 
 def candidates(config: EvaluateConfig) -> dict[str, str]:
-    """Name -> weight file or "" for the base; a folder stands for the UNet or the LoRA in it."""
+    """Name -> weight file or "" for the base; a folder or hub id stands for the UNet or the LoRA in it."""
     out = {}
     for word in config.lora:
         name, equals, source = word.partition("=")
@@ -93,11 +93,24 @@ def candidates(config: EvaluateConfig) -> dict[str, str]:
             path = fetch(source, ["unet/*.safetensors*", "diffusion_pytorch_model*.safetensors*", "pytorch_lora_weights.safetensors"])
             if (path / "unet").is_dir():
                 path = weight_file(path / "unet")
-            elif path.is_dir():
-                path = weight_file(path) if any(path.glob("diffusion_pytorch_model*")) else path / "pytorch_lora_weights.safetensors"
+            elif any(path.glob("diffusion_pytorch_model*")):
+                path = weight_file(path)
+            elif not path.is_file():
+                path = lora_file(source, path)
             source = str(path)
         out[name] = source
     return out
+
+
+def lora_file(source: str, folder: Path) -> Path:
+    """The LoRA in a folder: pytorch_lora_weights.safetensors, or the only .safetensors file; official ones have names of their own."""
+    path = folder / "pytorch_lora_weights.safetensors"
+    if path.is_file():
+        return path
+    files = sorted(fetch(source, ["*.safetensors"]).glob("*.safetensors"))
+    if len(files) != 1:
+        raise InputError(f"{source}: holds {', '.join(p.name for p in files) or 'no .safetensors file'}; say which with {source}/FILE")
+    return files[0]
 
 
 def wear(pipe: Pipeline, source: str) -> None:

@@ -215,6 +215,29 @@ def test_whole_unets_are_candidates(kind, trained, tmp_path, sd, other_unet, mon
     assert np.abs(np.asarray(image).astype(int) - np.asarray(evaluate.Image.open(tmp_path / "e/images/dpo/00000.png"))).max() <= 1
 
 
+def test_loras_with_names_of_their_own(trained, tmp_path, monkeypatch):
+    """The only file of a folder, one named in a hub repository; several, or none, are named in the refusal."""
+    of = lambda source: evaluate.candidates(evaluate.EvaluateConfig(lora=(f"spo={source}",)))["spo"]  # noqa: E731
+    home = tmp_path / "home"
+    home.mkdir()
+    with pytest.raises(InputError, match="holds no .safetensors file"):
+        of(home)
+    shutil.copy(trained[0], home / "spo_lora_diffusers.safetensors")
+    assert of(home) == str(home / "spo_lora_diffusers.safetensors")
+    shutil.copy(trained[1], home / "spo_lora_webui.safetensors")
+    with pytest.raises(InputError, match="spo_lora_diffusers.safetensors, spo_lora_webui.safetensors; say which with .*home/FILE"):
+        of(home)
+    shutil.copy(trained[1], home / "pytorch_lora_weights.safetensors")
+    assert of(home).endswith("pytorch_lora_weights.safetensors")
+    import huggingface_hub
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda repo, file, **_: home / file if repo == "owner/name" else None)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda repo, allow_patterns, **_: home)
+    assert of("owner/name/spo_lora_webui.safetensors") == str(home / "spo_lora_webui.safetensors")
+    (home / "pytorch_lora_weights.safetensors").unlink()
+    with pytest.raises(InputError, match="say which with owner/name/FILE"):
+        of("owner/name")
+
+
 def test_unets_of_another_shape_are_refused(kind, other_unet, sdxl):
     with pytest.raises(InputError, match="UNet"):
         call("evaluate", *kind, "--lora", f"dpo={sdxl}")
