@@ -12,6 +12,7 @@ Shapes: Q queries, h w a mask's side inside the network, H W the picture's.
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -189,7 +190,13 @@ def geneval(source: str, clip_source: str, rows: list[dict], tokenizer, device: 
 
 
 def export(rows: list[dict], pictures: list[Path], folder: Path) -> None:
-    """Pictures (equally many of each row, in its order) as 00000/metadata.jsonl and 00000/samples/0000.png, linked or copied."""
+    """Pictures (equally many of each row, in its order) as 00000/metadata.jsonl and 00000/samples/0000.png, linked or copied.
+
+    An earlier export's folders go first: the original scorer counts whatever it finds.
+    """
+    for old in folder.glob("[0-9]" * 5):
+        if (old / "metadata.jsonl").exists():
+            shutil.rmtree(old)
     each = len(pictures) // len(rows)
     for i, path in enumerate(pictures):
         home = folder / f"{i // each:05d}"
@@ -197,11 +204,10 @@ def export(rows: list[dict], pictures: list[Path], folder: Path) -> None:
         if i % each == 0:
             write_atomic(home / "metadata.jsonl", lambda p: p.write_text(json.dumps(rows[i // each])))
         target = home / "samples" / f"{i % each:04d}.png"
-        target.unlink(missing_ok=True)
         if path.suffix == ".png":
             try:
                 os.link(path, target)
                 continue
             except OSError:             # another file system
                 pass
-        Image.open(path).save(target)
+        ImageOps.exif_transpose(Image.open(path)).convert("RGB").save(target)       # a PNG keeps neither the turn nor CMYK

@@ -287,6 +287,21 @@ def test_export_is_the_originals_layout(tmp_path):
         assert last.format == "PNG" and abs(last.getpixel((0, 0))[0] - 200) < 4
 
 
+def test_export_leaves_nothing_stale_and_turns_pictures(tmp_path):
+    """Fewer rows and samples than before; a turned JPEG in CMYK; a folder of the user's own stays."""
+    exif, image = Image.Exif(), Image.new("CMYK", (8, 16), (0, 255, 255, 0))
+    exif[0x0112] = 6
+    image.paste((255, 0, 255, 0), (0, 0, 8, 8))                     # the upper half, which the turn puts to the right
+    image.save(tmp_path / "a.jpg", exif=exif)
+    (tmp_path / "out/00009").mkdir(parents=True)
+    export([dict(POSITION, prompt=str(i)) for i in range(2)], [tmp_path / "a.jpg"] * 4, tmp_path / "out")
+    export([dict(POSITION, prompt="0")], [tmp_path / "a.jpg"], tmp_path / "out")
+    assert sorted(p.name for p in (tmp_path / "out").rglob("*")) == ["00000", "00009", "0000.png", "metadata.jsonl", "samples"]
+    with Image.open(tmp_path / "out/00000/samples/0000.png") as out, Image.open(tmp_path / "a.jpg") as source:
+        assert out.size == (16, 8) and out.mode == "RGB"
+        assert out.getpixel((14, 4)) == source.convert("RGB").getpixel((4, 1)) != out.getpixel((1, 4))
+
+
 @pytest.mark.skipif(not METADATA.exists(), reason="needs GenEval's metadata")
 def test_official_metadata():
     """All 553: the tags' counts; every class is one of the detector's; a picture with just what is listed is right, one without is not."""
