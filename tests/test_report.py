@@ -1,4 +1,6 @@
 """report.py and study.py: the pages as a reader finds them, driven in a headless Chromium (skipped where there is none)."""
+import base64
+import io
 import json
 import re
 import shutil
@@ -187,6 +189,21 @@ def test_study_in_a_browser(tmp_path, browser):
     assert "1 raters, 18 votes on 6 prompts" in study.tally((str(saved),))
 
 
+def test_study_can_be_mailed(tmp_path):
+    """Four pairs of ten, the seed's, as JPEG of at most 512 pixels; both pictures of a pair belong to its prompt."""
+    files, prompts = pictures(tmp_path, ["base", "spo"], 10, 700), [str(i) for i in range(10)]
+    for seed in (0, 0, 1):
+        study.write_study(tmp_path / f"{seed}.html", files, prompts, 4, seed)
+    one, other = (embedded(tmp_path / f"{seed}.html")["items"] for seed in (0, 1))
+    assert len({item["prompt"] for item in one}) == 4 and [i["prompt"] for i in one] != [i["prompt"] for i in other]
+    for item in one:
+        for m, uri in enumerate(item["images"]):
+            head, _, body = uri.partition(",")
+            with Image.open(io.BytesIO(base64.b64decode(body))) as image:
+                assert image.size == (512, 512) and "jpeg" in head
+                assert image.getpixel((9, 9)) == pytest.approx((20 * int(item["prompt"]), 90 * m, 40), abs=3)
+
+
 def ballot(folder, rater: int, votes: list[tuple[str, str]], **changes) -> str:
     """A vote file."""
     value = dict(study="s", models=["base", "spo"], prompts=4, rater=rater, votes=[dict(item=0, question=q, choice=c) for q, c in votes]) | changes
@@ -202,6 +219,7 @@ def test_tally_by_hand(tmp_path):
     low, high = scipy.stats.binomtest(7, 10).proportion_ci(method="wilson")
     assert line == f"| general | 60.0 % | 20.0 % | 20.0 % | 70.0 % | {100 * low:.1f} to {100 * high:.1f} | 10 |"
     assert "| visual appeal |  |  |  |  |  | 0 |" in study.tally(files)
+    assert "take all votes as independent" in study.tally(files)
     assert call("evaluate", "--tally", *files).strip() == study.tally(files)
 
 
@@ -216,7 +234,9 @@ def test_bad_votes(tmp_path):
     for other, message in ((ballot(tmp_path, 2, [("general", "spo")], study="t"), "another study"), (good, "already among"),
                            (ballot(tmp_path, 3, [("general", "dpo")]), "not a file of votes"), (ballot(tmp_path, 4, [("taste", "spo")]), "not a file"),
                            (ballot(tmp_path, 5, [], models=None), "not a file"), (ballot(tmp_path, 6, [], models=["a"]), "not a file"),
-                           (str(tmp_path / "none.json"), "not found")):
+                           (ballot(tmp_path, 7, [], prompts=None), "not a file"), (ballot(tmp_path, 8, [], study=None), "not a file"),
+                           (ballot(tmp_path, "nine", []), "not a file"), (ballot(tmp_path, 10, [(["general"], "spo")]), "not a file"),
+                           (str(tmp_path), "cannot be read"), (str(tmp_path / "none.json"), "not found")):
         with pytest.raises(InputError, match=message):
             study.tally((good, other))
 
