@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 import geneval
 import lora
-from diffusion import (DTYPES, NEGATIVE, SDXL_VAE, TINY, Pipeline, decode, first_tokenizer, generate, generate_latents, grid, load_clip,
+from diffusion import (DTYPES, NEGATIVE, SDXL_VAE, TINY, Pipeline, decode, first_tokenizer, generate, generate_latents, grid,
                        load_pipeline, to_pil)
 from metrics import WITH_TOKENIZER, Metric, fingerprint, load_metric, metric_sources
 from prompt_sets import prompt_set
@@ -55,6 +55,7 @@ class EvaluateConfig:
     logs: tuple[str, ...] = opt((), "name=RUNFOLDER of training runs whose learning curves the report shows")
     report_rows: int = opt(200, "pictures of each model in the report, evenly spaced in the list")
     study: str = opt("", "also write a page for a human study here: the first two candidates side by side, blind")
+    study_pairs: int = opt(300, "pairs of pictures in it, drawn by the seed (P: 300); 0: all")
     tally: tuple[str, ...] = opt((), "only add up the votes that study pages exported, votes*.json")
     limit: int = opt(0, "only the first so many prompts; 0: all")
     seed: int = opt(0, "picture i of every model starts from seed + i")
@@ -73,6 +74,7 @@ class EvaluateConfig:
     tokenizer: str = opt("", "single files: folder or hub id with tokenizer/ (and tokenizer_2/); empty: the official one")
     prompt: str = opt("", "only draw this prompt with every candidate, no scores")
     trace: str = opt("", "only draw one SPO trajectory of this prompt with its candidates and scores")
+    spm: str = opt("", "who judges it: folder, file or hub id; empty: the model's own for tiny, sd15 and sdxl")
 
 
 PRESETS = {
@@ -342,6 +344,8 @@ def main() -> None:
     sources = {} if only else dict(metric_sources(word) for word in config.metrics)     # refused before hours of drawing, not after
     if not only and len(sources) != len(config.metrics):
         raise InputError(f"--metrics {' '.join(config.metrics)}: each metric once")
+    if config.images and only:
+        raise InputError(f"--images {config.images}: pictures made elsewhere are only scored; leave out --trace and --prompt, or --images")
     if config.study and len(config.lora) < 2 and not config.images:
         raise InputError(f"--study {config.study}: compares two candidates; give a second one, --lora base= spo=FILE")
     if config.images:
@@ -350,6 +354,7 @@ def main() -> None:
         models = candidates(config)
         pipe = load_pipeline(config.model, DTYPES[config.dtype], processes.device, vae=config.vae or None,
                              prediction_type=config.prediction_type, tokenizer=config.tokenizer, zero_negative=NEGATIVE[config.negative])
+        pipe.check_resolution(config.resolution)
         tokenizer = pipe.tokenizers[0]
     if config.trace:
         return trace(pipe, models, config, folder)
@@ -399,6 +404,7 @@ def main() -> None:
     if config.export_geneval and processes.main:
         for name, paths in files.items():
             geneval.export(chosen.rows, paths, Path(config.export_geneval) / name)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False         # metrics are promised in fp32
     digests = processes.union({name: digest(paths) for name, paths in files.items()} if processes.main else {})
     scores, metrics = {name: {} for name in files}, []
     for word in config.metrics:
@@ -422,7 +428,7 @@ def main() -> None:
     write_report(folder / "report.html", text, protocol, {m.name: m.formula for m in metrics}, files, prompts, scores, logs,
                  config.report_rows)
     if config.study:
-        write_study(Path(config.study), files, prompts)
+        write_study(Path(config.study), files, prompts, config.study_pairs, config.seed)
     print(text)
     print(f"{'' if config.images else 'pictures, '}results.json, results.md, grid.png and report.html in {folder}")
 
@@ -465,8 +471,9 @@ def claim(folder: Path, identity: dict, processes: Processes) -> None:
 def trace(pipe: Pipeline, models: dict[str, str], config: EvaluateConfig, folder: Path) -> None:
     """Draw one SPO trajectory per candidate with the settings that the model is trained with."""
     import spo_train
-    settings = spo_train.SPOConfig(**(spo_train.PRESETS.get(config.model, {}) | dict(model=config.model)))
-    judge = load_clip(spo_train.judge_source(settings), DTYPES[config.dtype], pipe.device)
+    own = dict(model=config.model, spm=config.spm, dtype=config.dtype)
+    settings = spo_train.SPOConfig(**(spo_train.PRESETS.get(config.model, {}) | own))
+    judge = spo_train.load_judge(settings, pipe.device)
     folder.mkdir(parents=True, exist_ok=True)
     for name, source in models.items():
         wear(pipe, source)

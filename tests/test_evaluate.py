@@ -423,6 +423,7 @@ def test_two_processes_evaluate_what_one_does(kind, trained, tmp_path):
     (("--lora", "base"), "name=FILE"), (("--lora", "a=", "a="), "each name once"), (("--lora", "a/b="), "name=FILE"),
     (("--lora", "a=nowhere.safetensors"), "nowhere.safetensors"), (("--metrics", "beauty"), "unknown metric 'beauty'"),
     (("--metrics", "hpsv2", "hpsv2"), "each metric once"), (("--metrics", "aesthetic-v1"), "aesthetic-v1=FILE"), (("--prompts", "geneval"), "geneval=FILE"),
+    (("--resolution", "17"), "multiple of 2"), (("--images", "x", "--trace", "a red circle"), "leave out --trace"), (("--trace", "a red circle"), "--spm"),
     (("--steps", "0"), "--steps 0"), (("--prompts", "none.txt"), "none.txt"), (("--metric", "pickscore"), "did you mean --metrics?")])
 def test_mistakes_are_one_line(sd, prompts, tmp_path, words, says):
     with pytest.raises(InputError) as caught:
@@ -434,6 +435,28 @@ def test_one_prompt_for_every_candidate(sd, trained, tmp_path):
     call("evaluate", "--model", sd, "--dtype", "fp32", "--steps", 2, "--out", tmp_path, "--prompt", "a red circle",
          "--lora", "base=", f"spo={trained[0]}")
     assert (tmp_path / "base.png").read_bytes() != (tmp_path / "spo.png").read_bytes()
+
+
+def test_trace_of_any_model(sd, spm, trained, tmp_path):
+    """A folder knows no judge of its own: --spm names it. Sixteen pools of four."""
+    call("evaluate", "--model", sd, "--dtype", "fp32", "--trace", "a red circle", "--spm", spm, "--lora", f"spo={trained[0]}", "--out", tmp_path)
+    with Image.open(tmp_path / "trace-spo.png") as image:
+        assert image.size == (64 + 4 * 108, 16 * 124) and {(0x1a, 0x98, 0x50), (0x2b, 0x6c, 0xff)} & {c for _, c in image.getcolors(10 ** 6)}
+
+
+def test_metrics_run_in_fp32(kind, tmp_path, monkeypatch, pickscore_metric):
+    """Drawing may use TF32, scoring does not."""
+    (tmp_path / "p/x").mkdir(parents=True)
+    for i in range(7):
+        Image.new("RGB", (16, 16)).save(tmp_path / f"p/x/{i}.png")
+    seen = []
+    flags = torch.backends.cuda.matmul, torch.backends.cudnn
+    for flag in flags:
+        monkeypatch.setattr(flag, "allow_tf32", True)
+    monkeypatch.setattr(evaluate, "load_metric", lambda *a: metrics.Metric(
+        "m", "f", lambda images, _: seen.extend(f.allow_tf32 for f in flags) or torch.zeros(len(images))))
+    call("evaluate", *kind, "--images", tmp_path / "p", "--metrics", "aesthetics")
+    assert seen and not any(seen)
 
 
 def test_alignment_wants_captions_of_the_world():
