@@ -56,31 +56,33 @@ def embedded(page) -> dict:
 # The report
 
 @pytest.fixture(scope="module")
-def evaluated(sd, pickscore, tmp_path_factory):
-    """A real evaluation of two candidates, with logs of a real training run."""
+def evaluated(tmp_path_factory):
+    """The tiny model and a LoRA of one short round: a trajectory traced first, then an evaluation with the training run's log."""
     folder = tmp_path_factory.mktemp("report")
     prompts = folder / "prompts.txt"
     prompts.write_text("\n".join([*PROMPTS[:3], NASTY]))
-    call("spo_train", "--model", sd, "--judge", "pickscore", "--spm", pickscore, "--prompts", prompts, "--dtype", "fp32", "--rounds", 2,
-         "--threshold", 0, "--steps", 5, "--prompts_per_round", 2, "--out", folder / "run", "--lr", 0.05)
-    call("evaluate", "--model", sd, "--lora", "base=", f"spo={folder / 'run'}", "--prompts", prompts, "--metrics", f"pickscore={pickscore}",
-         "--dtype", "fp32", "--steps", 2, "--images_per_prompt", 2, "--out", folder / "out", "--logs", f"spo={folder / 'run'}",
-         "--study", folder / "study.html", "--seed", 3)
+    call("spo_train", "--prompts", prompts, "--rounds", 1, "--threshold", 0, "--steps", 5, "--prompts_per_round", 2, "--grid_every", 0,
+         "--out", folder / "run", "--lr", 0.05)
+    lora = f"spo={folder / 'run'}"
+    call("evaluate", "--trace", PROMPTS[0], "--lora", lora, "--out", folder / "out")
+    call("evaluate", "--lora", "base=", lora, "--prompts", prompts, "--metrics", "pickscore", "--steps", 2, "--images_per_prompt", 2,
+         "--out", folder / "out", "--logs", lora, "--study", folder / "study.html", "--seed", 3)
     return folder
 
 
 def test_report_holds_everything_and_needs_nothing(evaluated):
     page = (evaluated / "out/report.html").read_text()
-    assert not re.search(r'(src|href)="(?!data:)', page) and "http" not in re.sub(r"data:image/png;base64,[\w+/=]+", "", page)
+    assert not re.search(r'(src|href)="(?!data:)', page) and "http" not in re.sub(r"data:image/(png|jpeg);base64,[\w+/=]+", "", page)
     data, results = embedded(evaluated / "out/report.html"), json.loads((evaluated / "out/results.json").read_text())
     assert data["models"] == ["base", "spo"] and len(data["rows"]) == 8 and data["rows"][-1]["prompt"] == NASTY
     for i, row in enumerate(data["rows"]):
         assert all(row["scores"][m]["pickscore"] == results["scores"][m]["pickscore"][i] for m in ("base", "spo"))
-    assert results["protocol"]["prompts_sha256"] in page and results["metrics"]["pickscore"].split("<")[0][:20] in page
+    assert results["protocol"]["prompts_sha256"] in page and "the tiny model&#x27;s PickScore" in page
     assert page.count("<svg") == len(report.CURVES)
 
 
-def test_report_sorts_in_a_browser(evaluated, browser):
+def test_report_in_a_browser(evaluated, browser):
+    """It sorts; every picture, the learning curves and the trajectory are there."""
     from selenium.webdriver.common.by import By
     from selenium.webdriver.support.ui import Select
     browser.get((evaluated / "out/report.html").as_uri())
@@ -95,10 +97,14 @@ def test_report_sorts_in_a_browser(evaluated, browser):
         Select(browser.find_element(By.ID, "order")).select_by_value(order)
         assert gains() == pytest.approx(sorted(expected, reverse=reverse))
     shown = browser.execute_script("return [...document.images].map(i => { i.loading = 'eager'; return i.src.length; })")
-    assert len(shown) == 16
+    assert len(shown) == 16 + 1
     browser.execute_async_script("const done = arguments[0]; Promise.all([...document.images].map(i => i.decode())).then(() => done())")
     assert all(browser.execute_script("return [...document.images].map(i => i.naturalWidth)"))
     assert browser.find_elements(By.CSS_SELECTOR, "#rows b") and not browser.find_elements(By.CSS_SELECTOR, "#rows p b")   # shown, not obeyed
+    trace = browser.find_element(By.CSS_SELECTOR, "img.trace")
+    assert trace.is_displayed() and trace.get_property("naturalWidth") == Image.open(evaluated / "out/trace-spo.png").width
+    curves = browser.find_elements(By.CSS_SELECTOR, ".curves svg")
+    assert len(curves) == len(browser.find_elements(By.TAG_NAME, "polyline")) == len(report.CURVES) and all(c.is_displayed() for c in curves)
 
 
 def test_report_takes_evenly_spaced_rows_and_shrinks_large_pictures(tmp_path):
