@@ -296,7 +296,7 @@ def test_export_leaves_nothing_stale_and_turns_pictures(tmp_path):
     (tmp_path / "out/00009").mkdir(parents=True)
     export([dict(POSITION, prompt=str(i)) for i in range(2)], [tmp_path / "a.jpg"] * 4, tmp_path / "out")
     export([dict(POSITION, prompt="0")], [tmp_path / "a.jpg"], tmp_path / "out")
-    assert sorted(p.name for p in (tmp_path / "out").rglob("*")) == ["00000", "00009", "0000.png", "metadata.jsonl", "samples"]
+    assert sorted(p.name for p in (tmp_path / "out").rglob("*")) == ["0000.png", "00000", "00009", "metadata.jsonl", "samples"]
     with Image.open(tmp_path / "out/00000/samples/0000.png") as out, Image.open(tmp_path / "a.jpg") as source:
         assert out.size == (16, 8) and out.mode == "RGB"
         assert out.getpixel((14, 4)) == source.convert("RGB").getpixel((4, 1)) != out.getpixel((1, 4))
