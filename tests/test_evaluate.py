@@ -449,10 +449,9 @@ def test_metrics_run_in_fp32(kind, tmp_path, monkeypatch, pickscore_metric):
     (tmp_path / "p/x").mkdir(parents=True)
     for i in range(7):
         Image.new("RGB", (16, 16)).save(tmp_path / f"p/x/{i}.png")
-    seen = []
-    flags = torch.backends.cuda.matmul, torch.backends.cudnn
+    seen, flags = [], (torch.backends.cuda.matmul, torch.backends.cudnn)
     for flag in flags:
-        monkeypatch.setattr(flag, "allow_tf32", True)
+        flag.allow_tf32 = True
     monkeypatch.setattr(evaluate, "load_metric", lambda *a: metrics.Metric(
         "m", "f", lambda images, _: seen.extend(f.allow_tf32 for f in flags) or torch.zeros(len(images))))
     call("evaluate", *kind, "--images", tmp_path / "p", "--metrics", "aesthetics")
