@@ -346,10 +346,12 @@ def test_scoring_goes_on_where_it_was_stopped(tmp_path):
             patch.setattr(evaluate.Processes, "union", lambda self, mine: mine)          # the other process is not there
             return evaluate.score_all(metrics.Metric("m", "f", score), files, {"a": digest}, prompts, 2, processes, tmp_path / "s")
 
-    for limit, rank, count, want in ((2, 0, 1, "01"), (2, 1, 2, "13"), (2, 0, 1, "24")):
+    for limit, rank, count, want in ((2, 0, 1, "01"), (2, 1, 2, "13"), (0, 0, 1, ""), (2, 0, 1, "24")):
         with pytest.raises(KeyboardInterrupt):
             run(limit, rank, count)
         assert "".join(seen) == want
+        if not limit:                   # the second process begins its file anew; what it held is the first one's by now
+            (tmp_path / "s/a.m.part1.json").unlink()
     got = run(9)["a"]
     assert "".join(seen) == "56" and got == pytest.approx([i / 3 for i in range(7)]) and [p.name for p in (tmp_path / "s").iterdir()] == ["a.m.json"]
     assert run(0)["a"] == got and run(9, digest="e")["a"] == got and len(seen) == 7
