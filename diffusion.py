@@ -86,6 +86,11 @@ class Pipeline:
         """Side of a picture in pixels: `resolution`, or the model's own for 0 and None."""
         return resolution or self.unet.config.sample_size * self.vae.factor
 
+    def check_resolution(self, resolution: int) -> None:
+        """InputError for pictures that no whole number of latent positions makes; 0 is the model's own."""
+        if resolution < 0 or resolution % self.vae.factor:
+            raise InputError(f"--resolution {resolution}: must be a multiple of {self.vae.factor}, the VAE's reduction of {self.name}")
+
     def latent_shape(self, resolution: int | None = None) -> tuple[int, int, int]:
         """(C, H, W) of a latent, at the model's own resolution or for pictures of `resolution` pixels a side."""
         side = self.unet.config.sample_size if resolution is None else resolution // self.vae.factor
@@ -154,8 +159,8 @@ def _tokenizer(folder: Path):
 
 
 def first_tokenizer(source: str, tokenizer: str = ""):
-    """The first tokenizer of a model (as load_pipeline takes it) alone; CLIP-H and CLIP-L share it."""
-    single = source.endswith((".safetensors", ".ckpt"))
+    """The first tokenizer of a model (as load_pipeline takes it, "" for none) alone; CLIP-H and CLIP-L share it."""
+    single = not source or source.endswith((".safetensors", ".ckpt"))
     return _tokenizer(fetch(tokenizer or NAMES["sd15"] if single else NAMES.get(source, source), ["tokenizer/*"]) / "tokenizer")
 
 

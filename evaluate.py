@@ -14,6 +14,9 @@ The defaults are the paper's protocol (DDIM, 20 steps, guidance 5); it is writte
 """
 import hashlib
 import json
+import math
+import re
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -24,9 +27,9 @@ from tqdm import tqdm
 
 import geneval
 import lora
-from diffusion import (DTYPES, NEGATIVE, SDXL_VAE, TINY, Pipeline, decode, first_tokenizer, generate, generate_latents, grid, load_clip,
+from diffusion import (DTYPES, NEGATIVE, SDXL_VAE, TINY, Pipeline, decode, first_tokenizer, generate, generate_latents, grid,
                        load_pipeline, to_pil)
-from metrics import Metric, load_metric, metric_sources
+from metrics import WITH_TOKENIZER, Metric, fingerprint, load_metric, metric_sources
 from prompt_sets import prompt_set
 from report import read_logs, write_report
 from study import tally, write_study
@@ -38,7 +41,8 @@ from weights import InputError, clean, fetch, load_strict, read_json, read_weigh
 @dataclass
 class EvaluateConfig:
     """Every option."""
-    model: str = opt("tiny", "tiny, sd15, sdxl, a folder or hub id in the diffusers layout, or a single-file checkpoint")
+    model: str = opt("", "tiny, sd15, sdxl, a folder or hub id in the diffusers layout, or a single-file checkpoint; empty: tiny, or "
+                         "with --images no model, the official PickScore and CLIP tokenizer")
     lora: tuple[str, ...] = opt(("base=",), "candidates as name=SOURCE: a LoRA (file or run folder), a whole UNet (file, "
                                           "folder or hub id), or nothing for the base model")
     images: str = opt("", "score pictures made elsewhere, FOLDER/NAME/*.png in the order of the prompts, instead of drawing")
@@ -51,6 +55,7 @@ class EvaluateConfig:
     logs: tuple[str, ...] = opt((), "name=RUNFOLDER of training runs whose learning curves the report shows")
     report_rows: int = opt(200, "pictures of each model in the report, evenly spaced in the list")
     study: str = opt("", "also write a page for a human study here: the first two candidates side by side, blind")
+    study_pairs: int = opt(300, "pairs of pictures in it, drawn by the seed (P: 300); 0: all")
     tally: tuple[str, ...] = opt((), "only add up the votes that study pages exported, votes*.json")
     limit: int = opt(0, "only the first so many prompts; 0: all")
     seed: int = opt(0, "picture i of every model starts from seed + i")
@@ -69,6 +74,7 @@ class EvaluateConfig:
     tokenizer: str = opt("", "single files: folder or hub id with tokenizer/ (and tokenizer_2/); empty: the official one")
     prompt: str = opt("", "only draw this prompt with every candidate, no scores")
     trace: str = opt("", "only draw one SPO trajectory of this prompt with its candidates and scores")
+    spm: str = opt("", "who judges it: folder, file or hub id; empty: the model's own for tiny, sd15 and sdxl")
 
 
 PRESETS = {
@@ -79,7 +85,7 @@ PRESETS = {
 
 
 def candidates(config: EvaluateConfig) -> dict[str, str]:
-    """Name -> weight file or "" for the base; a folder stands for the UNet or the LoRA in it."""
+    """Name -> weight file or "" for the base; a folder or hub id stands for the UNet or the LoRA in it."""
     out = {}
     for word in config.lora:
         name, equals, source = word.partition("=")
@@ -89,11 +95,24 @@ def candidates(config: EvaluateConfig) -> dict[str, str]:
             path = fetch(source, ["unet/*.safetensors*", "diffusion_pytorch_model*.safetensors*", "pytorch_lora_weights.safetensors"])
             if (path / "unet").is_dir():
                 path = weight_file(path / "unet")
-            elif path.is_dir():
-                path = weight_file(path) if any(path.glob("diffusion_pytorch_model*")) else path / "pytorch_lora_weights.safetensors"
+            elif any(path.glob("diffusion_pytorch_model*")):
+                path = weight_file(path)
+            elif not path.is_file():
+                path = lora_file(source, path)
             source = str(path)
         out[name] = source
     return out
+
+
+def lora_file(source: str, folder: Path) -> Path:
+    """The LoRA in a folder: pytorch_lora_weights.safetensors, or the only .safetensors file; official ones have names of their own."""
+    path = folder / "pytorch_lora_weights.safetensors"
+    if path.is_file():
+        return path
+    files = sorted(fetch(source, ["*.safetensors"]).glob("*.safetensors"))
+    if len(files) != 1:
+        raise InputError(f"{source}: holds {', '.join(p.name for p in files) or 'no .safetensors file'}; say which with {source}/FILE")
+    return files[0]
 
 
 def wear(pipe: Pipeline, source: str) -> None:
@@ -121,11 +140,16 @@ def load_images(paths: list[Path]) -> torch.Tensor:
     return torch.stack([torch.from_numpy(np.asarray(i.resize(images[0].size)).copy()) for i in images]).permute(0, 3, 1, 2) / 255
 
 
+def natural(path: Path) -> list:
+    """Sorting key by which 10.png comes after 2.png."""
+    return [int(part) if i % 2 else part for i, part in enumerate(re.split(r"(\d+)", path.name))]
+
+
 def find_images(folder: str, count: int) -> dict[str, list[Path]]:
-    """FOLDER/NAME/* -> {NAME: its pictures by file name}; InputError unless there are `count` of every name."""
+    """FOLDER/NAME/* -> {NAME: its pictures by file name, numbers as numbers}; InputError unless there are `count` of every name."""
     if not Path(folder).is_dir():
         raise InputError(f"--images {folder}: no such folder")
-    files = {home.name: sorted(p for p in home.iterdir() if p.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"))
+    files = {home.name: sorted((p for p in home.iterdir() if p.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp")), key=natural)
              for home in sorted(Path(folder).iterdir(), key=lambda p: (p.name != "base", p.name)) if home.is_dir()}
     wrong = next((f"{name} holds {len(paths)}" for name, paths in files.items() if len(paths) != count), None)
     if wrong or not files:
@@ -134,48 +158,95 @@ def find_images(folder: str, count: int) -> dict[str, list[Path]]:
     return files
 
 
-def draw_all(pipe: Pipeline, models: dict[str, str], prompts: list[str], config: EvaluateConfig, processes: Processes,
-             folder: Path) -> None:
-    """Draw this process's share of all pictures into folder/NAME/00000.png; what is there already is not drawn again."""
-    for name, source in models.items():
+def undrawn(models: dict[str, str], count: int, processes: Processes, folder: Path) -> dict[str, list[int]]:
+    """{model: the pictures that are not there yet}. The main process looks before anybody draws, so that all deal out one list."""
+    return processes.union({name: [i for i in range(count) if not (folder / name / f"{i:05d}.png").exists()] for name in models}
+                           if processes.main else {})
+
+
+def rehearse(pipe: Pipeline, models: dict[str, str], words: tuple[str, ...], load, prompt: str, side: int) -> None:
+    """Wear every candidate, then let every metric (`load(word)`, one in memory at a time) score a blank picture.
+
+    What is wrong with a file is so said before hours of drawing, not after.
+    """
+    for source in [*models.values(), ""]:
         wear(pipe, source)
+    for word in words:
+        load(word).score([Image.new("RGB", (side, side))], [prompt])
+
+
+def refuse_damaged(images: torch.Tensor, name: str, prompts: list[str]) -> None:
+    """InputError for the first of the pictures [N, 3, H, W] that holds NaN or infinity."""
+    sound = images.isfinite().flatten(1).all(1).tolist()
+    if not all(sound):
+        raise InputError(f"{name}: draws NaN for the prompt {prompts[sound.index(False)]!r}; --dtype bf16 or fp32 instead of fp16, another "
+                         "--vae, or the weights of the candidate are damaged")
+
+
+def draw_all(pipe: Pipeline, models: dict[str, str], prompts: list[str], config: EvaluateConfig, processes: Processes,
+             folder: Path, todo: dict[str, list[int]]) -> None:
+    """Draw this process's share of `todo` {model: indices of prompts} into folder/NAME/00000.png."""
+    for name, source in models.items():
+        mine = [todo[name][i] for i in processes.share(len(todo[name]))]
+        if mine:
+            wear(pipe, source)
         (folder / name).mkdir(parents=True, exist_ok=True)
-        todo = [i for i in processes.share(len(prompts)) if not (folder / name / f"{i:05d}.png").exists()]
-        for begin in tqdm(range(0, len(todo), config.batch), desc=f"draw {name}", disable=not processes.main):
-            part = todo[begin:begin + config.batch]
+        for begin in tqdm(range(0, len(mine), config.batch), desc=f"draw {name}", disable=not processes.main):
+            part = mine[begin:begin + config.batch]
             latents = generate_latents(pipe, [prompts[i] for i in part], [config.seed + i for i in part], config.steps,
                                        config.guidance_scale, config.eta, config.resolution or None)
-            images = (decode(pipe, latents, config.batch) / 2 + 0.5).clamp(0, 1)
-            for i, image in zip(part, to_pil(images)):
+            images = decode(pipe, latents, config.batch) / 2 + 0.5
+            refuse_damaged(images, name, [prompts[i] for i in part])
+            for i, image in zip(part, to_pil(images.clamp(0, 1))):
                 write_atomic(folder / name / f"{i:05d}.png", lambda p, image=image: image.save(p, format="PNG"))
     wear(pipe, "")
 
 
 def score_all(metric: Metric, files: dict[str, list[Path]], digests: dict[str, str], prompts: list[str], batch: int,
               processes: Processes, folder: Path) -> dict[str, list[float]]:
-    """{model: one score per picture}, on every process. Kept in folder/MODEL.METRIC.json while pictures, prompts and weights last."""
+    """{model: one score per picture}, on every process. Kept in folder/MODEL.METRIC.json while pictures, prompts and weights last.
+
+    Until all are there, each process keeps its own after every batch in a .part file beside it (None where it has none); the next
+    start, with however many processes, goes on from all of them.
+    """
     out = {}
     for name, paths in files.items():
-        scores = torch.zeros(len(prompts), dtype=torch.float64)
-        identity = dict(formula=metric.formula, weights=metric.weights, pictures=digests.get(name),
+        identity = dict(formula=metric.formula, weights=metric.weights, pictures=digests[name],
                         prompts=hashlib.sha256("\n".join(prompts).encode()).hexdigest())
-        kept, path = {}, folder / f"{name}.{metric.name}.json"
-        if processes.main and path.exists():
-            kept = read_json(path)
-        if processes.any(kept.get("identity") == identity):
-            if processes.main:
-                scores = torch.tensor(kept["scores"], dtype=torch.float64)
-        else:
-            mine = processes.share(len(prompts))
-            for begin in tqdm(range(0, len(mine), batch), desc=f"{metric.name} {name}", disable=not processes.main):
-                part = mine[begin:begin + batch]
-                scores[part] = metric.score([open_image(paths[i]) for i in part], [prompts[i] for i in part]).double().cpu()
-        scores = scores.to(processes.device)
-        processes.sum([scores])
-        out[name] = scores.tolist()
+        stem, kept = f"{name}.{metric.name}", {}
+
+        def parts() -> list[Path]:
+            return [p for p in folder.iterdir() if p.name.startswith(f"{stem}.part")]
+
+        def keep(path: Path, scores: dict[int, float]) -> None:
+            write_json(path, dict(identity=identity, scores=[scores.get(i) for i in range(len(prompts))]))
+
         if processes.main:
             folder.mkdir(parents=True, exist_ok=True)
-            write_json(path, dict(identity=identity, scores=out[name]))
+            for path in [folder / f"{stem}.json", *parts()]:
+                old = read_json(path) if path.exists() else {}
+                if old.get("identity") == identity:
+                    kept |= {i: score for i, score in enumerate(old["scores"]) if score is not None}
+            if kept:
+                keep(folder / f"{stem}.part0.json", kept)           # before another process writes over its own
+        kept = processes.union(kept)
+        todo = [i for i in range(len(prompts)) if i not in kept]
+        mine, fresh = [todo[i] for i in processes.share(len(todo))], dict(kept) if processes.main else {}
+        for begin in tqdm(range(0, len(mine), batch), desc=f"{metric.name} {name}", disable=not processes.main):
+            part = mine[begin:begin + batch]
+            scores = metric.score([open_image(paths[i]) for i in part], [prompts[i] for i in part]).double().tolist()
+            for i, score in zip(part, scores):
+                if not math.isfinite(score):
+                    raise InputError(f"{metric.name}: {score} for {paths[i]} of {name}, prompt {prompts[i]!r}; the metric's weights or the "
+                                     "picture are damaged")
+            fresh |= dict(zip(part, scores))
+            keep(folder / f"{stem}.part{processes.rank}.json", fresh)
+        kept |= processes.union(fresh)
+        out[name] = [kept[i] for i in range(len(prompts))]
+        if processes.main:
+            keep(folder / f"{stem}.json", kept)
+            for path in parts():
+                path.unlink()
     return out
 
 
@@ -189,32 +260,47 @@ def open_image(path: Path) -> Image.Image:
     return image
 
 
-def compare(scores: list[float], first: list[float], resamples: int = 2000) -> dict:
+def compare(scores: list[float], first: list[float], resamples: int = 2000, each: int = 1, groups: list[str] | None = None) -> dict:
     """Mean, standard error, and against the first row: paired difference and win rate (ties count half) with 95 % intervals.
 
-    The interval of the win rate is a percentile bootstrap over pictures.
+    Pictures of one prompt (`each` of them in a row) are not independent: errors are over prompts' means, and the interval of the
+    win rate is a percentile bootstrap over prompts. With `groups`, one for each prompt, everything is the unweighted mean over groups
+    (GenEval's tags). What a single prompt cannot tell is None.
     """
-    x, y = np.array(scores), np.array(first)
-    n = len(x)
+    x, y = (np.array(v, dtype=np.float64).reshape(-1, each) for v in (scores, first))
+    labels = np.array(groups or [""] * len(x))
+    parts, random = [np.flatnonzero(labels == g) for g in dict.fromkeys(labels.tolist())], np.random.default_rng(0)
+    alone = min(map(len, parts)) < 2
+
+    def mean(v: np.ndarray) -> float:
+        return float(np.mean([v[p].mean() for p in parts]))
+
+    def error(v: np.ndarray) -> float | None:
+        return None if alone else float(sum(v[p].mean(1).var(ddof=1) / len(p) for p in parts) ** 0.5 / len(parts))
+
     wins = (x > y) + 0.5 * (x == y)
-    rows = np.random.default_rng(0).integers(0, n, (resamples, n))
-    low, high = np.percentile(wins[rows].mean(1), [2.5, 97.5])
-    error = lambda v: float(v.std(ddof=1) / n ** 0.5) if n > 1 else float("nan")  # noqa: E731
-    return dict(mean=float(x.mean()), standard_error=error(x), n=n, difference=float((x - y).mean()),
-                difference_standard_error=error(x - y), win_rate=float(wins.mean()), win_rate_interval=[float(low), float(high)])
+    drawn = sum(wins[p].mean(1)[random.integers(0, len(p), (resamples, len(p)))].mean(1) for p in parts) / len(parts)
+    return dict(mean=mean(x), standard_error=error(x), n=x.size, prompts=len(x), difference=mean(x - y),
+                difference_standard_error=error(x - y), win_rate=mean(wins),
+                win_rate_interval=None if alone else np.percentile(drawn, [2.5, 97.5]).tolist())
+
+
+def shown(name: str) -> tuple[int, int]:
+    """(factor, decimals) by which tables show a metric; GenEval's shares are given in per cent, as in the literature."""
+    return (100, 2) if name == "geneval" else (1, 3)
 
 
 def table(results: dict[str, dict[str, dict]], metrics: list[Metric]) -> str:
-    """Markdown: one row per model; win rates are against the first."""
+    """Markdown: one row per model; win rates are against the first. One prompt leaves errors and intervals blank."""
     first = next(iter(results))
     lines = ["| model | " + " | ".join(f"{m.name} | win rate" for m in metrics) + " |", "|---" * (1 + 2 * len(metrics)) + "|"]
     for name, row in results.items():
         cells = []
         for m in metrics:
-            r = row[m.name]
-            low, high = r["win_rate_interval"]
-            cells += [f"{r['mean']:.3f} ± {r['standard_error']:.3f}",
-                      "" if name == first else f"{100 * r['win_rate']:.1f} % ({100 * low:.1f} to {100 * high:.1f})"]
+            r, (factor, digits) = row[m.name], shown(m.name)
+            spread = "" if r["standard_error"] is None else f" ± {factor * r['standard_error']:.{digits}f}"
+            interval = "" if r["win_rate_interval"] is None else " ({:.1f} to {:.1f})".format(*(100 * v for v in r["win_rate_interval"]))
+            cells += [f"{factor * r['mean']:.{digits}f}{spread}", "" if name == first else f"{100 * r['win_rate']:.1f} %{interval}"]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -231,7 +317,9 @@ def group_tables(by_group: dict[str, dict[str, dict[str, float]]]) -> str:
     for name in next(iter(by_group.values())):
         columns = list(next(iter(by_group.values()))[name])
         out += [f"\n| {name} | " + " | ".join(columns) + " |", "|---" * (1 + len(columns)) + "|"]
-        out += [f"| {model} | " + " | ".join(f"{row[name][c]:.3f}" for c in columns) + " |" for model, row in by_group.items()]
+        factor, digits = shown(name)
+        out += [f"| {model} | " + " | ".join(f"{factor * row[name][c]:.{digits}f}" for c in columns) + " |"
+                for model, row in by_group.items()]
     return "\n".join(out) + "\n"
 
 
@@ -244,6 +332,8 @@ def comparison_grid(files: dict[str, list[Path]], columns: int = 12) -> Image.Im
 def main() -> None:
     """Draw, score and compare as the command line says."""
     config = parse_options(EvaluateConfig, PRESETS, description=__doc__)
+    if not config.model and not config.images:
+        config = parse_options(EvaluateConfig, PRESETS, ["--model", "tiny", *sys.argv[1:]], __doc__)
     if config.tally:
         return print(tally(config.tally))
     logs = read_logs(config.logs)
@@ -254,14 +344,17 @@ def main() -> None:
     sources = {} if only else dict(metric_sources(word) for word in config.metrics)     # refused before hours of drawing, not after
     if not only and len(sources) != len(config.metrics):
         raise InputError(f"--metrics {' '.join(config.metrics)}: each metric once")
+    if config.images and only:
+        raise InputError(f"--images {config.images}: pictures made elsewhere are only scored; leave out --trace and --prompt, or --images")
     if config.study and len(config.lora) < 2 and not config.images:
         raise InputError(f"--study {config.study}: compares two candidates; give a second one, --lora base= spo=FILE")
     if config.images:
-        tokenizer = first_tokenizer(config.model, config.tokenizer)
+        tokenizer = first_tokenizer(config.model, config.tokenizer) if sources.keys() & WITH_TOKENIZER else None
     else:
         models = candidates(config)
         pipe = load_pipeline(config.model, DTYPES[config.dtype], processes.device, vae=config.vae or None,
                              prediction_type=config.prediction_type, tokenizer=config.tokenizer, zero_negative=NEGATIVE[config.negative])
+        pipe.check_resolution(config.resolution)
         tokenizer = pipe.tokenizers[0]
     if config.trace:
         return trace(pipe, models, config, folder)
@@ -270,6 +363,7 @@ def main() -> None:
             wear(pipe, source)
             image = generate(pipe, [config.prompt], [config.seed], steps=config.steps, guidance_scale=config.guidance_scale,
                              eta=config.eta, resolution=config.resolution or None)
+            refuse_damaged(image, name, [config.prompt])
             folder.mkdir(parents=True, exist_ok=True)
             to_pil(image)[0].save(folder / f"{name}.png")
             print(folder / f"{name}.png")
@@ -281,28 +375,40 @@ def main() -> None:
         protocol = dict(images=config.images)
     else:
         protocol = dict(model=config.model, sampler=f"DDIM, eta {config.eta}", steps=config.steps, guidance_scale=config.guidance_scale,
-                        resolution=config.resolution or pipe.latent_shape()[1] * pipe.vae.factor, dtype=config.dtype, seed=config.seed)
+                        resolution=pipe.side(config.resolution), dtype=config.dtype, seed=config.seed,
+                        negative="zeros" if pipe.zero_negative else "encoded", prediction_type=pipe.schedule.prediction_type,
+                        tokenizer=config.tokenizer or "its own")
     protocol |= dict(prompts=len(chosen.prompts), images_per_prompt=config.images_per_prompt,
                      prompts_sha256=hashlib.sha256("\n".join(chosen.prompts).encode()).hexdigest())
     prompts, groups = ([x for x in part for _ in range(config.images_per_prompt)] for part in (chosen.prompts, chosen.groups))
+
+    def load(word: str) -> Metric:
+        name, given = metric_sources(word)
+        return geneval.geneval(*given, chosen.rows, tokenizer, processes.device) if name == "geneval" else \
+            load_metric(word, config.model, tokenizer, processes.device)
+
     if config.images:
         files = find_images(config.images, len(prompts))
         claim(folder, dict(protocol, lora={}), processes)
     else:
         protocol["vae"] = config.vae or "its own"
-        claim(folder, dict(protocol, lora={n: digest(weight_files(s)) for n, s in models.items()}), processes)
-        draw_all(pipe, models, prompts, config, processes, folder / "images")
+        base = fingerprint(pipe.unet, pipe.vae, *pipe.text_encoders)
+        claim(folder, dict(protocol, base=base, lora={n: digest(weight_files(s)) for n, s in models.items()}), processes)
+        todo = undrawn(models, len(prompts), processes, folder / "images")
+        if any(todo.values()):
+            rehearse(pipe, models, config.metrics, load, prompts[0], pipe.side(config.resolution))
+            draw_all(pipe, models, prompts, config, processes, folder / "images", todo)
         files = {name: [folder / "images" / name / f"{i:05d}.png" for i in range(len(prompts))] for name in models}
         del pipe                        # the scorers want its memory
     processes.barrier()
     if config.export_geneval and processes.main:
         for name, paths in files.items():
             geneval.export(chosen.rows, paths, Path(config.export_geneval) / name)
-    digests = {name: digest(paths) for name, paths in files.items()} if processes.main else {}
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False         # metrics are promised in fp32
+    digests = processes.union({name: digest(paths) for name, paths in files.items()} if processes.main else {})
     scores, metrics = {name: {} for name in files}, []
-    for word, name in zip(config.metrics, sources):
-        metric = geneval.geneval(*sources[name], chosen.rows, tokenizer, processes.device) if name == "geneval" else \
-            load_metric(word, config.model, tokenizer, processes.device)
+    for word in config.metrics:
+        metric = load(word)
         for model, row in score_all(metric, files, digests, prompts, config.batch, processes, folder / "scores").items():
             scores[model][metric.name] = row
         metrics.append(replace(metric, score=None))         # one scorer in memory at a time
@@ -310,7 +416,8 @@ def main() -> None:
     if not processes.main:
         return
     first = next(iter(files))
-    results = {name: {m.name: compare(scores[name][m.name], scores[first][m.name]) for m in metrics} for name in files}
+    results = {name: {m.name: compare(scores[name][m.name], scores[first][m.name], each=config.images_per_prompt,
+                                      groups=chosen.groups if m.name == "geneval" else None) for m in metrics} for name in files}
     by_group = {name: {m.name: group_means(scores[name][m.name], groups) for m in metrics} for name in files} if groups else {}
     write_json(folder / "results.json", dict(protocol=protocol, metrics={m.name: m.formula for m in metrics}, results=results,
                                              groups=by_group, scores=scores))
@@ -321,7 +428,7 @@ def main() -> None:
     write_report(folder / "report.html", text, protocol, {m.name: m.formula for m in metrics}, files, prompts, scores, logs,
                  config.report_rows)
     if config.study:
-        write_study(Path(config.study), files, prompts)
+        write_study(Path(config.study), files, prompts, config.study_pairs, config.seed)
     print(text)
     print(f"{'' if config.images else 'pictures, '}results.json, results.md, grid.png and report.html in {folder}")
 
@@ -364,8 +471,9 @@ def claim(folder: Path, identity: dict, processes: Processes) -> None:
 def trace(pipe: Pipeline, models: dict[str, str], config: EvaluateConfig, folder: Path) -> None:
     """Draw one SPO trajectory per candidate with the settings that the model is trained with."""
     import spo_train
-    settings = spo_train.SPOConfig(**(spo_train.PRESETS.get(config.model, {}) | dict(model=config.model)))
-    judge = load_clip(spo_train.judge_source(settings), DTYPES[config.dtype], pipe.device)
+    own = dict(model=config.model, spm=config.spm, dtype=config.dtype)
+    settings = spo_train.SPOConfig(**(spo_train.PRESETS.get(config.model, {}) | own))
+    judge = spo_train.load_judge(settings, pipe.device)
     folder.mkdir(parents=True, exist_ok=True)
     for name, source in models.items():
         wear(pipe, source)

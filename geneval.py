@@ -9,8 +9,10 @@ The metadata, one object a line: tag, prompt, include [{class, count, color?, po
 
 Shapes: Q queries, h w a mask's side inside the network, H W the picture's.
 """
+import hashlib
 import json
 import os
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -167,7 +169,8 @@ def name_colours(clip: CLIP, words: torch.Tensor, image: Image.Image, group: lis
 def geneval(source: str, clip_source: str, rows: list[dict], tokenizer, device: torch.device) -> Metric:
     """GenEval as a metric: 1 where a picture is right, 0 where it is wrong."""
     model, clip = load_detector(source, device), load_clip(clip_source, torch.float32, device)
-    by_prompt, words = {row["prompt"]: row for row in rows}, {}
+    by_prompt, words = {row["prompt"]: row for row in rows}, {CLASSES[0]: colour_words(clip, tokenizer, CLASSES[0])}
+    name_colours(clip, words[CLASSES[0]], Image.new("RGB", (8, 8)), [Found(CLASSES[0], 1, (0, 0, 8, 8))])     # a wrong CLIP fails here
 
     def right(image: Image.Image, prompt: str) -> bool:
         """Does the picture fulfil what the metadata asks of its prompt?"""
@@ -182,11 +185,18 @@ def geneval(source: str, clip_source: str, rows: list[dict], tokenizer, device: 
         return judge(keep(detect(model, image, device), row["tag"]), row, colours)
 
     return Metric("geneval", f"GenEval's rules, detector {source} (not the original's weights), colours {clip_source}",
-                  lambda images, prompts: torch.tensor([float(right(i, p)) for i, p in zip(images, prompts)]), fingerprint(model, clip))
+                  lambda images, prompts: torch.tensor([float(right(i, p)) for i, p in zip(images, prompts)]),
+                  f"{fingerprint(model, clip)} {hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:12]}")
 
 
 def export(rows: list[dict], pictures: list[Path], folder: Path) -> None:
-    """Pictures (equally many of each row, in its order) as 00000/metadata.jsonl and 00000/samples/0000.png, linked or copied."""
+    """Pictures (equally many of each row, in its order) as 00000/metadata.jsonl and 00000/samples/0000.png, linked or copied.
+
+    An earlier export's folders go first: the original scorer counts whatever it finds.
+    """
+    for old in folder.glob("[0-9]" * 5):
+        if (old / "metadata.jsonl").exists():
+            shutil.rmtree(old)
     each = len(pictures) // len(rows)
     for i, path in enumerate(pictures):
         home = folder / f"{i // each:05d}"
@@ -194,11 +204,10 @@ def export(rows: list[dict], pictures: list[Path], folder: Path) -> None:
         if i % each == 0:
             write_atomic(home / "metadata.jsonl", lambda p: p.write_text(json.dumps(rows[i // each])))
         target = home / "samples" / f"{i % each:04d}.png"
-        target.unlink(missing_ok=True)
         if path.suffix == ".png":
             try:
                 os.link(path, target)
                 continue
             except OSError:             # another file system
                 pass
-        Image.open(path).save(target)
+        ImageOps.exif_transpose(Image.open(path)).convert("RGB").save(target)       # a PNG keeps neither the turn nor CMYK

@@ -43,6 +43,8 @@ SOURCES = {         # where each metric's weights live, and what else it needs
     "aesthetic-v1": ("", CLIP_L),
     "geneval": ("facebook/mask2former-swin-small-coco-instance", CLIP_L),
 }
+HPS_FILES = {"hpsv2.0": "07cb0d20", "hpsv2": "c57a38fb"}                # how the SHA-256 of the official weights begins
+WITH_TOKENIZER = {"pickscore", "hpsv2", "hpsv2.0", "geneval"}         # CLIP's, that of the model in question
 
 
 @dataclass
@@ -70,8 +72,12 @@ def metric_sources(word: str) -> tuple[str, list[str]]:
 
 
 def fingerprint(*modules: nn.Module) -> str:
-    """A few hexadecimal digits that change when weights do; scores kept from an earlier run are trusted by it."""
-    sums = [float(v.double().sum()) for m in modules for v in m.state_dict().values()]
+    """A few hexadecimal digits that change when weights do; pictures and scores kept from an earlier run are trusted by it.
+
+    The bits are summed as integers: exact, so the same on every device and with any number of threads.
+    """
+    kinds = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    sums = [int(v.view(kinds[v.element_size()]).sum(dtype=torch.int64)) for m in modules for v in m.state_dict().values()]
     return hashlib.sha256(repr(sums).encode()).hexdigest()[:12]
 
 
@@ -121,7 +127,8 @@ QUOTES = str.maketrans({"‘": "'", "’": "'", "‚": "'", "‛": "'", "“": '
 def open_clip_text(text: str) -> str:
     """What open_clip's tokenizer does before BPE: HTML entities twice, plain quotes and full-width letters, NFC.
 
-    It runs ftfy, whose repair of wrongly decoded text is left out; on 5,632 prompts of SPO and PartiPrompts all agree.
+    It runs ftfy, of which this is the part that prompts need: no repair of wrongly decoded text (mojibake), no removal of control
+    characters, no taking apart of ligatures. On 5,632 prompts of SPO and PartiPrompts all agree.
     """
     return " ".join(unicodedata.normalize("NFC", html.unescape(html.unescape(text)).translate(QUOTES)).split())
 
@@ -158,7 +165,7 @@ def world_metric(name: str) -> Metric:
 
 
 def pickscore(source: str, tokenizer, device: torch.device) -> Metric:
-    """PickScore from a folder or hub id."""
+    """PickScore from a folder or hub id; prompts go to the tokenizer as they are, as in its own code."""
     clip = load_clip(source, torch.float32, device)
 
     @torch.no_grad()
@@ -166,12 +173,18 @@ def pickscore(source: str, tokenizer, device: torch.device) -> Metric:
         pixels = preprocess_pil(images, clip.config.vision.image_size).to(device)
         return clip.score(clip.image_features(pixels), clip.text_features(text_ids(tokenizer, clip, prompts).to(device))).cpu()
 
-    return Metric("pickscore", f"exp(logit scale) x cosine, {source}", score, fingerprint(clip))
+    return Metric("pickscore", f"PickScore v1: exp(logit scale) x cosine, {source}", score, fingerprint(clip))
 
 
 def hpsv2(name: str, source: str, tokenizer, device: torch.device, config: CLIPConfig | None = None) -> Metric:
-    """HPSv2 from a weight file in open_clip's layout; `config` is CLIP-H's unless given."""
-    file = fetch(source, [])
+    """HPSv2 from a weight file in open_clip's layout, prompts as in open_clip_text; `config` is CLIP-H's unless given.
+
+    InputError for the other version's official file: both load, and their numbers do not compare.
+    """
+    file, other = fetch(source, []), "hpsv2" if name == "hpsv2.0" else "hpsv2.0"
+    with open(file, "rb") as handle:
+        if hashlib.file_digest(handle, "sha256").hexdigest().startswith(HPS_FILES[other]):
+            raise InputError(f"{source}: these are the weights of the other version, write --metrics {other}={source}")
     with torch.device("meta"):
         clip = CLIP(config or clip_h())
     load_strict(clip, from_open_clip(read_weights(file)), file, torch.float32, device)
@@ -269,12 +282,20 @@ def imagereward(source: str, tokenizer_source: str, device: torch.device) -> Met
 def load_metric(word: str, model: str, tokenizer, device: torch.device) -> Metric:
     """A metric by name (or name=SOURCE) for pictures of `model`, whose first tokenizer CLIP-H shares."""
     name, sources = metric_sources(word)
+    metric = _load_metric(word, name, sources, model, tokenizer, device)
+    if name in ("hpsv2", "hpsv2.0", "imagereward"):         # the tokenizer is part of what scores
+        metric.weights += " " + sources[1]
+    return metric
+
+
+def _load_metric(word: str, name: str, sources: list[str], model: str, tokenizer, device: torch.device) -> Metric:
     if name in ("aesthetics", "alignment"):
         return world_metric(name)
     if name == "pickscore":
         own = model == "tiny" and "=" not in word
         metric = pickscore(str(TINY / "pickscore") if own else sources[0], tokenizer, device)
-        metric.formula = metric.formula.replace(str(TINY.parent), "tiny")
+        if own:
+            metric.formula = metric.formula.replace("PickScore v1", "the tiny model's PickScore").replace(str(TINY.parent), "tiny")
         return metric
     if name.startswith("hpsv2"):
         if sources[1]:

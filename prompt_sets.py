@@ -44,7 +44,11 @@ def read_tsv(path: Path) -> list[dict]:
 def read_geneval(path: Path) -> list[dict]:
     """GenEval's metadata, one object a line; InputError that names a line which is none."""
     rows = []
-    for i, line in enumerate(path.read_text(encoding="utf-8").split("\n")):
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not a readable file of GenEval's metadata, evaluation_metadata.jsonl ({error})") from None
+    for i, line in enumerate(text.split("\n")):
         if line.strip():
             try:
                 row = json.loads(line)
@@ -69,7 +73,10 @@ def prompt_set(word: str, limit: int = 0) -> PromptSet:
         if not source:
             raise InputError("geneval: its prompts are not on the hub; get prompts/evaluation_metadata.jsonl from the GitHub repository "
                              "djghosh13/geneval and write --prompts geneval=FILE")
-    path = fetch(source, SETS[name][1], repo_type="dataset") if name else Path(source)
+    try:
+        path = fetch(source, SETS[name][1], repo_type="dataset") if name else Path(source)
+    except InputError as error:
+        raise InputError(f"{error}: --prompts {name}={'FOLDER' if name == 'hpsv2' else 'FILE'}") from None
     if name == "geneval":
         rows = read_geneval(path)
         out = PromptSet([r["prompt"] for r in rows], [r["tag"] for r in rows], rows)
@@ -83,7 +90,7 @@ def prompt_set(word: str, limit: int = 0) -> PromptSet:
     else:
         if name == "pickapic" and path.is_dir():
             path = next(iter(sorted(path.rglob("*validation_unique*.parquet"))), path)
-        out = PromptSet(read_prompts(str(path)))
+        out = PromptSet(read_prompts(str(path), distinct=not name))
     if name and len(out.prompts) != SETS[name][2]:
         raise InputError(f"{source}: {name} has {SETS[name][2]} prompts, this holds {len(out.prompts)}")
     return PromptSet(*(part[:limit or None] for part in (out.prompts, out.groups, out.rows)))

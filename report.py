@@ -63,13 +63,13 @@ TRACES = """<h2>Trajectories</h2><p class="quiet">A row per scored step, its can
 winner; red: loser; blue dot: where the trajectory goes on, chosen at random; grey: too close to count.</p>"""
 
 
-def data_uri(image: Image.Image, side: int = 0) -> str:
+def data_uri(image: Image.Image, side: int = 0, quality: int = 85) -> str:
     """A picture as text for `src=`: PNG up to 128 pixels (the tiny model's stay exact), else JPEG of at most `side` pixels."""
     image, handle = image.convert("RGB"), io.BytesIO()
     if side and max(image.size) > side:
         image.thumbnail((side, side), Image.Resampling.LANCZOS)
     small = max(image.size) <= 128
-    image.save(handle, "PNG" if small else "JPEG", **({} if small else dict(quality=85)))
+    image.save(handle, "PNG" if small else "JPEG", **({} if small else dict(quality=quality)))
     return f"data:image/{'png' if small else 'jpeg'};base64,{base64.b64encode(handle.getvalue()).decode()}"
 
 

@@ -287,6 +287,7 @@ def main() -> None:
     pipe = load_pipeline(config.model, dtype, processes.device, vae=config.vae or None, prediction_type=config.prediction_type,
                          tokenizer=config.tokenizer, zero_negative=NEGATIVE[config.negative])
     pickscore = load_clip(config.pickscore, torch.float32, processes.device)
+    pipe.check_resolution(config.resolution)
     side = pipe.side(config.resolution)
     if config.pairs:
         pairs = load_pairs(config.pairs, side)

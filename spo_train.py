@@ -515,6 +515,7 @@ def prepare_policy(config: RunConfig, processes: Processes) -> tuple[Pipeline, M
     dtype = DTYPES[config.dtype]
     pipe = load_pipeline(config.model, dtype, processes.device, vae=config.vae or None, prediction_type=config.prediction_type,
                          tokenizer=config.tokenizer, zero_negative=NEGATIVE[config.negative])
+    pipe.check_resolution(config.resolution)
     pipe.offload = config.memory == "low"
     try:
         lora.add(pipe.unet, config.rank, targets=tuple(config.targets.split(",")), seed=config.seed)
@@ -533,6 +534,14 @@ def prepare_policy(config: RunConfig, processes: Processes) -> tuple[Pipeline, M
     return pipe, models
 
 
+def load_judge(config: SPOConfig, device: torch.device) -> CLIP:
+    """The judge; InputError where it is step-aware and should not be, or the other way round."""
+    judge = load_clip(judge_source(config), DTYPES[config.dtype], device)
+    if (config.judge == "spm") != judge.config.step_aware:
+        raise InputError(f"--judge {config.judge}: {judge_source(config)} is {'' if judge.config.step_aware else 'not '}step-aware")
+    return judge
+
+
 def prepare(config: SPOConfig, processes: Processes) -> tuple[Pipeline, Models]:
     """The policy and its judge."""
     pipe, models = prepare_policy(config, processes)
@@ -540,9 +549,7 @@ def prepare(config: SPOConfig, processes: Processes) -> tuple[Pipeline, Models]:
     if last >= config.t_min and last - len(pipe.schedule.alphas_cumprod) // config.steps < 0 and pipe.schedule.final_alpha_cumprod == 1:
         raise InputError(f"{config.model}: its scheduler sets set_alpha_to_one, so the step from t = {last} has no spread and no "
                          f"probability; set it to false in scheduler_config.json, or --t_min {last + 1}")
-    models.judge = load_clip(judge_source(config), DTYPES[config.dtype], processes.device)
-    if (config.judge == "spm") != models.judge.config.step_aware:
-        raise InputError(f"--judge {config.judge}: {judge_source(config)} is {'' if models.judge.config.step_aware else 'not '}step-aware")
+    models.judge = load_judge(config, processes.device)
     models.image_features = torch.compile(models.judge.image_features, dynamic=False) if config.compile else models.judge.image_features
     return pipe, models
 
@@ -615,7 +622,7 @@ def trace_prompt(pipe: Pipeline, models: Models, prompt: str, config: SPOConfig,
     trace: list[dict] = []
     sample_pairs(pipe, models, cond, negative(pipe, cond, encode_empty(pipe)), judge_features(pipe, models.judge, [prompt]),
                  [generator(seed, "trace", prompt)], config, Clock(pipe.device), trace)
-    return draw_trace(trace)
+    return draw_trace(trace, max(96, min(256, pipe.side(config.resolution))))
 
 
 def save_lora(pipe: Pipeline, folder: Path) -> None:

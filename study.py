@@ -15,7 +15,7 @@ from pathlib import Path
 from PIL import Image
 
 from report import data_uri, embed_json
-from training import write_atomic
+from training import permutation, write_atomic
 from weights import InputError, read_json
 
 QUESTIONS = {"general": "Which picture do you prefer, given the prompt?",
@@ -80,15 +80,18 @@ keep(); show();
 """
 
 
-def write_study(path: Path, files: dict[str, list[Path]], prompts: list[str], side: int = 1024) -> None:
-    """Write the page for the first two models of `files` (model -> pictures, one per prompt). InputError if there is only one."""
+def write_study(path: Path, files: dict[str, list[Path]], prompts: list[str], pairs: int = 0, seed: int = 0, side: int = 512) -> None:
+    """Write the page for the first two models of `files` (model -> pictures, one per prompt). InputError if there is only one.
+
+    `pairs` of them, drawn by `seed` (0: all), shrunk to at most `side` pixels, so that the page can be mailed.
+    """
     models = list(files)[:2]
     if len(models) < 2:
         raise InputError("--study: compares two candidates; give a second one, --lora base= spo=FILE")
     items = []
-    for prompt, *pair in zip(prompts, *(files[m] for m in models)):
-        images = [Image.open(p) for p in pair]
-        items.append(dict(prompt=prompt, images=[data_uri(image, side) for image in images]))
+    for i in sorted(permutation(len(prompts), seed, "study")[:pairs or None]):
+        images = [Image.open(files[m][i]) for m in models]
+        items.append(dict(prompt=prompts[i], images=[data_uri(image, side, 90) for image in images]))
         small = max(images[0].size) <= 128
     body = dict(models=models, items=items, questions=QUESTIONS)
     study = hashlib.sha256(json.dumps(body).encode()).hexdigest()[:16]
@@ -123,21 +126,20 @@ def wilson(share: float, n: int, z: float = 1.959964) -> tuple[float, float]:
 def tally(paths: tuple[str, ...]) -> str:
     """Vote files -> Markdown: per question, how often the second model won, with its interval; ties count half.
 
-    The interval treats votes as independent; many raters of few prompts are not. One file per rater; InputError for
-    files of different studies, of no study, or the same rater twice.
+    One file per rater; InputError for files of different studies, of no study, or the same rater twice.
     """
     ballots = []
     for path in paths:
         ballot = read_json(path)
-        votes = ballot.get("votes") if isinstance(ballot, dict) else None
-        models = ballot.get("models") if votes is not None else None
-        sound = isinstance(votes, list) and isinstance(models, list) and len(models) == 2 and all(
-            isinstance(v, dict) and v.get("choice") in (*models, "tie") and v.get("question") in QUESTIONS for v in votes)
+        ballot = ballot if isinstance(ballot, dict) else {}
+        votes, models, kinds = ballot.get("votes"), ballot.get("models"), dict(votes=list, models=list, study=str, prompts=int, rater=int)
+        sound = all(isinstance(ballot.get(k), kind) for k, kind in kinds.items()) and len(models) == 2 and all(
+            isinstance(v, dict) and v.get("choice") in (*models, "tie") and v.get("question") in [*QUESTIONS] for v in votes)
         if not sound:
             raise InputError(f"{path}: not a file of votes from a study page")
-        if ballots and ballot.get("study") != ballots[0]["study"]:
+        if ballots and ballot["study"] != ballots[0]["study"]:
             raise InputError(f"{path}: votes of another study than {paths[0]}")
-        if any(ballot.get("rater") == other["rater"] for other in ballots):
+        if any(ballot["rater"] == other["rater"] for other in ballots):
             raise InputError(f"{path}: this rater's votes are already among the files")
         ballots.append(ballot)
     first, second = ballots[0]["models"]
@@ -154,4 +156,4 @@ def tally(paths: tuple[str, ...]) -> str:
         cells = [question, *(f"{100 * c / len(choices):.1f} %" for c in counts), f"{100 * share:.1f} %",
                  f"{100 * low:.1f} to {100 * high:.1f}", str(len(choices))]
         lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    return "\n".join([*lines, "", "The intervals take all votes as independent; many votes of one rater, or on one prompt, are not."])

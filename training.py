@@ -114,7 +114,8 @@ def run_script(main) -> None:
             dist.destroy_process_group()
 
 
-LESS_MEMORY = "try --memory low, or lower --sample_batch, --train_batch or --decode_batch (spm_train.py: lower --micro_batch)"
+LESS_MEMORY = ("try --memory low, or lower --sample_batch, --train_batch or --decode_batch (spm_train.py: lower --micro_batch; "
+               "evaluate.py: lower --batch)")
 TOO_MANY = 10                           # optimizer steps that are skipped in a row, after which a run stops
 
 
@@ -339,39 +340,39 @@ def learning_rate(step: int, peak: float, warmup: int) -> float:
     return peak * min(1.0, (step + 1) / max(warmup, 1))
 
 
-def read_prompts(source: str, sample: int = 0, seed: int = 0) -> list[str]:
+def read_prompts(source: str, sample: int = 0, seed: int = 0, distinct: bool = True) -> list[str]:
     """Prompts from .txt (one a line), .json (list of strings, or of objects with `caption`), .jsonl, or .parquet (`caption`).
 
-    Parquet may also be a folder or a hub data set (`owner/name[/file.parquet]`), each caption once. `sample` > 0 keeps
-    that many, drawn by `seed`. Raises InputError that names the file, the line and what is wrong.
+    Parquet may also be a folder or a hub data set (`owner/name[/file.parquet]`), each caption once if `distinct`. `sample` > 0
+    keeps that many, drawn by `seed`. Raises InputError that names the file, the line and what is wrong.
     """
-    prompts = _read_prompts(source)
+    prompts = _read_prompts(source, distinct)
     return [prompts[i] for i in permutation(len(prompts), seed, "prompts")[:sample]] if sample else prompts
 
 
-def _read_captions(source: str, path: Path) -> list[str]:
-    """The distinct captions of Parquet files, in order; a data set's training split if it has several."""
+def _read_captions(source: str, path: Path, distinct: bool) -> list[str]:
+    """The captions of Parquet files, in order, each once if `distinct`; a data set's training split if it has several."""
     try:
         import pyarrow.parquet as pq
     except ImportError:
         raise InputError(f"{source}: reading Parquet needs pyarrow; pip install pyarrow") from None
     files = [path] if path.is_file() else sorted(path.rglob("*.parquet"))
     files = [f for f in files if f.name.startswith("train")] or files
-    captions: dict[str, None] = {}
+    captions: list[str] = []
     for file in files:
         try:
-            captions |= dict.fromkeys(c.strip() for c in pq.read_table(file, columns=["caption"])["caption"].to_pylist() if c and c.strip())
+            captions += [c.strip() for c in pq.read_table(file, columns=["caption"])["caption"].to_pylist() if c and c.strip()]
         except (OSError, ValueError, KeyError) as error:
             raise InputError(f"{file}: no readable Parquet file with a column `caption` ({str(error).splitlines()[0]})") from None
     if not captions:
         raise InputError(f"{source}: holds no captions")
-    return list(captions)
+    return list(dict.fromkeys(captions)) if distinct else captions
 
 
-def _read_prompts(source: str) -> list[str]:
+def _read_prompts(source: str, distinct: bool) -> list[str]:
     path = Path(source)
     if path.suffix == ".parquet" or path.is_dir() or (not path.exists() and not path.suffix and "/" in source):
-        return _read_captions(source, fetch(source, ["*.parquet", "data/*.parquet"], repo_type="dataset"))
+        return _read_captions(source, fetch(source, ["*.parquet", "data/*.parquet"], repo_type="dataset"), distinct)
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:

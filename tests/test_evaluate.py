@@ -40,7 +40,27 @@ def test_win_rate_by_hand():
     assert got["win_rate"] == 0.625 and got["difference"] == 0.25
     same = compare([1.0, 2.0], [1.0, 2.0])
     assert same["win_rate"] == 0.5 and same["win_rate_interval"] == [0.5, 0.5] and same["difference_standard_error"] == 0
-    assert compare([3.0], [1.0])["win_rate"] == 1.0
+    alone = compare([3.0], [1.0])
+    assert alone["win_rate"] == 1.0 and alone["standard_error"] is alone["difference_standard_error"] is alone["win_rate_interval"] is None
+
+
+def test_pictures_of_one_prompt_are_not_independent():
+    """Every score four times, as four pictures of its prompt, says no more; and errors are those of the prompts' means."""
+    x, y = (np.random.default_rng(i).normal(0.2 * i, 1, 24) for i in (2, 1))
+    once, often = compare(x.tolist(), y.tolist()), compare(np.repeat(x, 4).tolist(), np.repeat(y, 4).tolist(), each=4)
+    assert once.pop("n") == 24 and often.pop("n") == 96
+    assert once == {k: pytest.approx(v, abs=1e-12) for k, v in often.items()}
+    pair = compare(x.tolist(), y.tolist(), each=2)
+    assert pair["standard_error"] == pytest.approx(scipy.stats.sem(x.reshape(-1, 2).mean(1))) and pair["prompts"] == 12
+    assert pair["difference_standard_error"] == pytest.approx(scipy.stats.sem((x - y).reshape(-1, 2).mean(1)))
+
+
+def test_groups_count_alike_however_large():
+    """Accuracies 1 of three and 1/2 of one tag: 3/4, not the pictures' 7/8; the error is that of a mean of two independent means."""
+    x, groups = [1.0, 1.0, 1.0, 1.0, 0.0, 1.0], ["a"] * 4 + ["b"] * 2
+    got = compare(x, [0.0] * 6, groups=groups)
+    assert got["mean"] == got["win_rate"] - 0.125 == 0.75 and got["difference"] == 0.75
+    assert got["standard_error"] == pytest.approx(scipy.stats.sem([0.0, 1.0]) / 2)
 
 
 # End to end
@@ -84,7 +104,7 @@ def test_evaluation_end_to_end(kind, trained, tmp_path, sd, pickscore):
         files = sorted((out / "images" / name).iterdir())
         assert [f.name for f in files] == [f"{i:05d}.png" for i in range(6)]
         for metric in ("aesthetics", "pickscore"):
-            want = compare(report["scores"][name][metric], report["scores"]["base"][metric])
+            want = compare(report["scores"][name][metric], report["scores"]["base"][metric], each=2)
             assert report["results"][name][metric] == want and want["n"] == 6
     # Picture 3 is the second prompt from seed 3; its scores are the metrics of what is on disk.
     pipe = load_pipeline(str(sd))
@@ -112,15 +132,26 @@ def test_pictures_are_drawn_once(kind, trained, tmp_path):
     assert lost.read_bytes() == before[lost][1] and len(list((folder / "spo").iterdir())) == 7
 
 
-def test_folder_of_another_evaluation_is_refused(kind, trained, tmp_path, prompts):
+def changed(pipe):
+    """The same model after somebody has trained its text encoder on."""
+    pipe.text_encoders[0].text_model.final_layer_norm.bias[0] += 1e-3
+    return pipe
+
+
+def test_folder_of_another_evaluation_is_refused(kind, trained, tmp_path, prompts, monkeypatch):
     call("evaluate", *kind, "--lora", "base=", f"spo={trained[0]}")
     report = (tmp_path / "e/results.json").read_bytes()
     for words, says in ((("--lora", "base=", f"spo={trained[1]}"), "another LoRA file"), (("--steps", 3), "another steps"),
                         (("--eta", 1), "another sampler"), (("--limit", 2), "another prompts"), (("--seed", 1), "another seed"),
-                        (("--vae", tmp_path / "vae"), "another vae")):
+                        (("--vae", tmp_path / "vae"), "another vae"), (("--negative", "zeros"), "another negative"),
+                        (("--prediction_type", "v_prediction"), "another prediction_type")):
         (tmp_path / "vae").exists() or evaluate.Path(tmp_path / "vae").symlink_to(kind[1] / "vae")
         with pytest.raises(InputError, match=says):
             call("evaluate", *kind, *words)
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate, "load_pipeline", lambda *a, **k: changed(load_pipeline(*a, **k)))
+        with pytest.raises(InputError, match="another base"):
+            call("evaluate", *kind)
     prompts.write_text("\n".join(reversed(PROMPTS)))
     with pytest.raises(InputError, match="prompts_sha256"):
         call("evaluate", *kind)
@@ -134,6 +165,36 @@ def other_unet(sd, tmp_path):
     (tmp_path / "dpo/unet").mkdir(parents=True)
     save_file({k: v * 1.1 for k, v in weights.items()}, tmp_path / "dpo/unet/diffusion_pytorch_model.safetensors")
     return tmp_path / "dpo"
+
+
+def test_what_is_wrong_is_said_before_anything_is_drawn(kind, trained, tmp_path, monkeypatch):
+    """A LoRA of another model in second place; a metric of which the weights or the prompts do not fit."""
+    weights = load_file(trained[0])
+    save_file({k: v[:, :-1].contiguous() if "lora_A" in k else v for k, v in weights.items()}, tmp_path / "foreign.safetensors")
+    monkeypatch.setattr(evaluate, "load_metric", load_metric)
+    for words, says in ((("--lora", "base=", f"spo={tmp_path / 'foreign.safetensors'}"), "foreign.safetensors"),
+                        (("--metrics", "aesthetics", f"aesthetic-v1={trained[0]},{kind[1]}"), "text_encoder|weight file"),
+                        (("--metrics", "aesthetics", "pickscore"), "PickScore_v1")):
+        with pytest.raises(InputError, match=says):
+            call("evaluate", *kind, *words)
+        assert not list((tmp_path / "e").rglob("*.png"))
+
+
+def test_processes_deal_out_what_is_missing(tmp_path):
+    """Pictures 0, 2, 4 and 5 are there: of 1, 3 and 6 the first process of two draws 1 and 6, not only what its turn was."""
+    for i in (0, 2, 4, 5):
+        (tmp_path / "base").mkdir(exist_ok=True)
+        (tmp_path / "base" / f"{i:05d}.png").touch()
+    todo = evaluate.undrawn({"base": ""}, 7, evaluate.Processes(0, 1, torch.device("cpu")), tmp_path)
+    assert todo == {"base": [1, 3, 6]}
+    drawn = []
+    config = evaluate.EvaluateConfig(batch=1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate, "wear", lambda *_: None)
+        patch.setattr(evaluate, "generate_latents", lambda pipe, prompts, *_: drawn.extend(prompts))
+        patch.setattr(evaluate, "decode", lambda *_: torch.zeros(1, 3, 8, 8))
+        evaluate.draw_all(None, {"base": ""}, list("abcdefg"), config, evaluate.Processes(0, 2, torch.device("cpu")), tmp_path, todo)
+    assert drawn == ["b", "g"]
 
 
 def test_whole_unets_are_candidates(kind, trained, tmp_path, sd, other_unet, monkeypatch):
@@ -152,6 +213,29 @@ def test_whole_unets_are_candidates(kind, trained, tmp_path, sd, other_unet, mon
     shutil.copy(file, tmp_path / "whole/unet")
     image = to_pil(generate(load_pipeline(str(tmp_path / "whole")), PROMPTS[:1], [0], steps=2))[0]
     assert np.abs(np.asarray(image).astype(int) - np.asarray(evaluate.Image.open(tmp_path / "e/images/dpo/00000.png"))).max() <= 1
+
+
+def test_loras_with_names_of_their_own(trained, tmp_path, monkeypatch):
+    """The only file of a folder, one named in a hub repository; several, or none, are named in the refusal."""
+    of = lambda source: evaluate.candidates(evaluate.EvaluateConfig(lora=(f"spo={source}",)))["spo"]  # noqa: E731
+    home = tmp_path / "home"
+    home.mkdir()
+    with pytest.raises(InputError, match="holds no .safetensors file"):
+        of(home)
+    shutil.copy(trained[0], home / "spo_lora_diffusers.safetensors")
+    assert of(home) == str(home / "spo_lora_diffusers.safetensors")
+    shutil.copy(trained[1], home / "spo_lora_webui.safetensors")
+    with pytest.raises(InputError, match="spo_lora_diffusers.safetensors, spo_lora_webui.safetensors; say which with .*home/FILE"):
+        of(home)
+    shutil.copy(trained[1], home / "pytorch_lora_weights.safetensors")
+    assert of(home).endswith("pytorch_lora_weights.safetensors")
+    import huggingface_hub
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda repo, file, **_: home / file if repo == "owner/name" else None)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda repo, allow_patterns, **_: home)
+    assert of("owner/name/spo_lora_webui.safetensors") == str(home / "spo_lora_webui.safetensors")
+    (home / "pytorch_lora_weights.safetensors").unlink()
+    with pytest.raises(InputError, match="say which with owner/name/FILE"):
+        of("owner/name")
 
 
 def test_unets_of_another_shape_are_refused(kind, other_unet, sdxl):
@@ -188,6 +272,31 @@ def test_pictures_made_elsewhere(kind, trained, tmp_path, monkeypatch):
             call("evaluate", *elsewhere[:-4], "--images", folder, "--out", tmp_path / "g")
 
 
+def test_pictures_are_in_the_order_of_their_numbers(tmp_path):
+    names = ["0.png", "1.png", "2.png", "10.png", "11.JPG", "a2.png", "a10.png", "b.webp"]
+    (tmp_path / "x").mkdir()
+    for name in names:
+        (tmp_path / "x" / name).touch()
+    assert [p.name for p in evaluate.find_images(str(tmp_path), 8)["x"]] == names
+
+
+def test_pictures_of_no_model_are_scored_by_official_weights(tmp_path, prompts):
+    """The tiny model's PickScore only where tiny is asked for; without network the official tokenizer is what is missing."""
+    (tmp_path / "p/x").mkdir(parents=True)
+    for i in range(7):
+        Image.new("RGB", (64, 64), (30 * i, 0, 0)).save(tmp_path / f"p/x/{i}.png")
+    words = ("--images", tmp_path / "p", "--prompts", prompts, "--out", tmp_path / "out")
+    with pytest.raises(InputError, match="stable-diffusion-v1-5"):
+        call("evaluate", *words)
+    metric = pytest.MonkeyPatch()
+    metric.setattr(metrics, "pickscore", lambda source, *_: metrics.Metric("pickscore", source, None))
+    assert load_metric("pickscore", "", None, None).formula == "yuvalkirstain/PickScore_v1"
+    metric.undo()
+    call("evaluate", *words, "--model", "tiny", "--metrics", "pickscore")
+    assert "tiny" in json.loads((tmp_path / "out/results.json").read_text())["metrics"]["pickscore"]
+    call("evaluate", *words[:-1], tmp_path / "other", "--metrics", "aesthetics")         # needs no tokenizer
+
+
 def test_scores_are_kept_while_pictures_prompts_and_weights_last(kind, trained, tmp_path, monkeypatch, pickscore_metric):
     seen = []
 
@@ -199,12 +308,12 @@ def test_scores_are_kept_while_pictures_prompts_and_weights_last(kind, trained, 
 
     monkeypatch.setattr(evaluate, "load_metric", counted)
     call("evaluate", *kind, "--lora", "base=")
-    assert seen.count("aesthetics") == seen.count("pickscore") == 7
+    assert seen.count("aesthetics") == seen.count("pickscore") == 7 + 1     # and a blank picture before anything is drawn
     first = json.loads((tmp_path / "e/results.json").read_text())["scores"]["base"]
     seen.clear()
     call("evaluate", *kind, "--lora", "base=", f"spo={trained[0]}")
     again = json.loads((tmp_path / "e/results.json").read_text())["scores"]
-    assert again["base"] == first and len(seen) == 14, "only the new candidate was scored"
+    assert again["base"] == first and len(seen) == 14 + 2, "only the new candidate was scored"
     seen.clear()
     Image.new("RGB", (16, 16)).save(tmp_path / "e/images/spo/00000.png")
     call("evaluate", *kind, "--lora", "base=", f"spo={trained[0]}")
@@ -213,6 +322,50 @@ def test_scores_are_kept_while_pictures_prompts_and_weights_last(kind, trained, 
     monkeypatch.setattr(evaluate, "load_metric", lambda *a: evaluate.replace(counted(*a), weights="others"))
     call("evaluate", *kind, "--lora", "base=")
     assert len(seen) == 14
+
+
+def test_scoring_goes_on_where_it_was_stopped(tmp_path):
+    """One of two processes, stopped twice; what the other had is not lost; a changed picture or prompt makes all anew."""
+    seen, stop = [], 0
+    files, prompts = {"a": [tmp_path / f"{i}.png" for i in range(7)]}, [str(i) for i in range(7)]
+    for i, path in enumerate(files["a"]):
+        Image.new("RGB", (4, 4), (i, 0, 0)).save(path)
+
+    def score(images, words):
+        if len(seen) >= stop:
+            raise KeyboardInterrupt
+        seen.extend(words)
+        return torch.tensor([float(i.getpixel((0, 0))[0]) / 3 for i in images])
+
+    def run(limit: int, rank: int = 0, world: int = 1, digest: str = "d"):
+        nonlocal stop
+        seen.clear()
+        stop = limit
+        processes = evaluate.Processes(rank, world, torch.device("cpu"))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(evaluate.Processes, "union", lambda self, mine: mine)          # the other process is not there
+            return evaluate.score_all(metrics.Metric("m", "f", score), files, {"a": digest}, prompts, 2, processes, tmp_path / "s")
+
+    for limit, rank, count, want in ((2, 0, 1, "01"), (2, 1, 2, "13"), (0, 0, 1, ""), (2, 0, 1, "24")):
+        with pytest.raises(KeyboardInterrupt):
+            run(limit, rank, count)
+        assert "".join(seen) == want
+        if not limit:                   # the second process begins its file anew; what it held is the first one's by now
+            (tmp_path / "s/a.m.part1.json").unlink()
+    got = run(9)["a"]
+    assert "".join(seen) == "56" and got == pytest.approx([i / 3 for i in range(7)]) and [p.name for p in (tmp_path / "s").iterdir()] == ["a.m.json"]
+    assert run(0)["a"] == got and run(9, digest="e")["a"] == got and len(seen) == 7
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_is_named(value, tmp_path):
+    with pytest.raises(InputError, match="spo: draws NaN for the prompt 'second'"):
+        evaluate.refuse_damaged(torch.tensor([0.0, value]).view(2, 1, 1, 1), "spo", ["first", "second"])
+    Image.new("RGB", (4, 4)).save(tmp_path / "0.png")
+    metric = metrics.Metric("m", "f", lambda images, prompts: torch.tensor([value]))
+    with pytest.raises(InputError, match="m: (nan|inf) for .*0.png of spo, prompt 'second'"):
+        evaluate.score_all(metric, {"spo": [tmp_path / "0.png"]}, {"spo": "d"}, ["second"], 2, evaluate.Processes(0, 1, torch.device("cpu")),
+                           tmp_path / "s")
 
 
 def test_means_by_group(kind, tmp_path):
@@ -226,6 +379,14 @@ def test_means_by_group(kind, tmp_path):
     assert "| aesthetics | Singles | Counts | mean |" in (tmp_path / "e/results.md").read_text()
 
 
+def test_one_prompt_leaves_errors_undefined(kind, tmp_path):
+    """Valid JSON, and blanks in the table and in the report."""
+    call("evaluate", *kind, "--limit", 1, "--lora", "base=", "again=")
+    report = json.loads((tmp_path / "e/results.json").read_text(), parse_constant=lambda name: pytest.fail(name))
+    assert report["results"]["again"]["aesthetics"]["standard_error"] is None
+    assert "nan" not in (tmp_path / "e/results.md").read_text() and "| 50.0 % |" in (tmp_path / "e/results.md").read_text()
+
+
 def test_geneval_end_to_end(kind, tmp_path, monkeypatch):
     """Six tags, their unweighted mean, and the pictures in the original's folders; the detector is made up."""
     import geneval
@@ -235,12 +396,17 @@ def test_geneval_end_to_end(kind, tmp_path, monkeypatch):
     monkeypatch.setitem(prompt_sets.SETS, "geneval", ("", [], 7))
     monkeypatch.setattr(geneval, "load_detector", lambda *_: torch.nn.Linear(1, 1))
     monkeypatch.setattr(geneval, "load_clip", lambda *_: torch.nn.Linear(1, 1))
-    hits = iter([1, 1, 0, 1] * 7)
+    monkeypatch.setattr(geneval, "colour_words", lambda *_: None)
+    monkeypatch.setattr(geneval, "name_colours", lambda *_: [])
+    hits = iter([0] + [1, 1, 0, 1] * 3 + [1, 0, 0, 1] * 4)        # the first is the blank picture
     monkeypatch.setattr(geneval, "detect", lambda *_: [geneval.Found("cat", 0.95, (0, 0, 1, 1))] * next(hits))
     words = (*kind[:-3], "--metrics", "geneval", "--lora", "base=", "--images_per_prompt", 4, "--export_geneval", tmp_path / "export")
     call("evaluate", *words, "--prompts", f"geneval={tmp_path / 'm.jsonl'}")
     report = json.loads((tmp_path / "e/results.json").read_text())
-    assert report["groups"]["base"]["geneval"] == {"single_object": 0.75, "counting": 0.75, "mean": 0.75} and len(report["scores"]["base"]["geneval"]) == 28
+    assert report["groups"]["base"]["geneval"] == {"single_object": 0.75, "counting": 0.5, "mean": 0.625} and len(report["scores"]["base"]["geneval"]) == 28
+    assert report["results"]["base"]["geneval"]["mean"] == 0.625, "the mean over tags, not over pictures"
+    text = (tmp_path / "e/results.md").read_text()
+    assert "| base | 62.50 ± " in text and "| base | 75.00 | 50.00 | 62.50 |" in text
     assert len(list((tmp_path / "export/base").glob("*/samples/*.png"))) == 28 and (tmp_path / "export/base/00006/metadata.jsonl").exists()
     with pytest.raises(InputError, match="wants its own prompts"):
         call("evaluate", *words)
@@ -259,6 +425,7 @@ def test_two_processes_evaluate_what_one_does(kind, trained, tmp_path):
     (("--lora", "base"), "name=FILE"), (("--lora", "a=", "a="), "each name once"), (("--lora", "a/b="), "name=FILE"),
     (("--lora", "a=nowhere.safetensors"), "nowhere.safetensors"), (("--metrics", "beauty"), "unknown metric 'beauty'"),
     (("--metrics", "hpsv2", "hpsv2"), "each metric once"), (("--metrics", "aesthetic-v1"), "aesthetic-v1=FILE"), (("--prompts", "geneval"), "geneval=FILE"),
+    (("--resolution", "17"), "multiple of 2"), (("--images", "x", "--trace", "a red circle"), "leave out --trace"), (("--trace", "a red circle"), "--spm"),
     (("--steps", "0"), "--steps 0"), (("--prompts", "none.txt"), "none.txt"), (("--metric", "pickscore"), "did you mean --metrics?")])
 def test_mistakes_are_one_line(sd, prompts, tmp_path, words, says):
     with pytest.raises(InputError) as caught:
@@ -270,6 +437,27 @@ def test_one_prompt_for_every_candidate(sd, trained, tmp_path):
     call("evaluate", "--model", sd, "--dtype", "fp32", "--steps", 2, "--out", tmp_path, "--prompt", "a red circle",
          "--lora", "base=", f"spo={trained[0]}")
     assert (tmp_path / "base.png").read_bytes() != (tmp_path / "spo.png").read_bytes()
+
+
+def test_trace_of_any_model(sd, spm, trained, tmp_path):
+    """A folder knows no judge of its own: --spm names it. Sixteen pools of four."""
+    call("evaluate", "--model", sd, "--dtype", "fp32", "--trace", "a red circle", "--spm", spm, "--lora", f"spo={trained[0]}", "--out", tmp_path)
+    with Image.open(tmp_path / "trace-spo.png") as image:
+        assert image.size == (64 + 4 * 108, 16 * 124) and {(0x1a, 0x98, 0x50), (0x2b, 0x6c, 0xff)} & {c for _, c in image.getcolors(10 ** 6)}
+
+
+def test_metrics_run_in_fp32(kind, tmp_path, monkeypatch, pickscore_metric):
+    """Drawing may use TF32, scoring does not."""
+    (tmp_path / "p/x").mkdir(parents=True)
+    for i in range(7):
+        Image.new("RGB", (16, 16)).save(tmp_path / f"p/x/{i}.png")
+    seen, flags = [], (torch.backends.cuda.matmul, torch.backends.cudnn)
+    for flag in flags:
+        flag.allow_tf32 = True
+    monkeypatch.setattr(evaluate, "load_metric", lambda *a: metrics.Metric(
+        "m", "f", lambda images, _: seen.extend(f.allow_tf32 for f in flags) or torch.zeros(len(images))))
+    call("evaluate", *kind, "--images", tmp_path / "p", "--metrics", "aesthetics")
+    assert seen and not any(seen)
 
 
 def test_alignment_wants_captions_of_the_world():

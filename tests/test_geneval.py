@@ -258,8 +258,18 @@ def test_metric_looks_prompts_up(detector, clip, tmp_path, monkeypatch):
     pictures = [Image.new("RGB", (8, 8)), Image.new("RGB", (8, 8)), Image.new("RGB", (16, 8))]
     assert metric.score(pictures, ["a cat", "a cat left of a dog", "a cat left of a dog"]).tolist() == [1, 0, 1]
     assert "not the original's weights" in metric.formula
+    less = [rows[0], dict(rows[1], include=rows[1]["include"][:1])]
+    assert geneval.geneval(str(detector), "clip", less, tokenizer, torch.device("cpu")).weights != metric.weights, "other rules, other scores"
     with pytest.raises(InputError, match="'a dog' is not in the metadata"):
         metric.score(pictures[:1], ["a dog"])
+
+
+def test_a_clip_of_other_tokens_is_refused_at_once(detector, clip, monkeypatch):
+    """Not only when the first picture shows something coloured."""
+    other = randomize(CLIP(CLIPConfig(TowerConfig(16, 32, 2, 2, vocab_size=100, max_position_embeddings=16), clip[0].config.vision, 12)))
+    monkeypatch.setattr(geneval, "load_clip", lambda *_: other)
+    with pytest.raises(InputError, match="579 tokens, the metric's CLIP 100"):
+        geneval.geneval(str(detector), "clip", [], clip[1], torch.device("cpu"))
 
 
 def test_export_is_the_originals_layout(tmp_path):
@@ -275,6 +285,21 @@ def test_export_is_the_originals_layout(tmp_path):
     assert (tmp_path / "out/00001/samples/0001.png").read_bytes() == paths[3].read_bytes()
     with Image.open(tmp_path / "out/00002/samples/0001.png") as last:
         assert last.format == "PNG" and abs(last.getpixel((0, 0))[0] - 200) < 4
+
+
+def test_export_leaves_nothing_stale_and_turns_pictures(tmp_path):
+    """Fewer rows and samples than before; a turned JPEG in CMYK; a folder of the user's own stays."""
+    exif, image = Image.Exif(), Image.new("CMYK", (8, 16), (0, 255, 255, 0))
+    exif[0x0112] = 6
+    image.paste((255, 0, 255, 0), (0, 0, 8, 8))                     # the upper half, which the turn puts to the right
+    image.save(tmp_path / "a.jpg", exif=exif)
+    (tmp_path / "out/00009").mkdir(parents=True)
+    export([dict(POSITION, prompt=str(i)) for i in range(2)], [tmp_path / "a.jpg"] * 4, tmp_path / "out")
+    export([dict(POSITION, prompt="0")], [tmp_path / "a.jpg"], tmp_path / "out")
+    assert sorted(p.name for p in (tmp_path / "out").rglob("*")) == ["0000.png", "00000", "00009", "metadata.jsonl", "samples"]
+    with Image.open(tmp_path / "out/00000/samples/0000.png") as out, Image.open(tmp_path / "a.jpg") as source:
+        assert out.size == (16, 8) and out.mode == "RGB"
+        assert out.getpixel((14, 4)) == source.convert("RGB").getpixel((4, 1)) != out.getpixel((1, 4))
 
 
 @pytest.mark.skipif(not METADATA.exists(), reason="needs GenEval's metadata")

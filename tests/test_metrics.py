@@ -1,4 +1,5 @@
 """metrics.py: every scorer against its reference on random weights in the original layout, and what each does to a picture."""
+import hashlib
 import json
 import sys
 from unittest.mock import MagicMock
@@ -113,7 +114,7 @@ def test_pickscore_equals_transformers(pickscore, tokenizer):
         want = model(input_ids=ids, pixel_values=pixels).logits_per_image.diag()
     metric = load_metric(f"pickscore={pickscore}", "sd15", tokenizer, CPU)
     assert_close(metric.score(PICTURES, TEXTS), want, 1e-5)
-    assert want.std() > 0.1 and "exp(logit scale) x cosine" in metric.formula
+    assert want.std() > 0.1 and "PickScore v1: exp(logit scale) x cosine" in metric.formula
 
 
 @pytest.fixture(scope="module")
@@ -151,6 +152,13 @@ def test_hpsv2_equals_open_clip(hps, tokenizer):
     metric = metrics.hpsv2("hpsv2", str(file), tokenizer, CPU, HPS)
     assert_close(metric.score(PICTURES, TEXTS), 100 * (image * text).sum(-1), 1e-5)
     assert "v2.1" in metric.formula and "v2.0" in metrics.hpsv2("hpsv2.0", str(file), tokenizer, CPU, HPS).formula
+
+
+def test_hpsv2_of_the_other_version_is_refused(hps, tokenizer, monkeypatch):
+    monkeypatch.setitem(metrics.HPS_FILES, "hpsv2.0", hashlib.sha256(hps[1].read_bytes()).hexdigest()[:8])
+    assert metrics.hpsv2("hpsv2.0", str(hps[1]), tokenizer, CPU, HPS).name == "hpsv2.0"
+    with pytest.raises(InputError, match="weights of the other version, write --metrics hpsv2.0="):
+        metrics.hpsv2("hpsv2", str(hps[1]), tokenizer, CPU, HPS)
 
 
 def test_hpsv2_loads_strictly(hps, tokenizer, tmp_path):
@@ -374,3 +382,18 @@ def test_metric_words():
 def test_fingerprint_changes_with_the_weights(pickscore, tokenizer):
     one, again = (load_metric(f"pickscore={pickscore}", "sd15", tokenizer, CPU).weights for _ in "ab")
     assert one == again != load_metric("pickscore", "tiny", tokenizer, CPU).weights and TINY.exists()
+
+
+def test_fingerprint_feels_the_last_bit():
+    linear = torch.nn.Linear(300, 300)
+    before = metrics.fingerprint(linear)
+    with torch.no_grad():
+        linear.weight[7, 7] = torch.nextafter(linear.weight[7, 7], torch.tensor(9.0))
+    assert metrics.fingerprint(linear) != before
+
+
+def test_the_tokenizer_belongs_to_a_metrics_identity(reward, tmp_path):
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/vocab.txt").write_text("\n".join(WORDS))
+    other = load_metric(f"imagereward={tmp_path / 'ImageReward.pt'},{tmp_path / 'other'}", "sd15", None, CPU)
+    assert other.weights != reward[1].weights and other.weights.split()[0] == reward[1].weights.split()[0]

@@ -55,6 +55,8 @@ def test_pickapic_from_its_parquet(tmp_path):
         pq.write_table(pa.table({"caption": [f"{name[:5]} {i}" for i in range(n)]}), tmp_path / f"data/{name}.parquet")
     for source in (tmp_path, tmp_path / "data/validation_unique-00000-of-00001-aa.parquet"):
         assert prompt_set(f"pickapic={source}").prompts == [f"valid {i}" for i in range(500)]
+    pq.write_table(pa.table({"caption": ["a cat"] * 500}), tmp_path / "twice.parquet")
+    assert prompt_set(f"pickapic={tmp_path / 'twice.parquet'}").prompts == ["a cat"] * 500, "two users may have asked for the same"
     with pytest.raises(InputError, match="pickapic has 500 prompts"):
         prompt_set(f"pickapic={tmp_path / 'data/train-00000-of-00001-aa.parquet'}")
 
@@ -72,12 +74,14 @@ def test_names_that_cannot_be_had(tmp_path):
     with pytest.raises(InputError, match="write --prompts geneval=FILE"):
         prompt_set("geneval")
     for name in set(SETS) - {"geneval"}:
-        with pytest.raises(InputError, match="HF_HUB_OFFLINE"):
+        with pytest.raises(InputError, match=f"HF_HUB_OFFLINE.*--prompts {name}=F"):
             prompt_set(name)
     for text in ("a\tb\nc\td", ""):
         (tmp_path / "x.tsv").write_text(text)
         with pytest.raises(InputError, match="the column Prompt"):
             prompt_set(str(tmp_path / "x.tsv"))
+    with pytest.raises(InputError, match="not a readable file of GenEval's metadata"):
+        prompt_set(f"geneval={tmp_path}")
     for word in ("parti=nowhere.tsv", "nowhere.tsv", "nowhere.txt"):
         with pytest.raises(InputError, match="nowhere"):
             prompt_set(word)

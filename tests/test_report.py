@@ -1,4 +1,6 @@
 """report.py and study.py: the pages as a reader finds them, driven in a headless Chromium (skipped where there is none)."""
+import base64
+import io
 import json
 import re
 import shutil
@@ -54,31 +56,33 @@ def embedded(page) -> dict:
 # The report
 
 @pytest.fixture(scope="module")
-def evaluated(sd, pickscore, tmp_path_factory):
-    """A real evaluation of two candidates, with logs of a real training run."""
+def evaluated(tmp_path_factory):
+    """The tiny model and a LoRA of one short round: a trajectory traced first, then an evaluation with the training run's log."""
     folder = tmp_path_factory.mktemp("report")
     prompts = folder / "prompts.txt"
     prompts.write_text("\n".join([*PROMPTS[:3], NASTY]))
-    call("spo_train", "--model", sd, "--judge", "pickscore", "--spm", pickscore, "--prompts", prompts, "--dtype", "fp32", "--rounds", 2,
-         "--threshold", 0, "--steps", 5, "--prompts_per_round", 2, "--out", folder / "run", "--lr", 0.05)
-    call("evaluate", "--model", sd, "--lora", "base=", f"spo={folder / 'run'}", "--prompts", prompts, "--metrics", f"pickscore={pickscore}",
-         "--dtype", "fp32", "--steps", 2, "--images_per_prompt", 2, "--out", folder / "out", "--logs", f"spo={folder / 'run'}",
-         "--study", folder / "study.html", "--seed", 3)
+    call("spo_train", "--prompts", prompts, "--rounds", 1, "--threshold", 0, "--steps", 5, "--prompts_per_round", 2, "--grid_every", 0,
+         "--out", folder / "run", "--lr", 0.05)
+    lora = f"spo={folder / 'run'}"
+    call("evaluate", "--trace", PROMPTS[0], "--lora", lora, "--out", folder / "out")
+    call("evaluate", "--lora", "base=", lora, "--prompts", prompts, "--metrics", "pickscore", "--steps", 2, "--images_per_prompt", 2,
+         "--out", folder / "out", "--logs", lora, "--study", folder / "study.html", "--seed", 3)
     return folder
 
 
 def test_report_holds_everything_and_needs_nothing(evaluated):
     page = (evaluated / "out/report.html").read_text()
-    assert not re.search(r'(src|href)="(?!data:)', page) and "http" not in re.sub(r"data:image/png;base64,[\w+/=]+", "", page)
+    assert not re.search(r'(src|href)="(?!data:)', page) and "http" not in re.sub(r"data:image/(png|jpeg);base64,[\w+/=]+", "", page)
     data, results = embedded(evaluated / "out/report.html"), json.loads((evaluated / "out/results.json").read_text())
     assert data["models"] == ["base", "spo"] and len(data["rows"]) == 8 and data["rows"][-1]["prompt"] == NASTY
     for i, row in enumerate(data["rows"]):
         assert all(row["scores"][m]["pickscore"] == results["scores"][m]["pickscore"][i] for m in ("base", "spo"))
-    assert results["protocol"]["prompts_sha256"] in page and results["metrics"]["pickscore"].split("<")[0][:20] in page
+    assert results["protocol"]["prompts_sha256"] in page and "the tiny model&#x27;s PickScore" in page
     assert page.count("<svg") == len(report.CURVES)
 
 
-def test_report_sorts_in_a_browser(evaluated, browser):
+def test_report_in_a_browser(evaluated, browser):
+    """It sorts; every picture, the learning curves and the trajectory are there."""
     from selenium.webdriver.common.by import By
     from selenium.webdriver.support.ui import Select
     browser.get((evaluated / "out/report.html").as_uri())
@@ -93,10 +97,14 @@ def test_report_sorts_in_a_browser(evaluated, browser):
         Select(browser.find_element(By.ID, "order")).select_by_value(order)
         assert gains() == pytest.approx(sorted(expected, reverse=reverse))
     shown = browser.execute_script("return [...document.images].map(i => { i.loading = 'eager'; return i.src.length; })")
-    assert len(shown) == 16
+    assert len(shown) == 16 + 1
     browser.execute_async_script("const done = arguments[0]; Promise.all([...document.images].map(i => i.decode())).then(() => done())")
     assert all(browser.execute_script("return [...document.images].map(i => i.naturalWidth)"))
     assert browser.find_elements(By.CSS_SELECTOR, "#rows b") and not browser.find_elements(By.CSS_SELECTOR, "#rows p b")   # shown, not obeyed
+    trace = browser.find_element(By.CSS_SELECTOR, "img.trace")
+    assert trace.is_displayed() and trace.get_property("naturalWidth") == Image.open(evaluated / "out/trace-spo.png").width
+    curves = browser.find_elements(By.CSS_SELECTOR, ".curves svg")
+    assert len(curves) == len(browser.find_elements(By.TAG_NAME, "polyline")) == len(report.CURVES) and all(c.is_displayed() for c in curves)
 
 
 def test_report_takes_evenly_spaced_rows_and_shrinks_large_pictures(tmp_path):
@@ -187,6 +195,21 @@ def test_study_in_a_browser(tmp_path, browser):
     assert "1 raters, 18 votes on 6 prompts" in study.tally((str(saved),))
 
 
+def test_study_can_be_mailed(tmp_path):
+    """Four pairs of ten, the seed's, as JPEG of at most 512 pixels; both pictures of a pair belong to its prompt."""
+    files, prompts = pictures(tmp_path, ["base", "spo"], 10, 700), [str(i) for i in range(10)]
+    for seed in (0, 0, 1):
+        study.write_study(tmp_path / f"{seed}.html", files, prompts, 4, seed)
+    one, other = (embedded(tmp_path / f"{seed}.html")["items"] for seed in (0, 1))
+    assert len({item["prompt"] for item in one}) == 4 and [i["prompt"] for i in one] != [i["prompt"] for i in other]
+    for item in one:
+        for m, uri in enumerate(item["images"]):
+            head, _, body = uri.partition(",")
+            with Image.open(io.BytesIO(base64.b64decode(body))) as image:
+                assert image.size == (512, 512) and "jpeg" in head
+                assert image.getpixel((9, 9)) == pytest.approx((20 * int(item["prompt"]), 90 * m, 40), abs=3)
+
+
 def ballot(folder, rater: int, votes: list[tuple[str, str]], **changes) -> str:
     """A vote file."""
     value = dict(study="s", models=["base", "spo"], prompts=4, rater=rater, votes=[dict(item=0, question=q, choice=c) for q, c in votes]) | changes
@@ -202,6 +225,7 @@ def test_tally_by_hand(tmp_path):
     low, high = scipy.stats.binomtest(7, 10).proportion_ci(method="wilson")
     assert line == f"| general | 60.0 % | 20.0 % | 20.0 % | 70.0 % | {100 * low:.1f} to {100 * high:.1f} | 10 |"
     assert "| visual appeal |  |  |  |  |  | 0 |" in study.tally(files)
+    assert "take all votes as independent" in study.tally(files)
     assert call("evaluate", "--tally", *files).strip() == study.tally(files)
 
 
@@ -216,7 +240,9 @@ def test_bad_votes(tmp_path):
     for other, message in ((ballot(tmp_path, 2, [("general", "spo")], study="t"), "another study"), (good, "already among"),
                            (ballot(tmp_path, 3, [("general", "dpo")]), "not a file of votes"), (ballot(tmp_path, 4, [("taste", "spo")]), "not a file"),
                            (ballot(tmp_path, 5, [], models=None), "not a file"), (ballot(tmp_path, 6, [], models=["a"]), "not a file"),
-                           (str(tmp_path / "none.json"), "not found")):
+                           (ballot(tmp_path, 7, [], prompts=None), "not a file"), (ballot(tmp_path, 8, [], study=None), "not a file"),
+                           (ballot(tmp_path, "nine", []), "not a file"), (ballot(tmp_path, 10, [(["general"], "spo")]), "not a file"),
+                           (str(tmp_path), "cannot be read"), (str(tmp_path / "none.json"), "not found")):
         with pytest.raises(InputError, match=message):
             study.tally((good, other))
 
