@@ -30,7 +30,7 @@ import lora
 from diffusion import (DTYPES, NEGATIVE, SDXL_VAE, TINY, Pipeline, decode, first_tokenizer, generate, generate_latents, grid,
                        load_pipeline, to_pil)
 from metrics import WITH_TOKENIZER, Metric, fingerprint, load_metric, metric_sources
-from prompt_sets import prompt_set
+from prompt_sets import PromptSet, prompt_set
 from report import read_logs, write_report
 from study import tally, write_study
 from training import Processes, opt, parse_options, run_script, start_processes, write_atomic, write_json
@@ -329,110 +329,6 @@ def comparison_grid(files: dict[str, list[Path]], columns: int = 12) -> Image.Im
     return grid(load_images([p for paths in files.values() for p in paths[:columns]]), columns)
 
 
-def main() -> None:
-    """Draw, score and compare as the command line says."""
-    config = parse_options(EvaluateConfig, PRESETS, description=__doc__)
-    if not config.model and not config.images:
-        config = parse_options(EvaluateConfig, PRESETS, ["--model", "tiny", *sys.argv[1:]], __doc__)
-    if config.tally:
-        return print(tally(config.tally))
-    logs = read_logs(config.logs)
-    processes = start_processes(config.device or None)
-    if not 1 <= config.steps <= 999:
-        raise InputError(f"--steps {config.steps}: must lie in 1..999")
-    folder, models, only = Path(config.out), {}, config.trace or config.prompt
-    sources = {} if only else dict(metric_sources(word) for word in config.metrics)     # refused before hours of drawing, not after
-    if not only and len(sources) != len(config.metrics):
-        raise InputError(f"--metrics {' '.join(config.metrics)}: each metric once")
-    if config.images and only:
-        raise InputError(f"--images {config.images}: pictures made elsewhere are only scored; leave out --trace and --prompt, or --images")
-    if config.study and len(config.lora) < 2 and not config.images:
-        raise InputError(f"--study {config.study}: compares two candidates; give a second one, --lora base= spo=FILE")
-    if config.images:
-        tokenizer = first_tokenizer(config.model, config.tokenizer) if sources.keys() & WITH_TOKENIZER else None
-    else:
-        models = candidates(config)
-        pipe = load_pipeline(config.model, DTYPES[config.dtype], processes.device, vae=config.vae or None,
-                             prediction_type=config.prediction_type, tokenizer=config.tokenizer, zero_negative=NEGATIVE[config.negative])
-        pipe.check_resolution(config.resolution)
-        tokenizer = pipe.tokenizers[0]
-    if config.trace:
-        return trace(pipe, models, config, folder)
-    if config.prompt:
-        for name, source in models.items():
-            wear(pipe, source)
-            image = generate(pipe, [config.prompt], [config.seed], steps=config.steps, guidance_scale=config.guidance_scale,
-                             eta=config.eta, resolution=config.resolution or None)
-            refuse_damaged(image, name, [config.prompt])
-            folder.mkdir(parents=True, exist_ok=True)
-            to_pil(image)[0].save(folder / f"{name}.png")
-            print(folder / f"{name}.png")
-        return
-    chosen = prompt_set(config.prompts, config.limit)
-    if ("geneval" in sources or config.export_geneval) and not chosen.rows:
-        raise InputError("geneval: wants its own prompts, --prompts geneval=evaluation_metadata.jsonl")
-    if config.images:
-        protocol = dict(images=config.images)
-    else:
-        protocol = dict(model=config.model, sampler=f"DDIM, eta {config.eta}", steps=config.steps, guidance_scale=config.guidance_scale,
-                        resolution=pipe.side(config.resolution), dtype=config.dtype, seed=config.seed,
-                        negative="zeros" if pipe.zero_negative else "encoded", prediction_type=pipe.schedule.prediction_type,
-                        tokenizer=config.tokenizer or "its own")
-    protocol |= dict(prompts=len(chosen.prompts), images_per_prompt=config.images_per_prompt,
-                     prompts_sha256=hashlib.sha256("\n".join(chosen.prompts).encode()).hexdigest())
-    prompts, groups = ([x for x in part for _ in range(config.images_per_prompt)] for part in (chosen.prompts, chosen.groups))
-
-    def load(word: str) -> Metric:
-        name, given = metric_sources(word)
-        return geneval.geneval(*given, chosen.rows, tokenizer, processes.device) if name == "geneval" else \
-            load_metric(word, config.model, tokenizer, processes.device)
-
-    if config.images:
-        files = find_images(config.images, len(prompts))
-        claim(folder, dict(protocol, lora={}), processes)
-    else:
-        protocol["vae"] = config.vae or "its own"
-        base = fingerprint(pipe.unet, pipe.vae, *pipe.text_encoders)
-        claim(folder, dict(protocol, base=base, lora={n: digest(weight_files(s)) for n, s in models.items()}), processes)
-        todo = undrawn(models, len(prompts), processes, folder / "images")
-        if any(todo.values()):
-            rehearse(pipe, models, config.metrics, load, prompts[0], pipe.side(config.resolution))
-            draw_all(pipe, models, prompts, config, processes, folder / "images", todo)
-        files = {name: [folder / "images" / name / f"{i:05d}.png" for i in range(len(prompts))] for name in models}
-        del pipe                        # the scorers want its memory
-    processes.barrier()
-    if config.export_geneval and processes.main:
-        for name, paths in files.items():
-            geneval.export(chosen.rows, paths, Path(config.export_geneval) / name)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False         # metrics are promised in fp32
-    digests = processes.union({name: digest(paths) for name, paths in files.items()} if processes.main else {})
-    scores, metrics = {name: {} for name in files}, []
-    for word in config.metrics:
-        metric = load(word)
-        for model, row in score_all(metric, files, digests, prompts, config.batch, processes, folder / "scores").items():
-            scores[model][metric.name] = row
-        metrics.append(replace(metric, score=None))         # one scorer in memory at a time
-        del metric
-    if not processes.main:
-        return
-    first = next(iter(files))
-    results = {name: {m.name: compare(scores[name][m.name], scores[first][m.name], each=config.images_per_prompt,
-                                      groups=chosen.groups if m.name == "geneval" else None) for m in metrics} for name in files}
-    by_group = {name: {m.name: group_means(scores[name][m.name], groups) for m in metrics} for name in files} if groups else {}
-    write_json(folder / "results.json", dict(protocol=protocol, metrics={m.name: m.formula for m in metrics}, results=results,
-                                             groups=by_group, scores=scores))
-    text = table(results, metrics) + "\n" + (group_tables(by_group) if groups else "")
-    text += "\n" + ", ".join(f"{k} {v}" for k, v in protocol.items()) + "\n" + "".join(f"- {m.name}: {m.formula}\n" for m in metrics)
-    write_atomic(folder / "results.md", lambda p: p.write_text(text))
-    comparison_grid(files).save(folder / "grid.png")
-    write_report(folder / "report.html", text, protocol, {m.name: m.formula for m in metrics}, files, prompts, scores, logs,
-                 config.report_rows)
-    if config.study:
-        write_study(Path(config.study), files, prompts, config.study_pairs, config.seed)
-    print(text)
-    print(f"{'' if config.images else 'pictures, '}results.json, results.md, grid.png and report.html in {folder}")
-
-
 def weight_files(source: str) -> list[Path]:
     """A candidate's weight file, with its shards if it is their index; none for the base."""
     shards = sorted(set(read_json(source)["weight_map"].values())) if source.endswith(".json") else []
@@ -468,7 +364,19 @@ def claim(folder: Path, identity: dict, processes: Processes) -> None:
         raise InputError(problem or f"{folder}: refused, see the first process's message")
 
 
-def trace(pipe: Pipeline, models: dict[str, str], config: EvaluateConfig, folder: Path) -> None:
+def draw_prompt(pipe: Pipeline, models: dict[str, str], config: EvaluateConfig, folder: Path) -> None:
+    """Draw --prompt with every candidate into folder/NAME.png."""
+    for name, source in models.items():
+        wear(pipe, source)
+        image = generate(pipe, [config.prompt], [config.seed], steps=config.steps, guidance_scale=config.guidance_scale,
+                         eta=config.eta, resolution=config.resolution or None)
+        refuse_damaged(image, name, [config.prompt])
+        folder.mkdir(parents=True, exist_ok=True)
+        to_pil(image)[0].save(folder / f"{name}.png")
+        print(folder / f"{name}.png")
+
+
+def draw_trajectories(pipe: Pipeline, models: dict[str, str], config: EvaluateConfig, folder: Path) -> None:
     """Draw one SPO trajectory per candidate with the settings that the model is trained with."""
     import spo_train
     own = dict(model=config.model, spm=config.spm, dtype=config.dtype)
@@ -480,6 +388,111 @@ def trace(pipe: Pipeline, models: dict[str, str], config: EvaluateConfig, folder
         calls = spo_train.Models(pipe.unet, lambda z: decode(pipe, z), judge, judge.image_features)
         spo_train.trace_prompt(pipe, calls, config.trace, settings, config.seed).save(folder / f"trace-{name}.png")
         print(folder / f"trace-{name}.png")
+
+
+def check(config: EvaluateConfig, sources: dict) -> None:
+    """Refuse what contradicts itself before anything is loaded; `sources` are the metrics' (metric_sources)."""
+    if not 1 <= config.steps <= 999:
+        raise InputError(f"--steps {config.steps}: must lie in 1..999")
+    if len(sources) not in (0, len(config.metrics)):
+        raise InputError(f"--metrics {' '.join(config.metrics)}: each metric once")
+    if config.images and (config.trace or config.prompt):
+        raise InputError(f"--images {config.images}: pictures made elsewhere are only scored; leave out --trace and --prompt, or --images")
+    if config.study and len(config.lora) < 2 and not config.images:
+        raise InputError(f"--study {config.study}: compares two candidates; give a second one, --lora base= spo=FILE")
+
+
+def describe(config: EvaluateConfig, chosen: PromptSet, pipe: Pipeline | None) -> dict:
+    """The protocol, as every result states it; without a pipeline the pictures were made elsewhere."""
+    drawn = dict(images=config.images)
+    if pipe:
+        drawn = dict(model=config.model, sampler=f"DDIM, eta {config.eta}", steps=config.steps, guidance_scale=config.guidance_scale,
+                     resolution=pipe.side(config.resolution), dtype=config.dtype, seed=config.seed,
+                     negative="zeros" if pipe.zero_negative else "encoded", prediction_type=pipe.schedule.prediction_type,
+                     tokenizer=config.tokenizer or "its own", vae=config.vae or "its own")
+    return drawn | dict(prompts=len(chosen.prompts), images_per_prompt=config.images_per_prompt,
+                        prompts_sha256=hashlib.sha256("\n".join(chosen.prompts).encode()).hexdigest())
+
+
+def write_results(config: EvaluateConfig, protocol: dict, chosen: PromptSet, metrics: list[Metric], files: dict[str, list[Path]],
+                  scores: dict[str, dict[str, list[float]]], logs: dict[str, list[dict]]) -> None:
+    """Compare with the first model, print the table, and leave results.json, results.md, grid.png, report.html and the study page."""
+    folder, first, formulas = Path(config.out), next(iter(files)), {m.name: m.formula for m in metrics}
+    prompts, groups = ([x for x in part for _ in range(config.images_per_prompt)] for part in (chosen.prompts, chosen.groups))
+    results = {name: {m: compare(scores[name][m], scores[first][m], each=config.images_per_prompt,
+                                 groups=chosen.groups if m == "geneval" else None) for m in formulas} for name in files}
+    by_group = {name: {m: group_means(scores[name][m], groups) for m in formulas} for name in files} if groups else {}
+    write_json(folder / "results.json", dict(protocol=protocol, metrics=formulas, results=results, groups=by_group, scores=scores))
+    text = table(results, metrics) + "\n" + (group_tables(by_group) if groups else "")
+    text += "\n" + ", ".join(f"{k} {v}" for k, v in protocol.items()) + "\n" + "".join(f"- {m}: {f}\n" for m, f in formulas.items())
+    write_atomic(folder / "results.md", lambda p: p.write_text(text))
+    comparison_grid(files).save(folder / "grid.png")
+    write_report(folder / "report.html", text, protocol, formulas, files, prompts, scores, logs, config.report_rows)
+    if config.study:
+        write_study(Path(config.study), files, prompts, config.study_pairs, config.seed)
+    print(text)
+    print(f"{'' if config.images else 'pictures, '}results.json, results.md, grid.png and report.html in {folder}")
+
+
+def main() -> None:
+    """Draw, score and compare as the command line says."""
+    config = parse_options(EvaluateConfig, PRESETS, description=__doc__)
+    if not config.model and not config.images:
+        config = parse_options(EvaluateConfig, PRESETS, ["--model", "tiny", *sys.argv[1:]], __doc__)
+    if config.tally:
+        return print(tally(config.tally))
+    logs = read_logs(config.logs)
+    processes = start_processes(config.device or None)
+    folder, pipe, models = Path(config.out), None, {}
+    sources = {} if config.trace or config.prompt else dict(metric_sources(word) for word in config.metrics)
+    check(config, sources)
+    if config.images:
+        tokenizer = first_tokenizer(config.model, config.tokenizer) if sources.keys() & WITH_TOKENIZER else None
+    else:
+        models = candidates(config)
+        pipe = load_pipeline(config.model, DTYPES[config.dtype], processes.device, vae=config.vae or None,
+                             prediction_type=config.prediction_type, tokenizer=config.tokenizer, zero_negative=NEGATIVE[config.negative])
+        pipe.check_resolution(config.resolution)
+        tokenizer = pipe.tokenizers[0]
+    if config.trace or config.prompt:
+        return draw_trajectories(pipe, models, config, folder) if config.trace else draw_prompt(pipe, models, config, folder)
+    chosen = prompt_set(config.prompts, config.limit)
+    if ("geneval" in sources or config.export_geneval) and not chosen.rows:
+        raise InputError("geneval: wants its own prompts, --prompts geneval=evaluation_metadata.jsonl")
+    prompts, protocol = [p for p in chosen.prompts for _ in range(config.images_per_prompt)], describe(config, chosen, pipe)
+
+    def load(word: str) -> Metric:
+        name, given = metric_sources(word)
+        return geneval.geneval(*given, chosen.rows, tokenizer, processes.device) if name == "geneval" else \
+            load_metric(word, config.model, tokenizer, processes.device)
+
+    if config.images:
+        files = find_images(config.images, len(prompts))
+        claim(folder, dict(protocol, lora={}), processes)
+    else:
+        base = fingerprint(pipe.unet, pipe.vae, *pipe.text_encoders)
+        claim(folder, dict(protocol, base=base, lora={n: digest(weight_files(s)) for n, s in models.items()}), processes)
+        todo = undrawn(models, len(prompts), processes, folder / "images")
+        if any(todo.values()):
+            rehearse(pipe, models, config.metrics, load, prompts[0], pipe.side(config.resolution))
+            draw_all(pipe, models, prompts, config, processes, folder / "images", todo)
+        files = {name: [folder / "images" / name / f"{i:05d}.png" for i in range(len(prompts))] for name in models}
+        del pipe                        # the scorers want its memory
+    processes.barrier()
+    if config.export_geneval and processes.main:
+        for name, paths in files.items():
+            geneval.export(chosen.rows, paths, Path(config.export_geneval) / name)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False         # metrics are promised in fp32
+    digests = processes.union({name: digest(paths) for name, paths in files.items()} if processes.main else {})
+    scores, metrics = {name: {} for name in files}, []
+    for word in config.metrics:
+        metric = load(word)
+        for model, row in score_all(metric, files, digests, prompts, config.batch, processes, folder / "scores").items():
+            scores[model][metric.name] = row
+        metrics.append(replace(metric, score=None))         # one scorer in memory at a time
+        del metric
+    if processes.main:
+        write_results(config, protocol, chosen, metrics, files, scores, logs)
 
 
 if __name__ == "__main__":
