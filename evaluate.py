@@ -31,7 +31,7 @@ from diffusion import (DTYPES, NEGATIVE, SDXL_VAE, TINY, Pipeline, decode, first
                        load_pipeline, to_pil)
 from metrics import WITH_TOKENIZER, Metric, fingerprint, load_metric, metric_sources
 from prompt_sets import PromptSet, prompt_set
-from report import read_logs, write_report
+from report import draw_trace, read_logs, write_report
 from study import tally, write_study
 from training import Processes, opt, parse_options, run_script, start_processes, write_atomic, write_json
 from unet import UNet
@@ -386,7 +386,8 @@ def draw_trajectories(pipe: Pipeline, models: dict[str, str], config: EvaluateCo
     for name, source in models.items():
         wear(pipe, source)
         calls = spo_train.Models(pipe.unet, lambda z: decode(pipe, z), judge, judge.image_features)
-        spo_train.trace_prompt(pipe, calls, config.trace, settings, config.seed).save(folder / f"trace-{name}.png")
+        pools = spo_train.trace_prompt(pipe, calls, config.trace, settings, config.seed)
+        draw_trace(pools, max(96, min(256, pipe.side(config.resolution)))).save(folder / f"trace-{name}.png")
         print(folder / f"trace-{name}.png")
 
 

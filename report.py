@@ -11,8 +11,9 @@ import json
 import math
 from pathlib import Path
 
-from PIL import Image
+from PIL import Image, ImageDraw
 
+from diffusion import to_pil
 from training import write_atomic
 from weights import InputError
 
@@ -71,6 +72,30 @@ def data_uri(image: Image.Image, side: int = 0, quality: int = 85) -> str:
     small = max(image.size) <= 128
     image.save(handle, "PNG" if small else "JPEG", **({} if small else dict(quality=quality)))
     return f"data:image/{'png' if small else 'jpeg'};base64,{base64.b64encode(handle.getvalue()).decode()}"
+
+
+def draw_trace(trace: list[dict], width: int = 96) -> Image.Image:
+    """The paper's Figures 3 and 5 of one trajectory: a row per scored step, candidates as decoded x0 with their scores.
+
+    Green frame: winner. Red frame: loser. Blue dot: the candidate that the next step starts from. Grey: no pair.
+    """
+    k, head, margin = len(trace[0]["scores"]), 16, 6
+    cell = (width + 2 * margin, width + head + 2 * margin)
+    canvas = Image.new("RGB", (64 + k * cell[0], len(trace) * cell[1]), "white")
+    pen = ImageDraw.Draw(canvas)
+    for r, row in enumerate(trace):
+        pen.text((8, r * cell[1] + cell[1] // 2), f"t = {row['timestep']}", fill="black")
+        for c, image in enumerate(to_pil((row["images"] / 2 + 0.5).clamp(0, 1))):
+            left, top = 64 + c * cell[0] + margin, r * cell[1] + margin
+            green, red = ("#1a9850", "#d73027") if row["valid"] else ("#999", "#999")
+            colour = {row["win"]: green, row["lose"]: red}.get(c)
+            if colour:
+                pen.rectangle((left - 4, top - 4, left + width + 3, top + width + 3), fill=colour)
+            canvas.paste(image.resize((width, width), Image.Resampling.LANCZOS), (left, top))
+            pen.text((left, top + width + 4), f"{row['scores'][c]:.2f}", fill=colour or "black")
+            if c == row["chosen"]:
+                pen.ellipse((left + width - 13, top + width + 5, left + width - 3, top + width + 15), fill="#2b6cff")
+    return canvas
 
 
 def embed_json(value) -> str:

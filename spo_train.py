@@ -21,7 +21,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from PIL import ImageDraw
 from safetensors.torch import save_file
 from tqdm import tqdm
 
@@ -46,7 +45,6 @@ from diffusion import (
     load_tiny_decoder,
     negative,
     on_device,
-    to_pil,
 )
 from training import (
     TOO_MANY,
@@ -591,38 +589,13 @@ def sample_round(pipe: Pipeline, models: Models, prompts: list[str], indices: li
         return pairs, conds.map(lambda v: whole([v]))
 
 
-def draw_trace(trace: list[dict], width: int = 96):
-    """The paper's Figures 3 and 5 of one trajectory: a row per scored step, candidates as decoded x0 with their scores.
-
-    Green frame: winner. Red frame: loser. Blue dot: the candidate that the next step starts from. Grey: no pair.
-    """
-    from PIL import Image
-    k, head, margin = len(trace[0]["scores"]), 16, 6
-    cell = (width + 2 * margin, width + head + 2 * margin)
-    canvas = Image.new("RGB", (64 + k * cell[0], len(trace) * cell[1]), "white")
-    pen = ImageDraw.Draw(canvas)
-    for r, row in enumerate(trace):
-        pen.text((8, r * cell[1] + cell[1] // 2), f"t = {row['timestep']}", fill="black")
-        for c, image in enumerate(to_pil((row["images"] / 2 + 0.5).clamp(0, 1))):
-            left, top = 64 + c * cell[0] + margin, r * cell[1] + margin
-            green, red = ("#1a9850", "#d73027") if row["valid"] else ("#999", "#999")
-            colour = {row["win"]: green, row["lose"]: red}.get(c)
-            if colour:
-                pen.rectangle((left - 4, top - 4, left + width + 3, top + width + 3), fill=colour)
-            canvas.paste(image.resize((width, width), Image.Resampling.LANCZOS), (left, top))
-            pen.text((left, top + width + 4), f"{row['scores'][c]:.2f}", fill=colour or "black")
-            if c == row["chosen"]:
-                pen.ellipse((left + width - 13, top + width + 5, left + width - 3, top + width + 15), fill="#2b6cff")
-    return canvas
-
-
-def trace_prompt(pipe: Pipeline, models: Models, prompt: str, config: SPOConfig, seed: int = 0):
-    """Sample one trajectory of `prompt` as in training and draw it."""
+def trace_prompt(pipe: Pipeline, models: Models, prompt: str, config: SPOConfig, seed: int = 0) -> list[dict]:
+    """Sample one trajectory of `prompt` as in training -> its pools, for report.draw_trace."""
     cond = encode_prompts(pipe, [prompt], config.resolution or None)
     trace: list[dict] = []
     sample_pairs(pipe, models, cond, negative(pipe, cond, encode_empty(pipe)), judge_features(pipe, models.judge, [prompt]),
                  [generator(seed, "trace", prompt)], config, Clock(pipe.device), trace)
-    return draw_trace(trace, max(96, min(256, pipe.side(config.resolution))))
+    return trace
 
 
 def save_lora(pipe: Pipeline, folder: Path) -> None:
