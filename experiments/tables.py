@@ -5,6 +5,8 @@
     python experiments/tables.py all --seeds 1                      # one seed, so that several processes can share the work
     python experiments/tables.py render       # only write results/tables.md from what has been run
 
+What results/tables.json already holds is not run again; take an entry out of it to have it measured anew.
+
 Every arm is compared at equal network evaluations *and* at equal optimizer updates: it runs until it has had both budgets, and the
 first LoRA at or above each is judged, by ground truth, on the 256 held-out captions, same noise for all. An evaluation is one
 sample through the UNet, guidance's two sides counted apart, three where a backward follows.
@@ -166,6 +168,8 @@ class Judge:
 
 def choose_rate(method: str, judge: Judge) -> float:
     """The method's learning rate by the stated procedure."""
+    if known := kept("rates", method):
+        return known["chosen"]
     scores, rates = {}, list(RATES)
     for rate in rates:                  # grows below
         folder = train(f"{method} rate {rate:g}", dict(METHODS[method], lr=rate), RATE_SEED)
@@ -177,6 +181,14 @@ def choose_rate(method: str, judge: Judge) -> float:
             rates.append(best * 4 if best == max(rates) else best / 4)
     keep(["rates", method], dict(chosen=best, pickscore={f"{r:g}": round(s, 4) for r, s in scores.items()}))
     return best
+
+
+def kept(*path: str):
+    """What results/tables.json holds at a path of keys, or None."""
+    place = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    for key in path:
+        place = place.get(key, {})
+    return place or None
 
 
 def keep(path: list[str], value) -> None:
@@ -197,6 +209,8 @@ def keep(path: list[str], value) -> None:
 
 def measure(name: str, run: str, options: dict, seed: int, judge: Judge, shares: tuple[float, ...] = ()) -> None:
     """Train one arm with one seed, judge it at both budgets (and at `shares` of the evaluations), and keep the figures."""
+    if kept("arms", name, str(seed)):
+        return
     folder = train(run, options, seed)
     log, base, record = read_log(folder), judge(None), {}
     points = {"updates": reach(log, "updates", UPDATES), "evaluations": reach(log, "evaluations", EVALUATIONS)}
@@ -248,7 +262,7 @@ def average(values: list[float]) -> float:
 
 def render() -> str:
     """All tables as Markdown, from results/tables.json; what has not been run says so."""
-    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    results = kept() or {}
     arms, base, lines = results.get("arms", {}), results.get("base", {}), []
     for number, (title, names, paper) in TABLES.items():
         rows = []
@@ -320,7 +334,7 @@ def main() -> None:
         keep(["base"], {m: round(sum(base[m]) / len(base[m]), 4) for m in METRICS})
         tags = judge(None, "geneval")
         keep(["base geneval"], {tag: round(sum(v) / len(v), 4) for tag, v in tags.items() if tag not in METRICS})
-        if "labels" not in json.loads(RESULTS.read_text()):
+        if not kept("labels"):
             disagreement(judge)
         rates = {method: choose_rate(method, judge) for method in given.methods if "1" in wanted or "rates" in wanted}
         for table in wanted:

@@ -83,3 +83,11 @@ def test_every_arm_is_a_command_that_the_trainers_understand():
             assert spo_train.pool_groups([951 - 50 * i for i in range(20)], config.t_min, config.t_max, config.j)
     for number, (_, names, _) in tables.TABLES.items():
         assert set(names) <= set(tables.METHODS if number == "1" else tables.ARMS)
+
+
+def test_what_is_there_is_not_run_again(results, monkeypatch):
+    monkeypatch.setattr(tables, "train", lambda *_: pytest.fail("trained again"))
+    tables.keep(["arms", "a", "0"], dict(updates=1))
+    tables.keep(["rates", "spo"], dict(chosen=4e-4))
+    tables.measure("a", "a", {}, 0, None)
+    assert tables.choose_rate("spo", None) == 4e-4 and tables.kept("arms", "a", "1") is None
