@@ -278,14 +278,101 @@ def save_spm(clip: CLIP, folder: Path) -> None:
     write_atomic(folder / "model.safetensors", lambda p: save_file(weights, p, metadata={"format": "pt"}))
 
 
+def build_models(pickscore: CLIP, config: SPMConfig, processes: Processes) -> tuple[dict[str, CLIP], torch.optim.Optimizer]:
+    """The SPM, equal to PickScore, its step-blind twin if wanted, and one AdamW for both, its state sharded over the processes."""
+    torch.manual_seed(config.seed)
+    models = {"SPM": make_step_aware(pickscore)}
+    if config.step_blind:
+        models["step-blind SPM"] = CLIP(pickscore.config).to(processes.device)
+        models["step-blind SPM"].load_state_dict(pickscore.state_dict())
+    old, named = set(pickscore.state_dict()), [item for clip in models.values() for item in clip.requires_grad_(True).named_parameters()]
+    groups = [dict(params=[p for name, p in named if name in old]), dict(params=[p for name, p in named if name not in old])]
+    kind = dict(lr=config.lr, betas=(0.9, 0.999), weight_decay=config.weight_decay)
+    return models, (ZeroRedundancyOptimizer(groups, torch.optim.AdamW, **kind) if processes.world > 1
+                    else torch.optim.AdamW(groups, **kind))
+
+
+def compile_all(pipe: Pipeline, models: dict[str, CLIP]) -> None:
+    """torch.compile for whatever the loop calls."""
+    for module, *methods in ((pipe.unet, "forward"), (pipe.vae, "moments", "decode"),
+                             *((clip, "image_features", "text_features") for clip in models.values())):
+        for name in methods:
+            setattr(module, name, torch.compile(getattr(module, name)))
+
+
+def batches(pairs: Pairs, used: set[int], needed, config: SPMConfig, processes: Processes, begin: int):
+    """Yield (step, its pairs, futures of this process's pictures); `needed(pair)` is called by threads, one step ahead.
+
+    The pairs are the same on every process, of which each takes every world-th.
+    """
+    per_epoch, shuffled = max(1, len(used) // config.batch), {}
+
+    def batch_of(step: int) -> list[int]:
+        epoch, place = divmod(step, per_epoch)
+        if epoch not in shuffled:
+            shuffled.clear()
+            shuffled[epoch] = epoch_order(pairs, used, config.seed, epoch)
+        return shuffled[epoch][place * config.batch:(place + 1) * config.batch]
+
+    with ThreadPoolExecutor(4) as readers:
+        def read(step: int) -> list[Future]:
+            rows = batch_of(step) if step < config.steps else []
+            return [readers.submit(needed, i) for i in rows[processes.rank::processes.world]]
+
+        coming = read(begin)
+        try:
+            for step in range(begin, config.steps):
+                here, coming = coming, read(step + 1)
+                yield step, batch_of(step), here
+        finally:
+            readers.shutdown(cancel_futures=True)
+
+
+@dataclass
+class Gradients:
+    """What one process found in its share of a step."""
+    stats: torch.Tensor         # [2 M] loss and accuracy of each of the M models, shares of the whole batch
+    finite: list[torch.Tensor]  # [2, N] per microbatch: are the pair's pictures finite, and its losses
+    broken: dict[int, str]      # pair -> why its pictures cannot be read
+
+
+def backward(pipe: Pipeline, models: dict[str, CLIP], pairs: Pairs, ids: torch.Tensor, labels_of, latents: torch.Tensor | None,
+             empty: Conditioning | None, batch: list[int], timesteps: torch.Tensor, pictures: list[Future], config: SPMConfig,
+             processes: Processes, step: int) -> Gradients:
+    """Eq. 3 on this process's share of `batch`, whose pair n is noised to `timesteps[n]`; gradients add up in the models."""
+    mine, side = list(range(processes.rank, len(batch), processes.world)), pipe.side(config.resolution)
+    size, dtype = next(iter(models.values())).config.vision.image_size, DTYPES[config.dtype]
+    total_weight, out = float(pairs.weight[batch].sum()), Gradients(torch.zeros(2 * len(models), device=pipe.device), [], {})
+    for start in range(0, len(mine), config.micro_batch):
+        rows = mine[start:start + config.micro_batch]
+        index, t = [batch[r] for r in rows], timesteps[rows]
+        got = [p.result() for p in pictures[start:start + config.micro_batch]]
+        out.broken |= {i: g for i, g in zip(index, got) if isinstance(g, str)}
+        images, seen = stack_pictures(got, side)
+        cond = encode_prompts(pipe, [pairs.captions[i] for i in index], side)
+        moments = encode_pairs(pipe, images) if latents is None else cached_pairs(pipe, latents, index, images, seen)
+        pixels = predicted_pixels(pipe, moments, index, t, cond, empty, config.guidance_scale, (config.seed, "noise", step), size)
+        target, w = labels_of(index, images), (pairs.weight[index] * seen).to(pipe.device)
+        drawn = judged = torch.isfinite(pixels).reshape(len(rows), -1).all(1)          # [N]
+        for m, clip in enumerate(models.values()):
+            scores = pair_scores(clip, pixels, t, ids[index].to(pipe.device), dtype)
+            each = preference_loss(scores[:, 0], scores[:, 1], target)                                        # Eq. 3
+            loss = (each * w).sum() / total_weight
+            loss.backward()
+            judged = judged & torch.isfinite(each.detach())
+            out.stats[2 * m] += loss.detach()
+            out.stats[2 * m + 1] += ((scores[:, 0] > scores[:, 1]).float() == target).float().sum() / len(batch)
+        out.finite.append(torch.stack([drawn, judged]))
+    return out
+
+
 def main() -> None:
     """Train as the command line says; continue if the run folder holds the same run."""
     config = parse_options(SPMConfig, PRESETS, description=__doc__)
     processes = start_processes(config.device or None)
     run = Run(config.out, dataclasses.asdict(config), processes, FREE)
-    dtype = DTYPES[config.dtype]
-    pipe = load_pipeline(config.model, dtype, processes.device, vae=config.vae or None, prediction_type=config.prediction_type,
-                         tokenizer=config.tokenizer, zero_negative=NEGATIVE[config.negative])
+    pipe = load_pipeline(config.model, DTYPES[config.dtype], processes.device, vae=config.vae or None,
+                         prediction_type=config.prediction_type, tokenizer=config.tokenizer, zero_negative=NEGATIVE[config.negative])
     pickscore = load_clip(config.pickscore, torch.float32, processes.device)
     pipe.check_resolution(config.resolution)
     side = pipe.side(config.resolution)
@@ -308,23 +395,10 @@ def main() -> None:
     order = permutation(len(ids), config.seed, "validation")
     count = min(config.validation, len(order) // 4)
     held, used = sorted(order[:count]), set(order[count:])
-
-    torch.manual_seed(config.seed)
-    models = {"SPM": make_step_aware(pickscore)}
-    if config.step_blind:
-        models["step-blind SPM"] = CLIP(pickscore.config).to(processes.device)
-        models["step-blind SPM"].load_state_dict(pickscore.state_dict())
-    known, named = set(pickscore.state_dict()), [item for clip in models.values() for item in clip.requires_grad_(True).named_parameters()]
-    parameters = [p for _, p in named]
-    groups = [dict(params=[p for name, p in named if name in known]), dict(params=[p for name, p in named if name not in known])]
-    kind = dict(lr=config.lr, betas=(0.9, 0.999), weight_decay=config.weight_decay)
-    optimizer = (ZeroRedundancyOptimizer(groups, torch.optim.AdamW, **kind) if processes.world > 1
-                 else torch.optim.AdamW(groups, **kind))
+    models, optimizer = build_models(pickscore, config, processes)
+    parameters = [p for clip in models.values() for p in clip.parameters()]
     if config.compile:
-        for module, *methods in ((pipe.unet, "forward"), (pipe.vae, "moments", "decode"),
-                                 *((clip, "image_features", "text_features") for clip in models.values())):
-            for name in methods:
-                setattr(module, name, torch.compile(getattr(module, name)))
+        compile_all(pipe, models)
     empty, begin, unreadable, recent = encode_empty(pipe), 0, {}, []
     if state := run.resume():
         for clip, weights in zip(models.values(), state["models"], strict=True):
@@ -335,67 +409,24 @@ def main() -> None:
         print("\n".join(f"{name:18} {value}" for name, value in dataclasses.asdict(config).items()))
         print(f"{len(used)} training and {len(held)} validation pairs, {processes.world} x {pipe.device}, "
               f"starting at step {begin}", flush=True)
-
-    per_epoch = max(1, len(used) // config.batch)
-    shuffled: dict[int, list[int]] = {}
-
-    def batch_of(step: int) -> list[int]:
-        """The pairs of one optimizer step, the same on every process."""
-        epoch, place = divmod(step, per_epoch)
-        if epoch not in shuffled:
-            shuffled.clear()
-            shuffled[epoch] = epoch_order(pairs, used, config.seed, epoch)
-        return shuffled[epoch][place * config.batch:(place + 1) * config.batch]
-
-    readers = ThreadPoolExecutor(4)
     latents = open_latents(run.folder, pipe, side, len(ids)) if config.cache_latents else None
 
     def needed(i: int) -> torch.Tensor | str | None:
         """Pair i's pictures as `readable` gives them, or None where its latents will do."""
         return None if latents is not None and config.labels == "human" and is_encoded(latents, i) else readable(pairs, i)
 
-    def read(step: int) -> list[Future]:
-        """Start reading this process's share of a step's pictures."""
-        rows = batch_of(step) if step < config.steps else []
-        return [readers.submit(needed, i) for i in rows[processes.rank::processes.world]]
-
-    coming = read(begin)
     bad, skipped = 0, 0
     progress = tqdm(total=config.steps, initial=begin, desc="spm", unit="step", disable=not processes.main)
-    for step in range(begin, config.steps):
+    for step, batch, pictures in batches(pairs, used, needed, config, processes, begin):
         started = time.perf_counter()
-        epoch, batch = step // per_epoch, batch_of(step)
-        pictures, coming = coming, read(step + 1)               # one step ahead
         timesteps = torch.randint(0, 1000, (len(batch),), generator=generator(config.seed, "timestep", step))     # t ~ U{0..999}
-        mine, stats = list(range(processes.rank, len(batch), processes.world)), torch.zeros(2 * len(models), device=pipe.device)
-        total_weight, finite, broken = float(pairs.weight[batch].sum()), [], {}
-        for start in range(0, len(mine), config.micro_batch):
-            rows = mine[start:start + config.micro_batch]
-            index, t = [batch[r] for r in rows], timesteps[rows]
-            got = [p.result() for p in pictures[start:start + config.micro_batch]]
-            broken |= {i: g for i, g in zip(index, got) if isinstance(g, str)}
-            images, seen = stack_pictures(got, side)
-            cond = encode_prompts(pipe, [pairs.captions[i] for i in index], side)
-            moments = encode_pairs(pipe, images) if latents is None else cached_pairs(pipe, latents, index, images, seen)
-            pixels = predicted_pixels(pipe, moments, index, t, cond, empty, config.guidance_scale, (config.seed, "noise", step),
-                                      pickscore.config.vision.image_size)
-            target, w = labels_of(index, images), (pairs.weight[index] * seen).to(pipe.device)
-            drawn = judged = torch.isfinite(pixels).reshape(len(rows), -1).all(1)          # [N]
-            for m, clip in enumerate(models.values()):
-                scores = pair_scores(clip, pixels, t, ids[index].to(pipe.device), dtype)
-                each = preference_loss(scores[:, 0], scores[:, 1], target)                                        # Eq. 3
-                loss = (each * w).sum() / total_weight
-                loss.backward()
-                judged = judged & torch.isfinite(each.detach())
-                stats[2 * m] += loss.detach()
-                stats[2 * m + 1] += ((scores[:, 0] > scores[:, 1]).float() == target).float().sum() / len(batch)
-            finite.append(torch.stack([drawn, judged]))
+        found = backward(pipe, models, pairs, ids, labels_of, latents, empty, batch, timesteps, pictures, config, processes, step)
         for p in parameters:
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-        count = torch.tensor([float(len(broken))], device=pipe.device)
-        processes.sum([p.grad for p in parameters] + [stats, count])
-        if count.item():
-            unreadable = list_unreadable(unreadable, processes.union(broken), run)
+        stats, broken = found.stats, torch.tensor([float(len(found.broken))], device=pipe.device)
+        processes.sum([p.grad for p in parameters] + [stats, broken])
+        if broken.item():
+            unreadable = list_unreadable(unreadable, processes.union(found.broken), run)
         norms = [float(torch.nn.utils.clip_grad_norm_(list(clip.parameters()), config.clip_norm)) for clip in models.values()]
         lr = learning_rate(step, config.lr, config.warmup) * ((1 - step / config.steps) if config.decay else 1)
         for group, factor in zip(optimizer.param_groups, (1.0, config.adaln_lr), strict=True):
@@ -405,39 +436,38 @@ def main() -> None:
             bad = 0
         else:
             bad, skipped = bad + 1, skipped + 1
-            report_fault(finite, [(pairs.captions[batch[r]], int(timesteps[r])) for r in mine])
+            report_fault(found.finite, [(pairs.captions[batch[r]], int(timesteps[r]))
+                                        for r in range(processes.rank, len(batch), processes.world)])
         optimizer.zero_grad(set_to_none=True)
-        seconds = time.perf_counter() - started
-        run.log(dict(step=step + 1, epoch=epoch, loss=float(stats[0]) if sound else None, accuracy=float(stats[1]),
-                     grad_norm=norms[0] if sound else None, lr=lr, skipped=skipped, unreadable=len(unreadable),
-                     pairs_per_second=len(batch) / seconds, eta_minutes=(config.steps - step - 1) * seconds / 60))
+        done, seconds = step + 1, time.perf_counter() - started
+        run.log(dict(step=done, epoch=step // max(1, len(used) // config.batch), loss=float(stats[0]) if sound else None,
+                     accuracy=float(stats[1]), grad_norm=norms[0] if sound else None, lr=lr, skipped=skipped, unreadable=len(unreadable),
+                     pairs_per_second=len(batch) / seconds, eta_minutes=(config.steps - done) * seconds / 60))
         progress.set_postfix(loss=f"{float(stats[0]):.3f}", pairs_per_second=f"{len(batch) / seconds:.1f}", refresh=False)
         progress.update()
-        seen_so_far = min((step + 1) * config.batch, len(used))
+        seen_so_far = min(done * config.batch, len(used))
         spoilt = len(unreadable) > max(3, config.max_unreadable * seen_so_far)
         ending = processes.any(run.stop) or bad >= TOO_MANY or spoilt
         recent.append(float(stats[1]))
-        due = (step + 1) % config.save_every == 0 or step + 1 == config.steps
+        due = done % config.save_every == 0 or done == config.steps
         if due or ending:
             score, recent = (sum(recent) / len(recent), []) if due else (None, recent)
             if processes.world > 1:
                 optimizer.consolidate_state_dict(to=0)
             if processes.main and run.is_best(score):
                 save_spm(models["SPM"], run.folder / "best")
-            run.save(step + 1, dict(models=[{k: v.cpu() for k, v in clip.state_dict().items()} for clip in models.values()],
-                                    optimizer=optimizer.state_dict() if processes.main else None,
-                                    unreadable=unreadable, recent=recent), score)
+            run.save(done, dict(models=[{k: v.cpu() for k, v in clip.state_dict().items()} for clip in models.values()],
+                                optimizer=optimizer.state_dict() if processes.main else None,
+                                unreadable=unreadable, recent=recent), score)
+        if spoilt:
+            raise InputError(f"{len(unreadable)} of the {seen_so_far} pairs read so far have damaged pictures, listed in "
+                             f"{run.folder / 'unreadable.txt'}; mend them, or allow more with --max_unreadable")
+        if bad >= TOO_MANY:
+            raise InputError(f"step {done}: {TOO_MANY} optimizer steps in a row were not finite; the last good SPM is in "
+                             f"{run.folder}'s checkpoint (try --dtype fp32, another --vae, or a lower --lr)")
         if ending:
-            readers.shutdown(cancel_futures=True)
-            if spoilt:
-                raise InputError(f"{len(unreadable)} of the {seen_so_far} pairs read so far have damaged pictures, listed in "
-                                 f"{run.folder / 'unreadable.txt'}; mend them, or allow more with --max_unreadable")
-            if bad >= TOO_MANY:
-                raise InputError(f"step {step + 1}: {TOO_MANY} optimizer steps in a row were not finite; the last good SPM is in "
-                                 f"{run.folder}'s checkpoint (try --dtype fp32, another --vae, or a lower --lr)")
             return
     progress.close()
-    readers.shutdown()
     for clip in models.values():
         clip.requires_grad_(False)
     table = accuracy_table(pipe, {"PickScore": pickscore, **models}, pairs, labels_of, held, config, empty, ids, processes)
