@@ -92,8 +92,14 @@ class Pipeline:
         return self.unet.config.in_channels, side, side
 
 
-def _component(cls, config_cls, folder: Path, dtype: torch.dtype, device: torch.device):
-    """One network from its folder: config.json gives the shape, the weight file the numbers."""
+def vae_dtype(config: VAEConfig, unet: UNetConfig, dtype: torch.dtype) -> torch.dtype:
+    """fp32 for a VAE that would overflow (`force_upcast`), decided before its weights are read: rounded ones stay rounded."""
+    overflows = dtype == torch.float16 or unet.addition_embed_type == "text_time"       # SD-1.5's asks for it too once diffusers saved it
+    return torch.float32 if config.force_upcast and overflows else dtype
+
+
+def _component(cls, config_cls, folder: Path, dtype: torch.dtype, device: torch.device, unet: UNet | None = None):
+    """One network from its folder: config.json gives the shape, the weight file the numbers. A VAE's dtype depends on its `unet`."""
     try:
         config = config_cls.from_json(read_json(folder / "config.json"))
     except ValueError as error:
@@ -101,7 +107,7 @@ def _component(cls, config_cls, folder: Path, dtype: torch.dtype, device: torch.
     with torch.device("meta"):
         module = cls(config)
     path = weight_file(folder)
-    load_strict(module, clean(read_weights(path)), path, dtype, device)
+    load_strict(module, clean(read_weights(path)), path, vae_dtype(config, unet.config, dtype) if cls is VAE else dtype, device)
     # All convolutions: channels_last decodes about 1.8 times as fast on a CPU. The UNet gains nothing there.
     return module.to(memory_format=torch.channels_last) if cls is VAE else module
 
@@ -185,7 +191,7 @@ def _single_file(path: Path, dtype: torch.dtype, device: torch.device, tokenizer
         second.pop("logit_scale", None)
         parts.append((encoders[1], second))
     for module, tensors in parts:
-        load_strict(module, clean(tensors), path, dtype, device)
+        load_strict(module, clean(tensors), path, vae_dtype(vae_config, unet_config, dtype) if module is vae else dtype, device)
     vae = vae.to(memory_format=torch.channels_last)         # as in _component
     home = fetch(tokenizer or NAMES["sdxl" if sdxl else "sd15"], ["tokenizer*/*"])
     tokenizers = [_tokenizer(home / name) for name in ("tokenizer", "tokenizer_2")[:1 + sdxl]]
@@ -206,8 +212,8 @@ def _folder(source: str, root: Path, dtype: torch.dtype, device: torch.device) -
     names = ("", "_2") if "text_encoder_2" in index else ("",)
     tokenizers = [_tokenizer(root / f"tokenizer{n}") for n in names]
     encoders = [_component(CLIP, CLIPConfig, root / f"text_encoder{n}", dtype, device) for n in names]
-    return Pipeline(source, tokenizers, encoders, _component(UNet, UNetConfig, root / "unet", dtype, device),
-                    _component(VAE, VAEConfig, root / "vae", dtype, device), schedule,
+    unet = _component(UNet, UNetConfig, root / "unet", dtype, device)
+    return Pipeline(source, tokenizers, encoders, unet, _component(VAE, VAEConfig, root / "vae", dtype, device, unet), schedule,
                     bool(index.get("force_zeros_for_empty_prompt", False)), device)
 
 
@@ -235,9 +241,7 @@ def load_pipeline(source: str = "tiny", dtype: torch.dtype = torch.float32, devi
         pipe.unet = _component(UNet, UNetConfig, root / "unet" if (root / "unet").is_dir() else root, dtype, device)
     if vae:
         root = fetch(vae, ["config.json", "diffusion_pytorch_model.safetensors", "vae/*"])
-        pipe.vae = _component(VAE, VAEConfig, root / "vae" if (root / "vae").is_dir() else root, dtype, device)
-    if pipe.vae.config.force_upcast and (dtype == torch.float16 or pipe.is_sdxl):       # SD-1.5's asks for it too once diffusers saved it
-        pipe.vae.float()
+        pipe.vae = _component(VAE, VAEConfig, root / "vae" if (root / "vae").is_dir() else root, dtype, device, pipe.unet)
     return pipe
 
 

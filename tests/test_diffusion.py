@@ -241,6 +241,9 @@ def test_dtype_and_freezing(sd, sdxl):
     """Loaded networks are frozen, in eval mode and of the type asked for; a bf16 UNet still returns fp32 noise."""
     for folder, dtype, want in ((sdxl, torch.bfloat16, torch.float32), (sd, torch.float16, torch.float32), (sd, torch.bfloat16, torch.bfloat16)):
         assert load_pipeline(str(folder), dtype).vae.quant_conv.weight.dtype == want        # its configuration says force_upcast
+    want = load_pipeline(str(sdxl)).vae.state_dict()                # and its weights were never rounded on the way
+    for got in (load_pipeline(str(sdxl), torch.bfloat16), load_pipeline(str(sdxl), torch.bfloat16, vae=str(sdxl))):
+        assert all(torch.equal(v, want[k]) for k, v in got.vae.state_dict().items())
     ours = load_pipeline(str(sd), torch.bfloat16)
     for module in (ours.unet, ours.vae, *ours.text_encoders):
         assert not module.training and all(p.dtype == torch.bfloat16 and not p.requires_grad for p in module.parameters())

@@ -73,8 +73,8 @@ def single(request, tmp_path_factory):
 
 def open_single(folder, file, **kind):
     """Through the code that reads official single files, told the minuscule shapes."""
-    kind = dict(tokenizer=str(folder), prediction_type="") | kind
-    return diffusion._single_file(file, torch.float32, torch.device("cpu"), shapes=shapes_of(folder), **kind)
+    kind = dict(tokenizer=str(folder), prediction_type="", dtype=torch.float32) | kind
+    return diffusion._single_file(file, device=torch.device("cpu"), shapes=shapes_of(folder), **kind)
 
 
 def test_the_written_file_is_what_diffusers_calls_the_original_layout(single):
@@ -105,6 +105,12 @@ def test_single_file_is_the_same_model_as_the_folder(single):
     ours, theirs = dataclasses.asdict(got.schedule), dataclasses.asdict(want.schedule)
     assert torch.equal(ours.pop("alphas_cumprod"), theirs.pop("alphas_cumprod")) and ours == theirs
     assert torch.equal(*(generate(p, PROMPTS[:3], [0, 1, 2], steps=3) for p in (want, got)))
+
+
+def test_a_vae_that_would_overflow_is_never_rounded(sdxl, tmp_path):
+    got, want = (open_single(sdxl, write_single(sdxl, tmp_path / "xl.safetensors", True), dtype=d) for d in (torch.bfloat16, torch.float32))
+    assert got.unet.conv_in.weight.dtype == torch.bfloat16
+    assert all(torch.equal(v, want.vae.state_dict()[k]) for k, v in got.vae.state_dict().items())
 
 
 def test_a_pickled_checkpoint_loads_too(single, tmp_path):
