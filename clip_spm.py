@@ -286,11 +286,12 @@ def make_step_aware(clip: CLIP) -> CLIP:
     return spm.to(clip.logit_scale.device, clip.logit_scale.dtype)
 
 
-def preprocess_decoded(images: torch.Tensor, size: int, clamp_first: bool = False) -> torch.Tensor:
+def preprocess_decoded(images: torch.Tensor, size: int, clamp_first: bool = False, antialias: bool = False) -> torch.Tensor:
     """What the SPM sees: decoded pictures [N, 3, H, W] in about [-1, 1] -> normalised pixels [N, 3, size, size], fp32.
 
     Bicubic without anti-aliasing, shorter side to `size`, centre crop, then clamp: differentiable and on the GPU,
-    unlike PIL. SPM *training* in the official code clamps before resizing as well (`clamp_first`).
+    unlike PIL. SPM *training* in the official code clamps before resizing as well (`clamp_first`). With `antialias` it is what
+    PickScore sees of a clean picture, up to PIL's rounding.
     """
     images = images.float()
     if clamp_first:
@@ -299,7 +300,7 @@ def preprocess_decoded(images: torch.Tensor, size: int, clamp_first: bool = Fals
     if (height, width) != (size, size):
         short = min(height, width)
         target = (int(height * size / short + 0.5), int(width * size / short + 0.5))
-        images = F.interpolate(images, target, mode="bicubic", align_corners=False, antialias=False)
+        images = F.interpolate(images, target, mode="bicubic", align_corners=False, antialias=antialias)
         top, left = (target[0] - size) // 2, (target[1] - size) // 2
         images = images[..., top:top + size, left:left + size]
     mean, std = (torch.tensor(v, device=images.device).view(1, 3, 1, 1) for v in (MEAN, STD))

@@ -126,7 +126,7 @@ def stack_pictures(got: list[torch.Tensor | str | None], side: int) -> tuple[tor
 @torch.no_grad()
 def relabel(clip: CLIP, images: torch.Tensor, text: torch.Tensor, threshold: float = 0.1) -> torch.Tensor:
     """PickScore's own opinion of clean pairs [N, 2, 3, H, W] uint8 -> 1, 0, or 0.5 if its softmax differs by at most 0.1."""
-    pixels = preprocess_decoded(images.flatten(0, 1).to(text.device) / 127.5 - 1, clip.config.vision.image_size)
+    pixels = preprocess_decoded(images.flatten(0, 1).to(text.device) / 127.5 - 1, clip.config.vision.image_size, antialias=True)
     scores = clip.score(clip.image_features(pixels), text.repeat_interleave(2, 0)).view(-1, 2)
     gap = scores.softmax(1) @ torch.tensor([1.0, -1.0], device=text.device)
     return torch.where(gap.abs() <= threshold, 0.5, (gap > 0).float())

@@ -191,6 +191,17 @@ def test_relabelling_by_pickscore(pickscore, pairs, sd):
     assert want.count(0.5) == 11 and {0.0, 1.0} < set(want)
 
 
+def test_relabelling_sees_what_pickscore_sees(pickscore, monkeypatch):
+    """Large noisy pictures through PIL's anti-aliased bicubic: the pixels agree up to PIL's rounding to whole numbers."""
+    from clip_spm import preprocess_pil
+    clip, seen = load_clip(str(pickscore)), []
+    monkeypatch.setattr(clip, "image_features", lambda pixels: seen.append(pixels) or torch.ones(len(pixels), 10))
+    images = torch.randint(0, 256, (1, 2, 3, 100, 100), generator=seeded(2)).byte()
+    relabel(clip, images, torch.ones(1, 10))
+    want = preprocess_pil([Image.fromarray(p.permute(1, 2, 0).numpy()) for p in images[0]], 16)
+    assert (seen[0] - want).abs().max() < 2 / 255 / 0.26
+
+
 def test_training_starts_equal_to_pickscore(kind, tmp_path, pickscore):
     """With learning rate 0 all three rows of the table agree, and the saved weights are PickScore's and adaLN's start."""
     call("spm_train", *kind, "--lr", 0, "--steps", 1, "--out", tmp_path / "run")
