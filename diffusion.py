@@ -214,7 +214,7 @@ def _folder(source: str, root: Path, dtype: torch.dtype, device: torch.device) -
     encoders = [_component(CLIP, CLIPConfig, root / f"text_encoder{n}", dtype, device) for n in names]
     unet = _component(UNet, UNetConfig, root / "unet", dtype, device)
     return Pipeline(source, tokenizers, encoders, unet, _component(VAE, VAEConfig, root / "vae", dtype, device, unet), schedule,
-                    bool(index.get("force_zeros_for_empty_prompt", False)), device)
+                    bool(index.get("force_zeros_for_empty_prompt", len(names) > 1)), device)         # diffusers' default for SDXL
 
 
 def load_pipeline(source: str = "tiny", dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu",

@@ -13,6 +13,7 @@ Files in four formats are read; the first and the last are written:
     kohya       lora_unet_<module, dots as underscores>.lora_down.weight / lora_up.weight / alpha   (D: ComfyUI, A1111)
 """
 import contextlib
+import json
 import math
 import re
 
@@ -268,7 +269,13 @@ def command_line() -> None:
     for part in ("tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2", "scheduler", "vae"):
         if (root / part).is_dir():
             shutil.copytree(root / part, options.target / part)
-    shutil.copy(root / "model_index.json", options.target)
+    index = read_json(root / "model_index.json")
+    for part, value in index.items():       # diffusers would look for a safety checker that is not copied
+        if isinstance(value, list) and part != "unet" and not (options.target / part).is_dir():
+            index[part] = [None, None]
+    if "safety_checker" in index:
+        index["requires_safety_checker"] = False
+    (options.target / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
     (options.target / "unet").mkdir()
     shutil.copy(root / "unet/config.json", options.target / "unet")
     save_file(unet.state_dict(), options.target / "unet/diffusion_pytorch_model.safetensors", metadata={"format": "pt"})

@@ -51,6 +51,16 @@ def test_negative_is_zero_for_sdxl_and_the_empty_text_for_sd15(sd, sdxl):
     assert torch.equal(uncond.prompt_embeds[1:], encode_prompts(ours, [""]).prompt_embeds) and uncond.prompt_embeds.any()
 
 
+def test_sdxl_folders_that_do_not_say_are_zero_negative(sdxl, tmp_path):
+    shutil.copytree(sdxl, tmp_path / "copy")
+    path = tmp_path / "copy/model_index.json"
+    index = json.loads(path.read_text())
+    for said, want in ((None, True), (False, False)):
+        path.write_text(json.dumps({k: v for k, v in index.items() if not k.startswith("force")} | ({} if said is None else {"force_zeros_for_empty_prompt": said})))
+        assert load_pipeline(str(tmp_path / "copy")).zero_negative is want
+        assert StableDiffusionXLPipeline.from_pretrained(tmp_path / "copy").config.force_zeros_for_empty_prompt is want
+
+
 @pytest.mark.parametrize("eta", [0.0, 1.0])
 def test_pictures_equal_diffusers(both, eta):
     """Same start latents, same noise in every step, guidance 5: same clean latents and same pictures."""

@@ -1,6 +1,8 @@
 """lora.py against peft and diffusers' own LoRA loader."""
 import copy
+import json
 import re
+import shutil
 
 import pytest
 import torch
@@ -349,8 +351,14 @@ def test_command_line_converts_there_and_back(sd, lora_file, tmp_path):
 
 
 def test_command_line_merges_into_a_checkpoint_of_its_own(sd, lora_file, tmp_path):
-    """The written folder draws what the LoRA draws, here and in diffusers, and the source stays as it was."""
-    shell("lora.py", "merge", lora_file, tmp_path / "merged", "--model", sd)
+    """The written folder draws what the LoRA draws, here and in diffusers, which finds no parts named that are not there."""
+    official = tmp_path / "official"
+    shutil.copytree(sd, official)
+    index = json.loads((sd / "model_index.json").read_text())
+    del index["requires_safety_checker"]
+    (official / "model_index.json").write_text(json.dumps(index | dict(feature_extractor=["transformers", "CLIPImageProcessor"],
+                                                                       safety_checker=["stable_diffusion", "StableDiffusionSafetyChecker"])))
+    shell("lora.py", "merge", lora_file, tmp_path / "merged", "--model", official)
     base, worn, merged = load_pipeline(str(sd)), load_pipeline(str(sd)), load_pipeline(str(tmp_path / "merged"))
     lora.load(worn.unet, read_weights(lora_file))
     images = [generate(p, PROMPTS[:2], [0, 1], steps=3) for p in (base, worn, merged)]
@@ -359,6 +367,7 @@ def test_command_line_merges_into_a_checkpoint_of_its_own(sd, lora_file, tmp_pat
     theirs = StableDiffusionPipeline.from_pretrained(tmp_path / "merged")
     ours = merged.unet.state_dict()
     assert all(torch.equal(v, ours[k]) for k, v in theirs.unet.state_dict().items())
+    assert json.loads((tmp_path / "merged/model_index.json").read_text())["safety_checker"] == [None, None]
     refused = shell("lora.py", "merge", lora_file, tmp_path / "merged", "--model", sd, check=False)
     assert refused.returncode and "exists already" in refused.stderr
 
