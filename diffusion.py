@@ -19,7 +19,7 @@ import ddim
 from clip_spm import CLIP, CLIPConfig, TowerConfig, clip_h, clip_l
 from unet import UNet, UNetConfig
 from vae import VAE, TinyDecoder, TinyDecoderConfig, VAEConfig
-from weights import (InputError, clean, fetch, from_open_clip, load_strict, original_tiny_decoder, original_unet_name,
+from weights import (InputError, clean, fetch, from_open_clip, is_sdxl, load_strict, original_tiny_decoder, original_unet_name,
                      original_vae_name, read_json, read_weights, rename, take, weight_file)
 
 TINY = Path(__file__).resolve().parent / "tiny" / "model"
@@ -174,7 +174,7 @@ def _single_file(path: Path, dtype: torch.dtype, device: torch.device, tokenizer
     weights = read_weights(path)
     if not any(k.startswith("model.diffusion_model.") for k in weights):
         raise InputError(f"{path}: no model.diffusion_model.* tensors; not a Stable Diffusion checkpoint in the original layout")
-    sdxl = any(k.startswith("conditioner.embedders.1.") for k in weights)
+    sdxl = is_sdxl(weights)
     bigg = CLIPConfig(TowerConfig(1280, 5120, 32, 20, "gelu"), None, 1280)
     text_l = replace(clip_l(), vision=None, projection_dim=None)
     unet_config, vae_config, *texts = shapes or (

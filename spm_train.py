@@ -44,6 +44,7 @@ from training import (
     TOO_MANY,
     Processes,
     Run,
+    check_preset,
     generator,
     learning_rate,
     opt,
@@ -64,6 +65,8 @@ REPORT_AT = (0, 251, 501, 701, 951)
 class SPMConfig:
     """Every option of a run. Sources: P = the paper, O = the released official code, T = measured on the tiny model."""
     model: str = opt("tiny", "whose latents and noise: tiny, sd15, sdxl, a folder, hub id, or single-file checkpoint")
+    preset: str = opt("", "whose settings are the defaults: tiny, sd15 or sdxl; empty: the model's own, or what a local folder or single "
+                      "file turns out to be, else sd15", ("", "tiny", "sd15", "sdxl"))
     out: str = opt("runs/spm", "run folder: model.safetensors, log.jsonl, config.json, results.json, checkpoints")
     pickscore: str = opt("yuvalkirstain/PickScore_v1", "the CLIP to start from (P: PickScore), folder or hub id")
     pairs: str = opt("", "folder with pairs.jsonl or Parquet, a .parquet file or a hub data set (see pairs.py); empty: the tiny world's")
@@ -105,7 +108,7 @@ PRESETS = {
     "sd15": dict(),
     "sdxl": dict(vae=SDXL_VAE, lr=1e-6, steps=7000, labels="pickscore", micro_batch=4),
 }
-FREE = ("out", "device", "micro_batch", "cache_latents", "compile", "save_every", "max_unreadable")
+FREE = ("out", "preset", "device", "micro_batch", "cache_latents", "compile", "save_every", "max_unreadable")
 
 
 def readable(pairs: Pairs, i: int) -> torch.Tensor | str:
@@ -286,11 +289,13 @@ def main() -> None:
     dtype = DTYPES[config.dtype]
     pipe = load_pipeline(config.model, dtype, processes.device, vae=config.vae or None, prediction_type=config.prediction_type,
                          tokenizer=config.tokenizer, zero_negative=NEGATIVE[config.negative])
+    if processes.main:
+        check_preset(config, pipe.is_sdxl)
     pickscore = load_clip(config.pickscore, torch.float32, processes.device)
     side = pipe.side(config.resolution)
     if config.pairs:
         pairs = load_pairs(config.pairs, side)
-    elif config.model == "tiny":
+    elif config.preset == "tiny":
         pairs = world_pairs(config.count + config.validation, config.seed)
     else:
         raise InputError("--pairs: a folder with pairs.jsonl or Parquet files is needed (only tiny brings its own preferences)")

@@ -3,6 +3,7 @@
 Every loader in this project ends in `load_strict`: a missing or unexpected tensor or a wrong shape is one clear error,
 never a silently random module. Renamings of foreign layouts live here and nowhere else.
 """
+import contextlib
 import json
 import os
 import re
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import torch
 import torch.nn as nn
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 WEIGHT_NAMES = ("diffusion_pytorch_model", "model", "pytorch_model")
@@ -91,6 +92,25 @@ def fetch(source: str, patterns: list[str], repo_type: str = "model") -> Path:
         offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
         raise InputError(f"{source}: not in the hub cache and cannot be downloaded{offline}; give a local folder instead "
                          f"({type(error).__name__})") from None
+
+
+def preset_of(model: str) -> str:
+    """Whose settings fit a model: its own if it is tiny, sd15 or sdxl; else what a local folder's UNet or single file is; else sd15's."""
+    if model in ("tiny", "sd15", "sdxl"):
+        return model
+    path, sdxl = Path(model), False
+    with contextlib.suppress(InputError, SafetensorError, OSError):         # loading will say what is wrong
+        if path.is_dir():
+            sdxl = read_json(path / "unet/config.json").get("addition_embed_type") == "text_time"
+        elif path.suffix == ".safetensors":
+            with safe_open(path, "pt") as file:
+                sdxl = is_sdxl(file.keys())
+    return "sdxl" if sdxl else "sd15"
+
+
+def is_sdxl(names) -> bool:
+    """Are these the tensors of a single-file SDXL, with its two text encoders?"""
+    return any(k.startswith("conditioner.embedders.1.") for k in names)
 
 
 def clean(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

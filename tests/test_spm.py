@@ -457,7 +457,8 @@ def test_the_other_options_run(kind, tmp_path, sdxl):
     call("spm_train", *kind[:-1], "--labels", "pickscore", "--decay", "--dtype", "bf16", "--steps", 2, "--out", tmp_path / "a")
     rows = log_of(tmp_path / "a")
     assert rows[1]["lr"] == pytest.approx(1e-3 * 0.5) and not (tmp_path / "a/spm_step_blind").exists()
-    call("spm_train", *kind, "--model", sdxl, "--resolution", 32, "--steps", 1, "--out", tmp_path / "b")
+    said = call("spm_train", *kind, "--model", sdxl, "--vae", sdxl, "--resolution", 32, "--steps", 1, "--out", tmp_path / "b")
+    assert "preset             sdxl\n" in said and "labels             pickscore\n" in said
     assert len(log_of(tmp_path / "b")) == 1 and (tmp_path / "b/results.json").exists()
     with pytest.raises(InputError, match="labels"):
         call("spm_train", *kind, "--labels", "mine", "--out", tmp_path / "c")
