@@ -57,7 +57,7 @@ class CLIPConfig:
     def from_json(cls, config: dict, step_aware: bool = False) -> "CLIPConfig":
         """Read a transformers `config.json`, of a whole CLIP (`text_config` inside) or of a text encoder alone."""
         if "text_config" not in config:
-            projected = "CLIPTextModelWithProjection" in config.get("architectures", [])
+            projected = "CLIPTextModelWithProjection" in (config.get("architectures") or [])
             return cls(TowerConfig.from_json(config), None, config["projection_dim"] if projected else None)
         vision = dict(hidden_size=768, intermediate_size=3072, num_attention_heads=12)
         return cls(TowerConfig.from_json(config["text_config"]), TowerConfig.from_json(config["vision_config"], **vision),
@@ -283,7 +283,9 @@ def make_step_aware(clip: CLIP) -> CLIP:
     config = clip.config
     spm = CLIP(CLIPConfig(config.text, config.vision, config.projection_dim, step_aware=True))
     spm.load_state_dict(clip.state_dict(), strict=False)      # the rest is new: adaLN and the time embedder
-    return spm.to(clip.logit_scale.device, clip.logit_scale.dtype)
+    spm.to(clip.visual_projection.weight.device, clip.visual_projection.weight.dtype)
+    spm.logit_scale.data = clip.logit_scale.data.clone()        # which stays fp32 when the rest is not
+    return spm
 
 
 def preprocess_decoded(images: torch.Tensor, size: int, clamp_first: bool = False, antialias: bool = False) -> torch.Tensor:

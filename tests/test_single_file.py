@@ -137,9 +137,27 @@ def test_a_file_that_does_not_fit_is_one_clear_line(single, tmp_path, damage, wo
     assert "bad.safetensors" in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_what_training_leaves_in_a_file_does_no_harm(single, tmp_path):
+    folder, file = single
+    spare = {"first_stage_model.loss.logvar": torch.ones(1), "first_stage_model.model_ema.decay": torch.tensor(0.9),
+             "cond_stage_model.transformer.text_projection.weight": torch.ones(2, 2)}
+    save_file(load_file(file) | spare, tmp_path / "spare.safetensors")
+    assert open_single(folder, tmp_path / "spare.safetensors").unet is not None
+
+
+def test_a_file_without_vae_needs_another(single, tmp_path):
+    folder, file = single
+    save_file({k: v for k, v in load_file(file).items() if not k.startswith("first_stage")}, tmp_path / "bare.safetensors")
+    with pytest.raises(InputError, match="bare.safetensors: has no VAE .*--vae"):
+        open_single(folder, tmp_path / "bare.safetensors")
+    assert open_single(folder, tmp_path / "bare.safetensors", own_vae=False).vae is None
+    with pytest.raises(InputError, match="wrong shape|missing"):                # the official shapes are assumed, the VAE is not missed
+        load_pipeline(str(tmp_path / "bare.safetensors"), vae=str(folder))
+
+
 def test_a_minuscule_file_is_not_taken_for_an_official_one(single):
     """Without the shapes the official ones are assumed, and nothing is filled with random numbers."""
-    with pytest.raises(InputError, match="missing|wrong shape"):
+    with pytest.raises(InputError, match="(missing|wrong shape).*a single-file checkpoint in the original layout"):
         load_pipeline(str(single[1]))
 
 
