@@ -39,7 +39,7 @@ from diffusion import (
     load_pipeline,
     negative,
 )
-from pairs import Pairs, UnreadablePicture, epoch_order, load_pairs, world_pairs
+from pairs import Pairs, UnreadablePicture, epoch_order, hold_out, load_pairs, world_pairs
 from training import (
     TOO_MANY,
     Processes,
@@ -49,7 +49,6 @@ from training import (
     learning_rate,
     opt,
     parse_options,
-    permutation,
     run_script,
     start_processes,
     warn,
@@ -92,7 +91,7 @@ class SPMConfig:
     batch: int = opt(64, "global batch of pairs per optimizer step (O: 4 x 16)")
     micro_batch: int = opt(16, "pairs in one forward and backward of one process")
     count: int = opt(8000, "tiny: size of the training set of pairs")
-    validation: int = opt(512, "pairs held back for the table of accuracies")
+    validation: int = opt(512, "pairs held back for the table of accuracies, with all pairs of the same caption")
     max_unreadable: float = opt(0.01, "share of the pairs read so far whose pictures may be damaged; they are skipped and listed")
     step_blind: bool = opt(False, "also train a twin without the timestep, on the same inputs (P Table 5)")
     cache_latents: bool = opt(False, "keep encoded pictures in the run folder's latents.bin (SD-1.5, bf16: 13 GB for 100,000 pairs); with "
@@ -309,9 +308,7 @@ def main() -> None:
             return pairs.label[index].to(pipe.device)
         return relabel(pickscore, images, pickscore.text_features(ids[index].to(pipe.device)))
 
-    order = permutation(len(ids), config.seed, "validation")
-    count = min(config.validation, len(order) // 4)
-    held, used = sorted(order[:count]), set(order[count:])
+    held, used = hold_out(pairs, config.validation, config.seed)
 
     torch.manual_seed(config.seed)
     models = {"SPM": make_step_aware(pickscore)}

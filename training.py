@@ -26,7 +26,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 from tqdm import tqdm
 
-from weights import InputError, fetch, preset_of
+from weights import InputError, fetch_parquet, preset_of
 
 
 def opt(default, help: str, choices: tuple | None = None):
@@ -381,8 +381,9 @@ def _read_captions(source: str, path: Path) -> list[str]:
 
 def _read_prompts(source: str) -> list[str]:
     path = Path(source)
-    if path.suffix == ".parquet" or path.is_dir() or (not path.exists() and not path.suffix and "/" in source):
-        return _read_captions(source, fetch(source, ["*.parquet", "data/*.parquet"], repo_type="dataset"))
+    file = path.exists() or path.suffix in (".txt", ".json", ".jsonl") or "/" not in source
+    if path.suffix == ".parquet" or path.is_dir() or not file:          # a data set's name may hold a dot
+        return _read_captions(source, fetch_parquet(source))
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
