@@ -30,7 +30,7 @@ import spo_train
 from diffusion import Conditioning, Pipeline, encode_empty, encode_prompts, guided_noise, negative
 from spm_train import encode_pairs, readable, stack_pictures
 from spo_train import Models, RunConfig, SPOConfig, prepare, prepare_policy, run_rounds, sample_round, spo_round, train_minibatches
-from training import Clock, Processes, Run, generator, opt, parse_options, read_prompts, run_script, start_processes
+from training import Clock, Processes, Run, generator, opt, parse_options, run_script, start_processes
 from weights import InputError
 
 METHODS = {         # where each starts from unless the command line says otherwise
@@ -184,7 +184,7 @@ def main() -> None:
     walk = d3po_as_spo(config)
     spo_train.check(walk)
     offline = config.method in OFFLINE
-    prompts = [] if offline else read_prompts(config.prompts, config.sample_prompts, config.seed)
+    prompts = [] if offline else spo_train.training_prompts(config)
     run = Run(config.out, dataclasses.asdict(config), processes, spo_train.FREE)
     if not offline:
         pipe, models = prepare(walk, processes)
@@ -192,7 +192,7 @@ def main() -> None:
         one_round = functools.partial(*((spo_round, *arguments, walk) if config.method == "d3po" else (ddpo_round, *arguments, config)),
                                       processes)
     else:
-        if not config.pairs and config.model != "tiny":
+        if not config.pairs and config.preset != "tiny":
             raise InputError(f"--method {config.method} learns from pictures; give --pairs a folder or Parquet file of preference pairs")
         pipe, models = prepare_policy(config, processes)
         data = preference_pairs.load_pairs(config.pairs, pipe.side(config.resolution)) if config.pairs else \

@@ -57,7 +57,7 @@ class CLIPConfig:
     def from_json(cls, config: dict, step_aware: bool = False) -> "CLIPConfig":
         """Read a transformers `config.json`, of a whole CLIP (`text_config` inside) or of a text encoder alone."""
         if "text_config" not in config:
-            projected = "CLIPTextModelWithProjection" in config.get("architectures", [])
+            projected = "CLIPTextModelWithProjection" in (config.get("architectures") or [])
             return cls(TowerConfig.from_json(config), None, config["projection_dim"] if projected else None)
         vision = dict(hidden_size=768, intermediate_size=3072, num_attention_heads=12)
         return cls(TowerConfig.from_json(config["text_config"]), TowerConfig.from_json(config["vision_config"], **vision),
@@ -283,14 +283,17 @@ def make_step_aware(clip: CLIP) -> CLIP:
     config = clip.config
     spm = CLIP(CLIPConfig(config.text, config.vision, config.projection_dim, step_aware=True))
     spm.load_state_dict(clip.state_dict(), strict=False)      # the rest is new: adaLN and the time embedder
-    return spm.to(clip.logit_scale.device, clip.logit_scale.dtype)
+    spm.to(clip.visual_projection.weight.device, clip.visual_projection.weight.dtype)
+    spm.logit_scale.data = clip.logit_scale.data.clone()        # which stays fp32 when the rest is not
+    return spm
 
 
-def preprocess_decoded(images: torch.Tensor, size: int, clamp_first: bool = False) -> torch.Tensor:
+def preprocess_decoded(images: torch.Tensor, size: int, clamp_first: bool = False, antialias: bool = False) -> torch.Tensor:
     """What the SPM sees: decoded pictures [N, 3, H, W] in about [-1, 1] -> normalised pixels [N, 3, size, size], fp32.
 
     Bicubic without anti-aliasing, shorter side to `size`, centre crop, then clamp: differentiable and on the GPU,
-    unlike PIL. SPM *training* in the official code clamps before resizing as well (`clamp_first`).
+    unlike PIL. SPM *training* in the official code clamps before resizing as well (`clamp_first`). With `antialias` it is what
+    PickScore sees of a clean picture, up to PIL's rounding.
     """
     images = images.float()
     if clamp_first:
@@ -299,7 +302,7 @@ def preprocess_decoded(images: torch.Tensor, size: int, clamp_first: bool = Fals
     if (height, width) != (size, size):
         short = min(height, width)
         target = (int(height * size / short + 0.5), int(width * size / short + 0.5))
-        images = F.interpolate(images, target, mode="bicubic", align_corners=False, antialias=False)
+        images = F.interpolate(images, target, mode="bicubic", align_corners=False, antialias=antialias)
         top, left = (target[0] - size) // 2, (target[1] - size) // 2
         images = images[..., top:top + size, left:left + size]
     mean, std = (torch.tensor(v, device=images.device).view(1, 3, 1, 1) for v in (MEAN, STD))

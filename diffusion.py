@@ -19,8 +19,25 @@ import ddim
 from clip_spm import CLIP, CLIPConfig, TowerConfig, clip_h, clip_l
 from unet import UNet, UNetConfig
 from vae import VAE, TinyDecoder, TinyDecoderConfig, VAEConfig
-from weights import (InputError, clean, fetch, from_open_clip, load_strict, original_tiny_decoder, original_unet_name,
-                     original_vae_name, read_json, read_weights, rename, take, weight_file)
+from weights import (
+    InputError,
+    clean,
+    fetch,
+    fetch_weights,
+    find_weights,
+    from_open_clip,
+    is_sdxl,
+    layout,
+    load_strict,
+    original_tiny_decoder,
+    original_unet_name,
+    original_vae_name,
+    read_json,
+    read_weights,
+    rename,
+    take,
+    weight_file,
+)
 
 TINY = Path(__file__).resolve().parent / "tiny" / "model"
 NAMES = {
@@ -32,15 +49,18 @@ SDXL_VAE = "madebyollin/sdxl-vae-fp16-fix"                      # SDXL's stock V
 TAESD = ("madebyollin/taesd", "madebyollin/taesdxl")             # small decoders of SD-1.5's and of SDXL's latents
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
-FILES = ["model_index.json", "scheduler/*", "tokenizer*/*"] + [
-    f"{part}/{file}" for part in ("unet", "vae", "text_encoder", "text_encoder_2")
-    for file in ("config.json", "model.safetensors*", "diffusion_pytorch_model.safetensors*", "*-of-*.safetensors")]
+PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
+FILES = ["model_index.json", "scheduler/*", "tokenizer/*", "tokenizer_2/*", *(f"{part}/config.json" for part in PARTS)]    # and weights
+SPMS = {name: f"SPO-Diffusion-Models/Step-Aware_Preference_Models/{file}_step-aware_preference_model.bin"
+        for name, file in (("sd15", "sd-v1-5"), ("sdxl", "sdxl"))}
 # Single files carry no configuration; these are the official ones.
 SDXL_UNET = UNetConfig(
     sample_size=128, block_out_channels=(320, 640, 1280), down_block_types=("DownBlock2D",) + ("CrossAttnDownBlock2D",) * 2,
     up_block_types=("CrossAttnUpBlock2D",) * 2 + ("UpBlock2D",), cross_attention_dim=2048, attention_head_dim=(5, 10, 20),
     transformer_layers_per_block=(1, 2, 10), use_linear_projection=True, addition_embed_type="text_time",
     addition_time_embed_dim=256, projection_class_embeddings_input_dim=2816)
+SINGLE_UNETS = {"sd15": UNetConfig(), "sdxl": SDXL_UNET}
+SPARE = ("first_stage_model.loss.", "first_stage_model.model_ema.", "cond_stage_model.transformer.text_projection.")     # left by training
 SCHEDULER = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", set_alpha_to_one=False, steps_offset=1)
 
 NEGATIVE = {"": None, "zeros": True, "encoded": False}     # what --negative says, for load_pipeline
@@ -97,18 +117,44 @@ class Pipeline:
         return self.unet.config.in_channels, side, side
 
 
-def _component(cls, config_cls, folder: Path, dtype: torch.dtype, device: torch.device):
-    """One network from its folder: config.json gives the shape, the weight file the numbers."""
-    try:
-        config = config_cls.from_json(read_json(folder / "config.json"))
-    except ValueError as error:
-        raise InputError(f"{folder / 'config.json'}: {error}") from None
+def vae_dtype(config: VAEConfig, unet: UNetConfig, dtype: torch.dtype) -> torch.dtype:
+    """fp32 for a VAE that would overflow (`force_upcast`), decided before its weights are read: rounded ones stay rounded."""
+    overflows = dtype == torch.float16 or unet.addition_embed_type == "text_time"       # SD-1.5's asks for it too once diffusers saved it
+    return torch.float32 if config.force_upcast and overflows else dtype
+
+
+def _component(cls, config_cls, folder: Path, dtype: torch.dtype, device: torch.device, unet: UNet | None = None):
+    """One network from its folder: config.json gives the shape, the weight file the numbers. A VAE's dtype depends on its `unet`."""
+    config = _config(config_cls, folder / "config.json")
     with torch.device("meta"):
         module = cls(config)
     path = weight_file(folder)
-    load_strict(module, clean(read_weights(path)), path, dtype, device)
+    load_strict(module, clean(read_weights(path)), path, vae_dtype(config, unet.config, dtype) if cls is VAE else dtype, device)
     # All convolutions: channels_last decodes about 1.8 times as fast on a CPU. The UNet gains nothing there.
     return module.to(memory_format=torch.channels_last) if cls is VAE else module
+
+
+def fetch_model(source: str) -> Path:
+    """The folder of a model in the diffusers layout; from the hub only what is used, in one precision."""
+    root = fetch(source, FILES)
+    return fetch_weights(source, root, [part for part in PARTS if (root / part).is_dir()])
+
+
+def fetch_part(source: str, part: str = "") -> Path:
+    """The folder of one network: `part` of a whole model, or a folder or hub id that holds nothing else."""
+    root = fetch(source, [f"{part}/config.json", "config.json"])
+    part = part if (root / part).is_dir() else ""
+    return fetch_weights(source, root, [part]) / part
+
+
+def _config(cls, path: Path):
+    """A network's shape from its config.json."""
+    try:
+        return cls.from_json(read_json(path))
+    except ValueError as error:
+        raise InputError(f"{path}: {error}") from None
+    except (AttributeError, KeyError, TypeError) as error:
+        raise InputError(f"{path}: not a configuration of this kind of network ({type(error).__name__}: {error})") from None
 
 
 def load_clip(source: str, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu",
@@ -117,12 +163,17 @@ def load_clip(source: str, dtype: torch.dtype = torch.float32, device: torch.dev
 
     The configuration is the `config.json` beside the weights, or `config` where there is none (official SPM files).
     """
-    path = fetch(source, ["config.json", "model.safetensors", "*step-aware_preference_model.bin"])
-    file = path if path.is_file() else weight_file(path)
+    if source.rstrip("/") == SPMS["sdxl"].rpartition("/")[0] and not Path(source).exists():
+        raise InputError(f"{source}: holds two models of 5.2 GB; say which: {' or '.join(SPMS.values())}")
+    path = fetch_part(source)
+    spms = sorted(path.glob("*step-aware_preference_model.bin")) if path.is_dir() and not find_weights(path) else []
+    if len(spms) > 1:
+        raise InputError(f"{source}: holds several models; say which: {', '.join(map(str, spms))}")
+    file = path if path.is_file() else spms[0] if spms else weight_file(path)
     weights = clean(read_weights(file))
     step_aware = any("adaLN_modulation" in key for key in weights)
     if (file.parent / "config.json").is_file():
-        config = CLIPConfig.from_json(read_json(file.parent / "config.json"))
+        config = _config(CLIPConfig, file.parent / "config.json")
     with torch.device("meta"):
         clip = CLIP(replace(config or clip_h(), step_aware=step_aware))
     return load_strict(clip, weights, file, dtype, device)
@@ -134,12 +185,10 @@ def load_tiny_decoder(source: str, pipe: Pipeline, dtype: torch.dtype = torch.fl
     Weight files are diffusers' AutoencoderTiny, or the original's decoder; the shape is that of the `config.json` beside them, else
     the official one. Raises InputError where they are something else, or speak of other latents or pictures than `pipe`.
     """
-    path = fetch({"taesd": TAESD[pipe.is_sdxl]}.get(source, source), ["config.json", "diffusion_pytorch_model.safetensors"])
+    path = fetch_part({"taesd": TAESD[pipe.is_sdxl]}.get(source, source))
     file = path if path.is_file() else weight_file(path)
-    try:
-        config = TinyDecoderConfig.from_json(read_json(file.parent / "config.json") if (file.parent / "config.json").is_file() else {})
-    except ValueError as error:
-        raise InputError(f"{file.parent / 'config.json'}: {error}") from None
+    beside = file.parent / "config.json"
+    config = _config(TinyDecoderConfig, beside) if beside.is_file() else TinyDecoderConfig.from_json({})
     with torch.device("meta"):
         decoder = TinyDecoder(config)
     for what, ours, theirs in (("channels in a latent", config.latent_channels, pipe.unet.config.in_channels),
@@ -165,19 +214,24 @@ def first_tokenizer(source: str, tokenizer: str = ""):
 
 
 def _single_file(path: Path, dtype: torch.dtype, device: torch.device, tokenizer: str, prediction_type: str,
-                 shapes: dict | None = None) -> Pipeline:
+                 shapes: dict | None = None, own_vae: bool = True) -> Pipeline:
     """A checkpoint in the original layout: SD-1.5 (`cond_stage_model`) or SDXL (`conditioner.embedders`).
 
     The file holds no configuration: the official shapes are assumed, or `shapes` (unet, vae, text encoders' configs).
+    Without `own_vae` its VAE, if it has one, is passed over, and the pipeline has none yet.
     """
-    weights = read_weights(path)
+    weights = {k: v for k, v in read_weights(path).items() if not k.startswith(SPARE)}
     if not any(k.startswith("model.diffusion_model.") for k in weights):
-        raise InputError(f"{path}: no model.diffusion_model.* tensors; not a Stable Diffusion checkpoint in the original layout")
-    sdxl = any(k.startswith("conditioner.embedders.1.") for k in weights)
+        raise InputError(f"{path}: no model.diffusion_model.* tensors; not a Stable Diffusion checkpoint in the original layout; "
+                         f"the file looks like {layout(weights)}")
+    if own_vae and not any(k.startswith("first_stage_model.") for k in weights):
+        raise InputError(f"{path}: has no VAE (first_stage_model.*); give one with --vae")
+    sdxl = is_sdxl(weights)
     bigg = CLIPConfig(TowerConfig(1280, 5120, 32, 20, "gelu"), None, 1280)
     text_l = replace(clip_l(), vision=None, projection_dim=None)
     unet_config, vae_config, *texts = shapes or (
-        SDXL_UNET if sdxl else UNetConfig(), VAEConfig(scaling_factor=0.13025, force_upcast=True) if sdxl else VAEConfig(), text_l, bigg)
+        SINGLE_UNETS["sdxl" if sdxl else "sd15"], VAEConfig(scaling_factor=0.13025, force_upcast=True) if sdxl else VAEConfig(),
+        text_l, bigg)
     with torch.device("meta"):
         unet, vae, encoders = UNet(unet_config), VAE(vae_config), [CLIP(c) for c in texts[:1 + sdxl]]
     up = [kind.startswith("CrossAttn") for kind in unet_config.up_block_types]
@@ -190,8 +244,10 @@ def _single_file(path: Path, dtype: torch.dtype, device: torch.device, tokenizer
         second.pop("logit_scale", None)
         parts.append((encoders[1], second))
     for module, tensors in parts:
-        load_strict(module, clean(tensors), path, dtype, device)
-    vae = vae.to(memory_format=torch.channels_last)         # as in _component
+        kind = vae_dtype(vae_config, unet_config, dtype) if module is vae else dtype
+        if own_vae or module is not vae:
+            load_strict(module, clean(tensors), path, kind, device, weights)
+    vae = vae.to(memory_format=torch.channels_last) if own_vae else None         # as in _component
     home = fetch(tokenizer or NAMES["sdxl" if sdxl else "sd15"], ["tokenizer*/*"])
     tokenizers = [_tokenizer(home / name) for name in ("tokenizer", "tokenizer_2")[:1 + sdxl]]
     if "ztsnr" in weights:
@@ -211,9 +267,9 @@ def _folder(source: str, root: Path, dtype: torch.dtype, device: torch.device) -
     names = ("", "_2") if "text_encoder_2" in index else ("",)
     tokenizers = [_tokenizer(root / f"tokenizer{n}") for n in names]
     encoders = [_component(CLIP, CLIPConfig, root / f"text_encoder{n}", dtype, device) for n in names]
-    return Pipeline(source, tokenizers, encoders, _component(UNet, UNetConfig, root / "unet", dtype, device),
-                    _component(VAE, VAEConfig, root / "vae", dtype, device), schedule,
-                    bool(index.get("force_zeros_for_empty_prompt", False)), device)
+    unet = _component(UNet, UNetConfig, root / "unet", dtype, device)
+    return Pipeline(source, tokenizers, encoders, unet, _component(VAE, VAEConfig, root / "vae", dtype, device, unet), schedule,
+                    bool(index.get("force_zeros_for_empty_prompt", len(names) > 1)), device)         # diffusers' default for SDXL
 
 
 def load_pipeline(source: str = "tiny", dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu",
@@ -228,21 +284,17 @@ def load_pipeline(source: str = "tiny", dtype: torch.dtype = torch.float32, devi
     """
     device, name = torch.device(device), NAMES.get(source, source)
     if name.endswith((".safetensors", ".ckpt")):
-        pipe = _single_file(fetch(name, []), dtype, device, tokenizer, prediction_type)
+        pipe = _single_file(fetch(name, []), dtype, device, tokenizer, prediction_type, own_vae=not vae)
     else:
-        pipe = _folder(source, fetch(name, FILES), dtype, device)
+        pipe = _folder(source, fetch_model(name), dtype, device)
         if prediction_type:
             pipe.schedule = replace(pipe.schedule, prediction_type=prediction_type)
     if zero_negative is not None:
         pipe.zero_negative = zero_negative
     if unet:
-        root = fetch(unet, ["unet/config.json", "unet/*.safetensors*", "config.json", "*.safetensors"])
-        pipe.unet = _component(UNet, UNetConfig, root / "unet" if (root / "unet").is_dir() else root, dtype, device)
+        pipe.unet = _component(UNet, UNetConfig, fetch_part(unet, "unet"), dtype, device)
     if vae:
-        root = fetch(vae, ["config.json", "diffusion_pytorch_model.safetensors", "vae/*"])
-        pipe.vae = _component(VAE, VAEConfig, root / "vae" if (root / "vae").is_dir() else root, dtype, device)
-    if pipe.vae.config.force_upcast and (dtype == torch.float16 or pipe.is_sdxl):       # SD-1.5's asks for it too once diffusers saved it
-        pipe.vae.float()
+        pipe.vae = _component(VAE, VAEConfig, fetch_part(vae, "vae"), dtype, device, pipe.unet)
     return pipe
 
 

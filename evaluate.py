@@ -35,7 +35,7 @@ from report import draw_trace, read_logs, write_report
 from study import tally, write_study
 from training import Processes, opt, parse_options, run_script, start_processes, write_atomic, write_json
 from unet import UNet
-from weights import InputError, clean, fetch, load_strict, read_json, read_weights, weight_file
+from weights import InputError, clean, fetch, load_strict, preset_of, read_json, read_weights, weight_file
 
 
 @dataclass
@@ -379,8 +379,8 @@ def draw_prompt(pipe: Pipeline, models: dict[str, str], config: EvaluateConfig, 
 def draw_trajectories(pipe: Pipeline, models: dict[str, str], config: EvaluateConfig, folder: Path) -> None:
     """Draw one SPO trajectory per candidate with the settings that the model is trained with."""
     import spo_train
-    own = dict(model=config.model, spm=config.spm, dtype=config.dtype)
-    settings = spo_train.SPOConfig(**(spo_train.PRESETS.get(config.model, {}) | own))
+    preset = preset_of(config.model)
+    settings = spo_train.SPOConfig(**(spo_train.PRESETS[preset] | dict(model=config.model, preset=preset, spm=config.spm, dtype=config.dtype)))
     judge = spo_train.load_judge(settings, pipe.device)
     folder.mkdir(parents=True, exist_ok=True)
     for name, source in models.items():

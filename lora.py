@@ -5,20 +5,25 @@ SPO needs no second copy for p_ref (Eq. 4). A is Gaussian, B zero, alpha = rank,
 
     python lora.py convert IN.safetensors OUT.safetensors --model sdxl --format diffusers|kohya
     python lora.py merge IN.safetensors OUT_FOLDER --model sdxl             # a checkpoint with the LoRA inside
+    python lora.py merge IN.safetensors OUT.safetensors --model MY.safetensors
 
 Files in four formats are read; the first and the last are written:
     diffusers   unet.<module>.lora_A.weight / lora_B.weight                     (A, peft)
                 unet.<module>.lora.down.weight / lora.up.weight                 (B, the official SPO releases)
                 unet.<attention>.processor.to_q_lora.down.weight / up           (C, old)
     kohya       lora_unet_<module, dots as underscores>.lora_down.weight / lora_up.weight / alpha   (D: ComfyUI, A1111)
+                or with the original layout's module names, input_blocks_4_1_...
 """
 import contextlib
+import json
 import math
 import re
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+
+from weights import original_module_names
 
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 
@@ -136,7 +141,7 @@ def normalise(weights: dict[str, torch.Tensor], modules: list[str], source: str 
     Raises ValueError for files that other programs would load as a silent no-op (no `unet.` prefix, raw peft names),
     for text-encoder or convolution LoRAs, and for modules that the model does not have.
     """
-    by_kohya = {m.replace(".", "_"): m for m in modules}
+    by_kohya = {name.replace(".", "_"): m for name, m in (dict(zip(modules, modules)) | original_module_names(modules)).items()}
     out, alphas = {}, {}
     for key, value in weights.items():
         if key.startswith(("base_model.model.", "transformer_blocks", "down_blocks", "mid_block", "up_blocks")):
@@ -232,22 +237,33 @@ def command_line() -> None:
 
     from safetensors.torch import save_file
 
-    from diffusion import NAMES
+    from diffusion import NAMES, SINGLE_UNETS, fetch_model
     from unet import UNet, UNetConfig
-    from weights import InputError, clean, fetch, load_strict, read_json, read_weights, weight_file
+    from weights import (InputError, clean, fetch, is_sdxl, load_strict, original_unet_name, read_json, read_weights, rename, take,
+                         weight_file)
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("action", choices=("convert", "merge"))
     parser.add_argument("source", type=Path, help="a LoRA file in one of the formats A to D")
-    parser.add_argument("target", type=Path, help="convert: the file to write; merge: the folder to write")
-    parser.add_argument("--model", default="tiny", help="the model that the LoRA belongs to: tiny, sd15, sdxl, folder, hub id")
+    parser.add_argument("target", type=Path, help="convert: the file to write; merge: the folder to write, or the file "
+                        "if the model is one")
+    parser.add_argument("--model", default="tiny", help="the model that the LoRA belongs to: tiny, sd15, sdxl, folder, hub id, single file")
     parser.add_argument("--format", choices=("diffusers", "kohya"), default="diffusers", help="convert: what to write")
     options = parser.parse_args()
     if options.target.exists():
         raise InputError(f"{options.target}: exists already; nothing is overwritten")
-    root = fetch(NAMES.get(options.model, options.model), ["*.json", "*.txt", "*.safetensors"])
+    model, whole = NAMES.get(options.model, options.model), {}
+    if single := model.endswith((".safetensors", ".ckpt")):
+        root = fetch(model, [])
+        whole = read_weights(root)
+        config = SINGLE_UNETS["sdxl" if is_sdxl(whole) else "sd15"]
+        if options.action == "merge" and options.target.suffix != ".safetensors":
+            raise InputError(f"{options.target}: a single file is merged into another one, so this must end in .safetensors")
+    else:
+        root = fetch(model, ["unet/config.json"]) if options.action == "convert" else fetch_model(model)
+        config = UNetConfig.from_json(read_json(root / "unet/config.json"))
     with torch.device("meta"):
-        unet = UNet(UNetConfig.from_json(read_json(root / "unet/config.json")))
+        unet = UNet(config)
     weights, source = read_weights(options.source), str(options.source)
     if options.action == "convert":
         try:
@@ -257,18 +273,35 @@ def command_line() -> None:
         save_file({k: v.contiguous() for k, v in (to_kohya(out) if options.format == "kohya" else out).items()}, options.target,
                   metadata={"format": "pt"})
         return print(f"{options.target}: {len(out) // 2} layers, {options.format} format")
-    file = weight_file(root / "unet")
-    load_strict(unet, clean(read_weights(file)), file)
+    if single:
+        up = [kind.startswith("CrossAttn") for kind in config.up_block_types]
+        original = {k: original_unet_name(k, config.layers_per_block, up) for k in unet.state_dict()}
+        load_strict(unet, rename(unet, take(whole, "model.diffusion_model."), original.get), root, whole=whole)
+    else:
+        file = weight_file(root / "unet")
+        load_strict(unet, clean(read_weights(file)), file)
     try:
         load(unet, weights, source)
     except ValueError as error:
         raise InputError(str(error)) from None
     count = len(layers(unet))
     merge(unet)
+    if single:
+        for key, value in unet.state_dict().items():
+            place = "model.diffusion_model." + original[key]
+            whole[place] = value.view_as(whole[place])
+        save_file({k: v.contiguous() for k, v in whole.items()}, options.target, metadata={"format": "pt"})
+        return print(f"{options.target}: {options.model} with {count} LoRA layers merged")
     for part in ("tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2", "scheduler", "vae"):
         if (root / part).is_dir():
             shutil.copytree(root / part, options.target / part)
-    shutil.copy(root / "model_index.json", options.target)
+    index = read_json(root / "model_index.json")
+    for part, value in index.items():       # diffusers would look for a safety checker that is not copied
+        if isinstance(value, list) and part != "unet" and not (options.target / part).is_dir():
+            index[part] = [None, None]
+    if "safety_checker" in index:
+        index["requires_safety_checker"] = False
+    (options.target / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
     (options.target / "unet").mkdir()
     shutil.copy(root / "unet/config.json", options.target / "unet")
     save_file(unet.state_dict(), options.target / "unet/diffusion_pytorch_model.safetensors", metadata={"format": "pt"})

@@ -20,7 +20,7 @@ from PIL import Image
 
 from clip_spm import to_rgb
 from training import permutation
-from weights import InputError, fetch
+from weights import InputError, fetch_parquet
 
 SMALLEST = 8            # pixels of a picture's shorter side
 WINDOW = 4096           # rows shuffled together; a process keeps at most about two windows of encoded pictures
@@ -38,6 +38,22 @@ class Pairs:
     weight: torch.Tensor                            # [N] 1 / pairs of the same prompt
     groups: list[range]                             # rows that lie together
     pictures: Callable[[int], torch.Tensor]
+    together: list[str] | None = None               # [N] rows with the same entry may share pictures; None: no two rows do
+
+
+def hold_out(pairs: Pairs, count: int, seed: int) -> tuple[list[int], set[int]]:
+    """At most `count` rows and a quarter of all, drawn by the seed -> (those, in order; the others). No picture is on both sides."""
+    total, rows, held = len(pairs.captions), {}, []
+    for i in range(total):
+        rows.setdefault(pairs.together[i] if pairs.together else i, []).append(i)
+    count = min(count, total // 4)
+    for first in permutation(total, seed, "validation"):
+        group = rows.pop(pairs.together[first] if pairs.together else first, [])
+        if group and len(held) + len(group) <= count:
+            held += group
+        if len(held) == count:
+            break
+    return sorted(held), set(range(total)) - set(held)
 
 
 def epoch_order(pairs: Pairs, used: set[int], seed: int, epoch: int) -> list[int]:
@@ -84,6 +100,13 @@ def world_pairs(count: int, seed: int) -> Pairs:
     return Pairs(captions, label, torch.ones(count), [range(count)], lambda i: images[i])
 
 
+def checked_label(label, place: str) -> float:
+    """A label as it must be; InputError that begins with its place otherwise."""
+    if not isinstance(label, int | float) or label not in (0, 0.5, 1):
+        raise InputError(f"{place} has label_0 {label!r}; it must be 1, 0, or 0.5 for a tie")
+    return float(label)
+
+
 def folder_pairs(folder: Path, side: int) -> Pairs:
     """A folder with pairs.jsonl. Raises InputError that names the line; a bad picture is reported when it is read."""
     path = folder / "pairs.jsonl"
@@ -95,7 +118,14 @@ def folder_pairs(folder: Path, side: int) -> Pairs:
         missing = [k for k in ("caption", "image_0", "image_1", "label_0") if not isinstance(row, dict) or k not in row]
         if missing:
             raise InputError(f"{path}: line {i + 1} lacks {', '.join(missing)}")
+        if not isinstance(row["caption"], str):
+            raise InputError(f"{path}: line {i + 1} has a caption that is no text")
+        checked_label(row["label_0"], f"{path}: line {i + 1}")
+        if not isinstance(size := row.get("num_example_per_prompt", 1), int | float) or not size > 0:
+            raise InputError(f"{path}: line {i + 1} has num_example_per_prompt {size!r}; it must be above 0")
         for name in (row["image_0"], row["image_1"]):
+            if not isinstance(name, str) or Path(name).is_absolute() or ".." in Path(name).parts:
+                raise InputError(f"{path}: line {i + 1} names the picture {name!r}; it must be a file in this folder")
             if not (folder / name).is_file():
                 raise InputError(f"{path}: line {i + 1} names {name}, which does not exist")
     if not rows:
@@ -111,11 +141,14 @@ def folder_pairs(folder: Path, side: int) -> Pairs:
     weight = torch.tensor([1 / row["num_example_per_prompt"] for row in rows]) \
         if all("num_example_per_prompt" in row for row in rows) else prompt_weights(captions)
     return Pairs(captions, torch.tensor([float(row["label_0"]) for row in rows]), weight, [range(i, i + 1) for i in range(len(rows))],
-                 lambda i: torch.stack([picture(rows[i]["image_0"]), picture(rows[i]["image_1"])]))
+                 lambda i: torch.stack([picture(rows[i]["image_0"]), picture(rows[i]["image_1"])]), captions)
 
 
 def parquet_pairs(files: list[Path], side: int) -> Pairs:
-    """Parquet files with Pick-a-Pic's columns; rows without a label are left out. Needs pyarrow, an optional extra."""
+    """Parquet files with Pick-a-Pic's columns; rows without a label are left out. Needs pyarrow, an optional extra.
+
+    Every process reads all captions and labels, and whole row groups of pictures, but decodes only the pictures it is asked for.
+    """
     try:
         import pyarrow.parquet as pq
     except ImportError:
@@ -133,10 +166,13 @@ def parquet_pairs(files: list[Path], side: int) -> Pairs:
             for g in range(handle.num_row_groups):
                 table, begin = handle.read_row_group(g, columns=wanted).to_pydict(), len(captions)
                 for row in range(len(table["caption"])):
-                    if table.get("has_label", [True] * (row + 1))[row] is False or table["label_0"][row] is None:
+                    label, place = table["label_0"][row], f"{path}: row {row} of row group {g}"
+                    if label is None or (not table["has_label"][row] if "has_label" in table else label != label):      # None or NaN
                         continue
+                    if not isinstance(table["caption"][row], str):
+                        raise InputError(f"{place} has a caption that is no text")
                     captions.append(table["caption"][row])
-                    labels.append(float(table["label_0"][row]))
+                    labels.append(checked_label(label, place))
                     weights.append(table["num_example_per_prompt"][row] if "num_example_per_prompt" in table else None)
                     places.append((len(handles), g, row))
                 groups.append(range(begin, len(captions)))
@@ -152,7 +188,10 @@ def parquet_pairs(files: list[Path], side: int) -> Pairs:
         """A row group's encoded pictures, jpg_0 and jpg_1."""
         with lock:
             if (file, group) not in cache:
-                table = handles[file].read_row_group(group, columns=["jpg_0", "jpg_1"]).to_pydict()
+                try:
+                    table = handles[file].read_row_group(group, columns=["jpg_0", "jpg_1"]).to_pydict()
+                except (OSError, ValueError) as error:
+                    raise UnreadablePicture(f"row group {group} is damaged: {str(error).splitlines()[0]}") from None
                 cache[file, group] = table["jpg_0"], table["jpg_1"]
                 while len(cache) > 1 and sum(len(v[0]) for v in cache.values()) > 2 * WINDOW:
                     cache.popitem(last=False)
@@ -163,11 +202,12 @@ def parquet_pairs(files: list[Path], side: int) -> Pairs:
         file, group, row = places[i]
         try:
             return torch.stack([square(io.BytesIO(column[row]), side) for column in encoded(file, group)])
-        except UnreadablePicture as error:
+        except (TypeError, UnreadablePicture) as error:         # TypeError: no bytes
             raise UnreadablePicture(f"{files[file]}: row {row} of row group {group} holds no readable pictures ({error})") from None
 
     known = all(w for w in weights)
-    return Pairs(captions, torch.tensor(labels), 1 / torch.tensor(weights).float() if known else prompt_weights(captions), groups, pictures)
+    return Pairs(captions, torch.tensor(labels), 1 / torch.tensor(weights).float() if known else prompt_weights(captions), groups, pictures,
+                 captions)
 
 
 def load_pairs(source: str, side: int) -> Pairs:
@@ -175,7 +215,7 @@ def load_pairs(source: str, side: int) -> Pairs:
 
     Pictures are cut to squares of `side` pixels. Raises InputError where something is missing or malformed.
     """
-    path = fetch(source, ["*.parquet", "data/*.parquet"], repo_type="dataset")
+    path = fetch_parquet(source)
     if path.is_file() and path.suffix == ".parquet":
         return parquet_pairs([path], side)
     if path.is_dir() and not (path / "pairs.jsonl").exists():

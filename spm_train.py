@@ -39,16 +39,16 @@ from diffusion import (
     load_pipeline,
     negative,
 )
-from pairs import Pairs, UnreadablePicture, epoch_order, load_pairs, world_pairs
+from pairs import Pairs, UnreadablePicture, epoch_order, hold_out, load_pairs, world_pairs
 from training import (
     TOO_MANY,
     Processes,
     Run,
+    check_preset,
     generator,
     learning_rate,
     opt,
     parse_options,
-    permutation,
     run_script,
     start_processes,
     warn,
@@ -64,6 +64,8 @@ REPORT_AT = (0, 251, 501, 701, 951)
 class SPMConfig:
     """Every option of a run. Sources: P = the paper, O = the released official code, T = measured on the tiny model."""
     model: str = opt("tiny", "whose latents and noise: tiny, sd15, sdxl, a folder, hub id, or single-file checkpoint")
+    preset: str = opt("", "whose settings are the defaults: tiny, sd15 or sdxl; empty: the model's own, or what a local folder or single "
+                      "file turns out to be, else sd15", ("", "tiny", "sd15", "sdxl"))
     out: str = opt("runs/spm", "run folder: model.safetensors, log.jsonl, config.json, results.json, checkpoints")
     pickscore: str = opt("yuvalkirstain/PickScore_v1", "the CLIP to start from (P: PickScore), folder or hub id")
     pairs: str = opt("", "folder with pairs.jsonl or Parquet, a .parquet file or a hub data set (see pairs.py); empty: the tiny world's")
@@ -89,7 +91,7 @@ class SPMConfig:
     batch: int = opt(64, "global batch of pairs per optimizer step (O: 4 x 16)")
     micro_batch: int = opt(16, "pairs in one forward and backward of one process")
     count: int = opt(8000, "tiny: size of the training set of pairs")
-    validation: int = opt(512, "pairs held back for the table of accuracies")
+    validation: int = opt(512, "pairs held back for the table of accuracies, with all pairs of the same caption")
     max_unreadable: float = opt(0.01, "share of the pairs read so far whose pictures may be damaged; they are skipped and listed")
     step_blind: bool = opt(False, "also train a twin without the timestep, on the same inputs (P Table 5)")
     cache_latents: bool = opt(False, "keep encoded pictures in the run folder's latents.bin (SD-1.5, bf16: 13 GB for 100,000 pairs); with "
@@ -105,7 +107,7 @@ PRESETS = {
     "sd15": dict(),
     "sdxl": dict(vae=SDXL_VAE, lr=1e-6, steps=7000, labels="pickscore", micro_batch=4),
 }
-FREE = ("out", "device", "micro_batch", "cache_latents", "compile", "save_every", "max_unreadable")
+FREE = ("out", "preset", "device", "micro_batch", "cache_latents", "compile", "save_every", "max_unreadable")
 
 
 def readable(pairs: Pairs, i: int) -> torch.Tensor | str:
@@ -126,7 +128,7 @@ def stack_pictures(got: list[torch.Tensor | str | None], side: int) -> tuple[tor
 @torch.no_grad()
 def relabel(clip: CLIP, images: torch.Tensor, text: torch.Tensor, threshold: float = 0.1) -> torch.Tensor:
     """PickScore's own opinion of clean pairs [N, 2, 3, H, W] uint8 -> 1, 0, or 0.5 if its softmax differs by at most 0.1."""
-    pixels = preprocess_decoded(images.flatten(0, 1).to(text.device) / 127.5 - 1, clip.config.vision.image_size)
+    pixels = preprocess_decoded(images.flatten(0, 1).to(text.device) / 127.5 - 1, clip.config.vision.image_size, antialias=True)
     scores = clip.score(clip.image_features(pixels), text.repeat_interleave(2, 0)).view(-1, 2)
     gap = scores.softmax(1) @ torch.tensor([1.0, -1.0], device=text.device)
     return torch.where(gap.abs() <= threshold, 0.5, (gap > 0).float())
@@ -373,12 +375,14 @@ def main() -> None:
     run = Run(config.out, dataclasses.asdict(config), processes, FREE)
     pipe = load_pipeline(config.model, DTYPES[config.dtype], processes.device, vae=config.vae or None,
                          prediction_type=config.prediction_type, tokenizer=config.tokenizer, zero_negative=NEGATIVE[config.negative])
+    if processes.main:
+        check_preset(config, pipe.is_sdxl)
     pickscore = load_clip(config.pickscore, torch.float32, processes.device)
     pipe.check_resolution(config.resolution)
     side = pipe.side(config.resolution)
     if config.pairs:
         pairs = load_pairs(config.pairs, side)
-    elif config.model == "tiny":
+    elif config.preset == "tiny":
         pairs = world_pairs(config.count + config.validation, config.seed)
     else:
         raise InputError("--pairs: a folder with pairs.jsonl or Parquet files is needed (only tiny brings its own preferences)")
@@ -392,9 +396,7 @@ def main() -> None:
             return pairs.label[index].to(pipe.device)
         return relabel(pickscore, images, pickscore.text_features(ids[index].to(pipe.device)))
 
-    order = permutation(len(ids), config.seed, "validation")
-    count = min(config.validation, len(order) // 4)
-    held, used = sorted(order[:count]), set(order[count:])
+    held, used = hold_out(pairs, config.validation, config.seed)
     models, optimizer = build_models(pickscore, config, processes)
     parameters = [p for clip in models.values() for p in clip.parameters()]
     if config.compile:

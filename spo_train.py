@@ -51,6 +51,7 @@ from training import (
     Clock,
     Processes,
     Run,
+    check_preset,
     generator,
     opt,
     parse_options,
@@ -63,16 +64,18 @@ from training import (
     warn,
     write_atomic,
 )
-from weights import InputError
+from weights import InputError, preset_of
 
 
 @dataclass
 class RunConfig:
     """What every online method needs. Sources: P = the paper, O = the released official code, T = measured on the tiny model."""
     model: str = opt("tiny", "tiny, sd15, sdxl, a folder or hub id in the diffusers layout, or a single-file checkpoint")
+    preset: str = opt("", "whose settings are the defaults: tiny, sd15 or sdxl; empty: the model's own, or what a local folder or single "
+                      "file turns out to be, else sd15", ("", "tiny", "sd15", "sdxl"))
     out: str = opt("runs/spo", "run folder: LoRA files, log.jsonl, config.json, checkpoints, sample grids")
-    prompts: str = opt(str(TINY / "train_prompts.txt"),
-                       "training prompts: .txt, .json, .jsonl, .parquet or a hub data set (P: 4k Pick-a-Pic captions)")
+    prompts: str = opt("", "training prompts: .txt, .json, .jsonl, .parquet or a hub data set (P: 4k Pick-a-Pic captions); empty: "
+                       "tiny's own")
     sample_prompts: int = opt(0, "use this many of them, drawn by the seed (P: 4000); 0: all")
     seed: int = opt(0, "every random number of the run is keyed by it")
     device: str = opt("", "cpu or cuda; empty: a GPU if there is one")
@@ -133,18 +136,19 @@ class SPOConfig(RunConfig):
 PRESETS = {
     # Its latents have 256 numbers, not 16,384: what counts as far from the reference, in mean log-density, is smaller (beta),
     # and a picture is settled earlier: pools above t = 751 help, those below 501 only make the colours drift.
-    "tiny": dict(dtype="fp32", guidance_scale=3.0, threshold=0.1, t_min=501, t_max=951, beta=100.0, lr=4e-4,
-                 prompts_per_round=16, pairs_per_step=24, rounds=10, sample_batch=16, train_batch=28, decode_batch=64),
-    "sd15": dict(prompts="4k_training_prompts.json"),
-    "sdxl": dict(prompts="4k_training_prompts.json", vae=SDXL_VAE, k=2, j=4, threshold=0.4, lr=1e-5, rank=64,
+    "tiny": dict(prompts=str(TINY / "train_prompts.txt"), dtype="fp32", guidance_scale=3.0, threshold=0.1, t_min=501, t_max=951, beta=100.0,
+                 lr=4e-4, prompts_per_round=16, pairs_per_step=24, rounds=10, sample_batch=16, train_batch=28, decode_batch=64),
+    "sd15": dict(),
+    "sdxl": dict(vae=SDXL_VAE, k=2, j=4, threshold=0.4, lr=1e-5, rank=64,
                  prompts_per_round=8, pairs_per_step=16, sample_batch=2, train_batch=2, decode_batch=2, checkpointing=True),
 }
 LOW = {         # estimated, not measured: sd15 within 10 GB at 512 pixels, sdxl within 24 GB at 1024
     "sd15": dict(sample_batch=2, train_batch=4, decode_batch=2, checkpointing=True),
-    "": dict(sample_batch=1, train_batch=1, decode_batch=1, checkpointing=True),            # every other model
+    "": dict(sample_batch=1, train_batch=1, decode_batch=1, checkpointing=True),            # every other preset
 }
-FREE = ("out", "device", "epochs", "rounds", "memory", "sample_batch", "train_batch", "decode_batch", "checkpointing", "compile",
-        "decoder_check", "profile", "save_every", "grid_every", "snapshot_every")
+# What a preset sets is compared itself.
+FREE = ("out", "preset", "device", "epochs", "rounds", "memory", "sample_batch", "train_batch", "decode_batch", "checkpointing",
+        "compile", "decoder_check", "profile", "save_every", "grid_every", "snapshot_every")
 
 
 @dataclass
@@ -465,14 +469,15 @@ def judge_source(config: SPOConfig) -> str:
     """Where the judge's weights are."""
     if config.spm:
         return config.spm
-    if config.model == "tiny":
+    preset = config.preset or preset_of(config.model)
+    if preset == "tiny":
         return str(TINY / {"spm": "spm", "step-blind": "spm_step_blind", "pickscore": "pickscore"}[config.judge])
     if config.judge == "pickscore":
         return "yuvalkirstain/PickScore_v1"
-    if config.judge == "spm" and config.model in ("sd15", "sdxl"):
+    if config.judge == "spm":
         return {"sd15": "SPO-Diffusion-Models/Step-Aware_Preference_Models/sd-v1-5_step-aware_preference_model.bin",
-                "sdxl": "SPO-Diffusion-Models/Step-Aware_Preference_Models/sdxl_step-aware_preference_model.bin"}[config.model]
-    raise InputError(f"--judge {config.judge} with --model {config.model}: say with --spm where its weights are")
+                "sdxl": "SPO-Diffusion-Models/Step-Aware_Preference_Models/sdxl_step-aware_preference_model.bin"}[preset]
+    raise InputError(f"--judge {config.judge} with --preset {preset}: say with --spm where its weights are")
 
 
 def fit_memory(config: RunConfig, presets: dict[str, dict], device: torch.device, arguments: list[str] | None = None) -> RunConfig:
@@ -482,9 +487,9 @@ def fit_memory(config: RunConfig, presets: dict[str, dict], device: torch.device
     """
     low = config.memory == "low"
     if config.memory == "auto":
-        low = device.type == "cuda" and config.model != "tiny" and torch.cuda.get_device_properties(device).total_memory < 64e9
+        low = device.type == "cuda" and config.preset != "tiny" and torch.cuda.get_device_properties(device).total_memory < 64e9
     if low:
-        presets = {config.model: presets.get(config.model, {}) | LOW.get(config.model, LOW[""])}
+        presets = {config.preset: presets.get(config.preset, {}) | LOW.get(config.preset, LOW[""])}
         config = parse_options(type(config), presets, arguments)
     return dataclasses.replace(config, memory="low" if low else "normal")
 
@@ -502,10 +507,17 @@ def check(config: SPOConfig) -> None:
         raise InputError(f"--eta {config.eta}: must lie in 0..1 and not be 0, which leaves a step without a probability")
     if config.decoder_check and not config.decoder:
         raise InputError(f"--decoder_check {config.decoder_check}: there is nothing to compare without --decoder")
-    if config.decoder == "taesd" and config.model == "tiny":
+    if config.decoder == "taesd" and config.preset == "tiny":
         raise InputError("--decoder taesd: knows the latents of SD-1.5 and SDXL, not those of tiny")
     if not 0 <= config.clamp < 1:
         raise InputError(f"--clamp {config.clamp}: must be at least 0 and below 1")
+
+
+def training_prompts(config: RunConfig) -> list[str]:
+    """The prompts to train on."""
+    if not config.prompts:
+        raise InputError("--prompts: name a file of training prompts, e.g. SPO's own 4k_training_prompts.json (only tiny brings its own)")
+    return read_prompts(config.prompts, config.sample_prompts, config.seed)
 
 
 def prepare_policy(config: RunConfig, processes: Processes) -> tuple[Pipeline, Models]:
@@ -514,6 +526,8 @@ def prepare_policy(config: RunConfig, processes: Processes) -> tuple[Pipeline, M
     pipe = load_pipeline(config.model, dtype, processes.device, vae=config.vae or None, prediction_type=config.prediction_type,
                          tokenizer=config.tokenizer, zero_negative=NEGATIVE[config.negative])
     pipe.check_resolution(config.resolution)
+    if processes.main:
+        check_preset(config, pipe.is_sdxl)
     pipe.offload = config.memory == "low"
     try:
         lora.add(pipe.unet, config.rank, targets=tuple(config.targets.split(",")), seed=config.seed)
@@ -704,7 +718,7 @@ def main() -> None:
     check(config)
     processes = start_processes(config.device or None)
     config = fit_memory(config, PRESETS, processes.device)
-    prompts = read_prompts(config.prompts, config.sample_prompts, config.seed)
+    prompts = training_prompts(config)
     run = Run(config.out, dataclasses.asdict(config), processes, FREE)
     pipe, models = prepare(config, processes)
     run_rounds(config, run, processes, prompts, pipe, models,

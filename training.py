@@ -26,7 +26,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 from tqdm import tqdm
 
-from weights import InputError, fetch
+from weights import InputError, fetch_parquet, preset_of
 
 
 def opt(default, help: str, choices: tuple | None = None):
@@ -48,8 +48,9 @@ def _convert(text: str, kind: type):
 
 
 def parse_options(cls, presets: dict[str, dict], arguments: list[str] | None = None, description: str = ""):
-    """Command line -> an instance of the dataclass `cls`: command line over preset (`--model`) over default.
+    """Command line -> an instance of the dataclass `cls`: command line over preset over default.
 
+    The preset is the model's own or, where `cls` has a field `preset`, what that says; empty, it is filled in with what fits the model.
     Unknown options are errors with a suggestion; `--help` lists every field with its help text and default.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
@@ -76,12 +77,22 @@ def parse_options(cls, presets: dict[str, dict], arguments: list[str] | None = N
         except ValueError as error:
             raise InputError(f"--{name} {text}: {error}") from None
     model = given.get("model", next(f.default for f in dataclasses.fields(cls) if f.name == "model"))
-    config = cls(**(presets.get(model, {}) | given))
+    preset = model
+    if "preset" in kinds:
+        preset = given["preset"] = given.get("preset") or preset_of(model)
+    config = cls(**(presets.get(preset, {}) | given))
     for f in dataclasses.fields(cls):
         choices = f.metadata["choices"]
         if choices and getattr(config, f.name) not in choices:
             raise InputError(f"--{f.name} {getattr(config, f.name)}: choose one of {', '.join(map(str, choices))}")
     return config
+
+
+def check_preset(config, is_sdxl: bool) -> None:
+    """Say so if the model that was loaded is of another kind than the preset in force: a hub id does not tell before."""
+    if config.preset in ("sd15", "sdxl") and is_sdxl != (config.preset == "sdxl"):
+        warn(f"{config.model} is {'an SDXL' if is_sdxl else 'no SDXL'} model, but the settings are those of --preset {config.preset}; "
+             f"start anew with --preset {'sdxl' if is_sdxl else 'sd15'}, unless this is meant")
 
 
 def _refuse(message: str) -> None:
@@ -371,8 +382,9 @@ def _read_captions(source: str, path: Path, distinct: bool) -> list[str]:
 
 def _read_prompts(source: str, distinct: bool) -> list[str]:
     path = Path(source)
-    if path.suffix == ".parquet" or path.is_dir() or (not path.exists() and not path.suffix and "/" in source):
-        return _read_captions(source, fetch(source, ["*.parquet", "data/*.parquet"], repo_type="dataset"), distinct)
+    file = path.exists() or path.suffix in (".txt", ".json", ".jsonl") or "/" not in source
+    if path.suffix == ".parquet" or path.is_dir() or not file:          # a data set's name may hold a dot
+        return _read_captions(source, fetch_parquet(source), distinct)
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:

@@ -3,6 +3,7 @@
 Every loader in this project ends in `load_strict`: a missing or unexpected tensor or a wrong shape is one clear error,
 never a silently random module. Renamings of foreign layouts live here and nowhere else.
 """
+import contextlib
 import json
 import os
 import re
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import torch
 import torch.nn as nn
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 WEIGHT_NAMES = ("diffusion_pytorch_model", "model", "pytorch_model")
@@ -41,38 +42,96 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
     if not path.is_file():
         raise InputError(f"{path}: no such weight file")
     if path.suffix == ".json":
-        out = {}
-        for name in sorted(set(read_json(path)["weight_map"].values())):
+        out, index = {}, read_json(path)
+        names = index.get("weight_map") if isinstance(index, dict) else None
+        if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+            raise InputError(f"{path}: no index of shards (a weight_map from tensors to file names)")
+        for name in sorted(set(names.values())):
             if Path(name).name != name:
                 raise InputError(f"{path}: shard name {name!r} leaves the folder")
             out |= read_weights(path.parent / name)
         return out
+    header = {}
     try:
         if path.suffix == ".safetensors":
-            return load_file(path)
-        weights = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            with safe_open(path, "pt") as file:
+                header = file.metadata() or {}
+            weights = load_file(path)
+        else:
+            with open(path, "rb") as file:          # files of before PyTorch 1.6 are no zip archives and cannot be mapped
+                mmap = file.read(2) == b"PK"
+            weights = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except (SafetensorError, RuntimeError, EOFError, OSError) as error:
-        raise InputError(f"{path}: damaged or truncated weight file ({str(error).splitlines()[0][:120]})") from None
+        raise InputError(f"{path}: damaged or truncated weight file ({(str(error).splitlines() or ['too short'])[0][:120]})") from None
     except Exception as error:      # pickle.UnpicklingError and whatever a hostile file provokes
         raise InputError(f"{path}: not a plain weight file; pickles with code are never run "
                          f"({type(error).__name__})") from None
+    if "lora_adapter_metadata" in header:
+        return weights | lora_alphas(weights, header["lora_adapter_metadata"], path)
     weights = weights.get("state_dict", weights) if isinstance(weights, dict) else weights
     if not isinstance(weights, dict) or not all(isinstance(v, torch.Tensor) for v in weights.values()):
         raise InputError(f"{path}: holds no flat dictionary of tensors")
     return weights
 
 
+def fetch_weights(source: str, root: Path, parts: list[str]) -> Path:
+    """Into `root`, which `fetch` gave: the weights of its folders `parts`, each in the first of the KINDS that the hub has."""
+    if Path(source).exists() or root.is_file():
+        return root
+    for variant, suffix in KINDS:
+        lacking = [p for p in parts if find_weights(root / p) is None]
+        names = weight_names(variant, suffix) + [f"{name}{variant}-*-of-*.{suffix}" for name in WEIGHT_NAMES]
+        if lacking:
+            fetch(source, [f"{p}/{n}" if p else n for p in lacking for n in names])
+    return root
+
+
+def fetch_parquet(source: str) -> Path:
+    """Local Parquet files as they are, or a hub data set's: its training split, or all where it has none of that name."""
+    path = fetch(source, ["*train*.parquet"], "dataset")
+    if not Path(source).exists() and not path.is_file() and not any(path.rglob("*.parquet")):
+        path = fetch(source, ["*.parquet"], "dataset")
+    return path
+
+
+def lora_alphas(weights: dict[str, torch.Tensor], metadata: str, path: Path) -> dict[str, torch.Tensor]:
+    """`<module>.alpha` for every layer of a LoRA whose alpha peft wrote into the file's header instead.
+
+    An entry of `alpha_pattern` names a module by the end of its name and wins over `lora_alpha`.
+    """
+    out = {}
+    try:
+        config = {k.removeprefix("unet."): v for k, v in json.loads(metadata).items() if not k.startswith("text_encoder")}
+        for key, value in weights.items():
+            module, found, _ = key.partition(".lora_A.weight")
+            if found and "lora_alpha" in config:
+                alpha = next((a for p, a in (config.get("alpha_pattern") or {}).items() if re.match(rf"(.*\.)?({p})$", module)),
+                             config["lora_alpha"])
+                out[f"{module}.alpha"] = torch.tensor(alpha * (value.shape[0] ** 0.5 if config.get("use_rslora") else 1.0))
+    except (ValueError, TypeError, AttributeError, re.error) as error:
+        raise InputError(f"{path}: its lora_adapter_metadata cannot be read ({error}), so the LoRA's strength is not known") from None
+    return out
+
+
+KINDS = (("", "safetensors"), (".fp16", "safetensors"), ("", "bin"), (".fp16", "bin"))
+
+
+def weight_names(variant: str, suffix: str) -> list[str]:
+    """What a component's weights may be called in one of the KINDS: one file, or the index of a sharded set."""
+    return [n for name in WEIGHT_NAMES for n in (f"{name}{variant}.{suffix}", f"{name}.{suffix}.index{variant}.json",
+                                                 f"{name}{variant}.{suffix}.index.json")]
+
+
+def find_weights(folder: Path) -> Path | None:
+    """The weight file of a component folder, if it has one: plain, sharded or fp16 variant, safetensors before pickle."""
+    return next((Path(folder) / n for kind in KINDS for n in weight_names(*kind) if (Path(folder) / n).is_file()), None)
+
+
 def weight_file(folder: Path) -> Path:
-    """The weight file of a component folder: plain, sharded or fp16 variant, safetensors before pickle."""
-    folder = Path(folder)
-    for suffix in ("safetensors", "bin"):
-        for variant in ("", ".fp16"):
-            for name in WEIGHT_NAMES:
-                for candidate in (f"{name}{variant}.{suffix}", f"{name}.{suffix}.index{variant}.json",
-                                  f"{name}{variant}.{suffix}.index.json"):
-                    if (folder / candidate).is_file():
-                        return folder / candidate
-    raise InputError(f"{folder}: no weight file ({', '.join(n + '.safetensors' for n in WEIGHT_NAMES)} or their shards)")
+    """The weight file of a component folder; InputError if it has none."""
+    if (file := find_weights(folder)) is None:
+        raise InputError(f"{folder}: no weight file ({', '.join(n + '.safetensors' for n in WEIGHT_NAMES)} or their shards)")
+    return file
 
 
 def fetch(source: str, patterns: list[str], repo_type: str = "model") -> Path:
@@ -93,6 +152,25 @@ def fetch(source: str, patterns: list[str], repo_type: str = "model") -> Path:
         offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
         raise InputError(f"{source}: not in the hub cache and cannot be downloaded{offline}; give a local folder instead "
                          f"({type(error).__name__})") from None
+
+
+def preset_of(model: str) -> str:
+    """Whose settings fit a model: its own if it is tiny, sd15 or sdxl; else what a local folder's UNet or single file is; else sd15's."""
+    if model in ("tiny", "sd15", "sdxl"):
+        return model
+    path, sdxl = Path(model), False
+    with contextlib.suppress(InputError, SafetensorError, OSError):         # loading will say what is wrong
+        if path.is_dir():
+            sdxl = read_json(path / "unet/config.json").get("addition_embed_type") == "text_time"
+        elif path.suffix == ".safetensors":
+            with safe_open(path, "pt") as file:
+                sdxl = is_sdxl(file.keys())
+    return "sdxl" if sdxl else "sd15"
+
+
+def is_sdxl(names) -> bool:
+    """Are these the tensors of a single-file SDXL, with its two text encoders?"""
+    return any(k.startswith("conditioner.embedders.1.") for k in names)
 
 
 def clean(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -130,11 +208,12 @@ def layout(weights: dict[str, torch.Tensor]) -> str:
     return next((name for sign, name in signs if any(sign in key for key in weights)), "of unknown layout")
 
 
-def load_strict(module: nn.Module, weights: dict[str, torch.Tensor], source: object,
-                dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> nn.Module:
+def load_strict(module: nn.Module, weights: dict[str, torch.Tensor], source: object, dtype: torch.dtype | None = None,
+                device: torch.device | str = "cpu", whole: dict[str, torch.Tensor] | None = None) -> nn.Module:
     """Load `weights` into `module` (which may be on the meta device), every name and every shape checked.
 
-    Floating tensors are cast to `dtype`. Raises InputError that names the first few keys at fault.
+    Floating tensors are cast to `dtype`, single numbers (a CLIP's logit_scale) at least to fp32. `whole`: all of the
+    file, if `weights` are a part. Raises InputError that names the first few keys at fault and what the file looks like.
     """
     expected = {k: tuple(v.shape) for k, v in module.state_dict().items()}
     missing, unexpected = sorted(expected.keys() - weights.keys()), sorted(weights.keys() - expected.keys())
@@ -142,17 +221,19 @@ def load_strict(module: nn.Module, weights: dict[str, torch.Tensor], source: obj
         parts = [f"{len(keys)} {name} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
                  for name, keys in (("missing", missing), ("unexpected", unexpected)) if keys]
         raise InputError(f"{source}: does not fit {type(module).__name__}: {'; '.join(parts)}; the file looks like "
-                         f"{layout(weights)}")
+                         f"{layout(whole or weights)}")
     wrong = [f"{k} is {tuple(weights[k].shape)}, expected {shape}" for k, shape in expected.items()
              if tuple(weights[k].shape) != shape]
     if wrong:
         raise InputError(f"{source}: {len(wrong)} tensors of {type(module).__name__} have a wrong shape "
-                         f"({'; '.join(wrong[:3])}); another model's weights or configuration")
+                         f"({'; '.join(wrong[:3])}); another model's weights or configuration; the file looks like "
+                         f"{layout(whole or weights)}")
     for key, value in weights.items():
         if value.is_floating_point() and not torch.isfinite(value.sum(dtype=torch.float32)):
             if not torch.isfinite(value).all():
                 raise InputError(f"{source}: tensor {key} holds NaN or infinity; the file is damaged, fetch it again")
-    module.load_state_dict({k: v.to(device=device, dtype=dtype if v.is_floating_point() else None)
+    exact = dtype and torch.promote_types(dtype, torch.float32)
+    module.load_state_dict({k: v.to(device=device, dtype=(dtype if v.ndim else exact) if v.is_floating_point() else None)
                             for k, v in weights.items()}, assign=True)
     return module.requires_grad_(False).eval()
 
@@ -222,6 +303,16 @@ def original_unet_name(key: str, layers: int, up_attentions: list[bool]) -> str:
     if kind == "upsamplers":
         return f"output_blocks.{(layers + 1) * i + layers}.{1 + up_attentions[i]}.{rest}"
     return f"output_blocks.{place}.{int(kind == 'attentions')}.{rest}"
+
+
+def original_module_names(modules: list[str]) -> dict[str, str]:
+    """Original name -> ours for the modules in a UNet's blocks, whose names also tell how many layers and which attentions it has."""
+    places = [re.match(r"(down|up)_blocks\.(\d+)\.(resnets|attentions)\.(\d+)", m) for m in modules]
+    layers = 1 + max((int(p[4]) for p in places if p and p[1] == "down"), default=0)
+    attentions = {int(p[2]) for p in places if p and p[1] == "up" and p[3] == "attentions"}
+    up = [i in attentions for i in range(1 + max((int(p[2]) for p in places if p and p[1] == "up"), default=-1))]
+    return {original_unet_name(m + ".weight", layers, up).removesuffix(".weight"): m for m in modules
+            if m.startswith(("down_blocks.", "mid_block.", "up_blocks."))}
 
 
 def original_vae_name(key: str, levels: int) -> str:

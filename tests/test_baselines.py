@@ -191,8 +191,9 @@ def options(method, pickscore, pictures, prompts):
 @pytest.mark.parametrize("method", list(baselines.METHODS))
 @pytest.mark.parametrize("kind", ["sd", "sdxl"])
 def test_every_method_trains_both_kinds_of_model(method, kind, request, pickscore, pictures, prompts, tmp_path):
-    call("baselines", "--model", request.getfixturevalue(kind), *options(method, pickscore, pictures, prompts), "--out", tmp_path / "run",
-         *WORDS, "--rounds", 2)
+    model = request.getfixturevalue(kind)
+    call("baselines", "--model", model, "--vae", model, *options(method, pickscore, pictures, prompts), "--out", tmp_path / "run", *WORDS,
+         "--rounds", 2)
     rows, weights = log_of(tmp_path / "run"), load_file(tmp_path / "run" / LORA)
     assert len(rows) == 2 and all(math.isfinite(v) for row in rows for v in row.values() if isinstance(v, (int, float)))
     assert max(float(v.abs().max()) for k, v in weights.items() if "lora_B" in k) > 1e-4

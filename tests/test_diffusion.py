@@ -11,10 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+import diffusion
 from conftest import FACTS, assert_close
 from diffusion import _tokenizer, decode, encode_empty, encode_prompts, generate, generate_latents, grid, load_clip, load_pipeline, negative, to_pil
 from helpers import PROMPTS
-from weights import InputError, read_weights, weight_file
+from weights import InputError, fetch_parquet, read_weights, weight_file
 
 STEPS, SEEDS = 4, [3, 4, 5]
 
@@ -49,6 +50,16 @@ def test_negative_is_zero_for_sdxl_and_the_empty_text_for_sd15(sd, sdxl):
     ours = load_pipeline(str(sd))
     uncond = negative(ours, encode_prompts(ours, PROMPTS[:2]), encode_empty(ours))
     assert torch.equal(uncond.prompt_embeds[1:], encode_prompts(ours, [""]).prompt_embeds) and uncond.prompt_embeds.any()
+
+
+def test_sdxl_folders_that_do_not_say_are_zero_negative(sdxl, tmp_path):
+    shutil.copytree(sdxl, tmp_path / "copy")
+    path = tmp_path / "copy/model_index.json"
+    index = json.loads(path.read_text())
+    for said, want in ((None, True), (False, False)):
+        path.write_text(json.dumps({k: v for k, v in index.items() if not k.startswith("force")} | ({} if said is None else {"force_zeros_for_empty_prompt": said})))
+        assert load_pipeline(str(tmp_path / "copy")).zero_negative is want
+        assert StableDiffusionXLPipeline.from_pretrained(tmp_path / "copy").config.force_zeros_for_empty_prompt is want
 
 
 @pytest.mark.parametrize("eta", [0.0, 1.0])
@@ -172,11 +183,14 @@ class Hostile:
 def test_pickles_load_as_data_and_never_run_code(tmp_path, capsys):
     torch.save({"a": torch.ones(2)}, tmp_path / "good.bin")
     assert read_weights(tmp_path / "good.bin")["a"].tolist() == [1, 1]
+    torch.save({"a": torch.ones(2)}, tmp_path / "old.bin", _use_new_zipfile_serialization=False)
+    assert read_weights(tmp_path / "old.bin")["a"].tolist() == [1, 1]
+    torch.save({"a": Hostile()}, tmp_path / "legacy.bin", _use_new_zipfile_serialization=False)
     torch.save({"a": Hostile()}, tmp_path / "torch.bin")
     (tmp_path / "plain.bin").write_bytes(pickle.dumps(Hostile()))
     torch.save({"a": {"b": torch.ones(1)}}, tmp_path / "nested.bin")
     (tmp_path / "empty.bin").write_bytes(b"")
-    for name in ("torch.bin", "plain.bin", "nested.bin", "empty.bin"):
+    for name in ("torch.bin", "legacy.bin", "plain.bin", "nested.bin", "empty.bin"):
         with pytest.raises(InputError, match=name) as caught:
             read_weights(tmp_path / name)
         assert "\n" not in str(caught.value)
@@ -229,6 +243,101 @@ def test_fp16_variant_and_shards_load(sd, tmp_path):
     (copy / "unet/x.safetensors.index.json").write_text(json.dumps(dict(weight_map={"a": "../../secret.safetensors"})))
     with pytest.raises(InputError, match="leaves the folder"):
         read_weights(copy / "unet/x.safetensors.index.json")
+    for wrong in ([], {}, dict(weight_map=["a"]), dict(weight_map={"a": None})):
+        (copy / "unet/x.safetensors.index.json").write_text(json.dumps(wrong))
+        with pytest.raises(InputError, match="no index of shards"):
+            read_weights(copy / "unet/x.safetensors.index.json")
+
+
+def hub(monkeypatch, root, names):
+    """A hub repository of these files; returns the list of what gets downloaded."""
+    import huggingface_hub
+    got = []
+
+    def download(source, allow_patterns, repo_type):
+        for name in huggingface_hub.utils.filter_repo_objects(names, allow_patterns=allow_patterns):
+            got.append(name)
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+            (root / name).write_text("{}")
+        return str(root)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    return got
+
+
+SDXL_FILES = """.gitattributes LICENSE.md README.md comparison.png model_index.json scheduler/scheduler_config.json sd_xl_base_1.0.safetensors
+    sd_xl_base_1.0_0.9vae.safetensors sd_xl_offset_example-lora_1.0.safetensors text_encoder/config.json text_encoder/flax_model.msgpack
+    text_encoder/model.fp16.safetensors text_encoder/model.onnx text_encoder/model.safetensors text_encoder/openvino_model.bin
+    text_encoder_2/config.json text_encoder_2/flax_model.msgpack text_encoder_2/model.fp16.safetensors text_encoder_2/model.onnx
+    text_encoder_2/model.safetensors text_encoder_2/openvino_model.bin tokenizer/merges.txt tokenizer/special_tokens_map.json
+    tokenizer/tokenizer_config.json tokenizer/vocab.json tokenizer_2/merges.txt tokenizer_2/tokenizer_config.json tokenizer_2/vocab.json
+    unet/config.json unet/diffusion_flax_model.msgpack unet/diffusion_pytorch_model.fp16.safetensors unet/diffusion_pytorch_model.safetensors
+    unet/model.onnx unet/openvino_model.bin vae/config.json vae/diffusion_pytorch_model.fp16.safetensors vae/diffusion_pytorch_model.safetensors
+    vae_1_0/config.json vae_1_0/diffusion_pytorch_model.fp16.safetensors vae_1_0/diffusion_pytorch_model.safetensors
+    vae_decoder/model.onnx vae_encoder/model.onnx""".split()
+
+
+def test_only_what_is_used_is_downloaded(tmp_path, monkeypatch):
+    """Of SDXL's real files; and of repositories that hold other variants, the first of them that is there."""
+    got = hub(monkeypatch, tmp_path / "a", SDXL_FILES)
+    diffusion.fetch_model("owner/xl")
+    weights = [n for n in got if n.endswith(("safetensors", "bin", "onnx", "msgpack"))]
+    assert sorted(weights) == ["text_encoder/model.safetensors", "text_encoder_2/model.safetensors", "unet/diffusion_pytorch_model.safetensors",
+                               "vae/diffusion_pytorch_model.safetensors"]
+    assert len(got) == len(weights) + 13 and "tokenizer_2/vocab.json" in got
+    got = hub(monkeypatch, tmp_path / "b", SDXL_FILES)
+    assert diffusion.fetch_part("owner/xl", "vae") == tmp_path / "b/vae"
+    assert got == ["vae/config.json", "vae/diffusion_pytorch_model.safetensors"]
+    got = hub(monkeypatch, tmp_path / "c", [n for n in SDXL_FILES if "fp16" in n or not n.endswith("safetensors")])
+    diffusion.fetch_part("owner/xl", "unet")
+    assert got == ["unet/config.json", "unet/diffusion_pytorch_model.fp16.safetensors"]
+    shards = [f"{n}-0000{i}-of-00002.{s}" for n, s in (("model.fp16", "safetensors"), ("pytorch_model", "bin")) for i in (1, 2)]
+    got = hub(monkeypatch, tmp_path / "d", ["config.json", "model.safetensors.index.fp16.json", "pytorch_model.bin.index.json", *shards])
+    assert diffusion.fetch_part("owner/clip") == tmp_path / "d"
+    assert got == ["config.json", "model.safetensors.index.fp16.json", *shards[:2]]
+    got = hub(monkeypatch, tmp_path / "e", ["config.json", "diffusion_pytorch_model.bin", "sdxl_vae.safetensors"])
+    diffusion.fetch_part("owner/vae", "vae")
+    assert got == ["config.json", "diffusion_pytorch_model.bin"]
+    for split, want in (("train", ["data/train-0.parquet"]), ("all", ["data/all-0.parquet", "data/test-0.parquet"])):
+        got = hub(monkeypatch, tmp_path / split, [f"data/{split}-0.parquet", "data/test-0.parquet", "x.png"])
+        fetch_parquet("owner/pictures")
+        assert got == want
+
+
+def test_an_spm_that_is_not_named_is_not_downloaded(spm, tmp_path, monkeypatch):
+    """Both official files are 5.2 GB; a local folder with exactly one is taken."""
+    got = hub(monkeypatch, tmp_path / "hub", ["sd-v1-5_step-aware_preference_model.bin", "sdxl_step-aware_preference_model.bin"])
+    with pytest.raises(InputError, match="say which: SPO-Diffusion-Models/.*/sd-v1-5_step-aware_preference_model.bin or SPO"):
+        load_clip("SPO-Diffusion-Models/Step-Aware_Preference_Models")
+    assert not got
+    monkeypatch.setattr(diffusion, "clip_h", lambda: load_clip(str(spm)).config)
+    names = [tmp_path / "local" / f"{n}_step-aware_preference_model.bin" for n in ("a", "b")]
+    names[0].parent.mkdir()
+    weights = load_file(spm / "model.safetensors") | {"model.text_model.embeddings.position_ids": torch.arange(16)[None]}
+    torch.save(weights, names[0])
+    assert torch.equal(load_clip(str(names[0].parent)).t_embedder.mlp[0].weight, weights["model.t_embedder.mlp.0.weight"])
+    torch.save(weights, names[1])
+    with pytest.raises(InputError, match="holds several models"):
+        load_clip(str(names[0].parent))
+
+
+def test_logit_scale_is_not_rounded(pickscore):
+    """bf16 would make a temperature of 100 one of 98.9."""
+    for dtype in (torch.bfloat16, torch.float16):
+        clip = load_clip(str(pickscore), dtype)
+        assert clip.text_projection.weight.dtype == dtype and torch.equal(clip.logit_scale, load_clip(str(pickscore)).logit_scale)
+
+
+@pytest.mark.parametrize("change, words", [
+    (lambda c: c.update(vision_config=None), "TypeError"), (lambda c: c.pop("vision_config"), "'vision_config'"),
+    (lambda c: c["text_config"].update(hidden_act="relu"), "hidden_act")])
+def test_clip_configurations_that_are_wrong_are_one_line(pickscore, tmp_path, change, words):
+    shutil.copytree(pickscore, tmp_path / "copy")
+    config = json.loads((pickscore / "config.json").read_text())
+    change(config)
+    (tmp_path / "copy/config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match=f"copy/config.json: .*{words}") as caught:
+        load_clip(str(tmp_path / "copy"))
+    assert "\n" not in str(caught.value)
 
 
 def test_weight_file_prefers_full_precision(tmp_path):
@@ -241,6 +350,9 @@ def test_dtype_and_freezing(sd, sdxl):
     """Loaded networks are frozen, in eval mode and of the type asked for; a bf16 UNet still returns fp32 noise."""
     for folder, dtype, want in ((sdxl, torch.bfloat16, torch.float32), (sd, torch.float16, torch.float32), (sd, torch.bfloat16, torch.bfloat16)):
         assert load_pipeline(str(folder), dtype).vae.quant_conv.weight.dtype == want        # its configuration says force_upcast
+    want = load_pipeline(str(sdxl)).vae.state_dict()                # and its weights were never rounded on the way
+    for got in (load_pipeline(str(sdxl), torch.bfloat16), load_pipeline(str(sdxl), torch.bfloat16, vae=str(sdxl))):
+        assert all(torch.equal(v, want[k]) for k, v in got.vae.state_dict().items())
     ours = load_pipeline(str(sd), torch.bfloat16)
     for module in (ours.unet, ours.vae, *ours.text_encoders):
         assert not module.training and all(p.dtype == torch.bfloat16 and not p.requires_grad for p in module.parameters())

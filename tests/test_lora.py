@@ -1,21 +1,25 @@
 """lora.py against peft and diffusers' own LoRA loader."""
 import copy
+import json
 import re
+import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
-from diffusers.loaders import StableDiffusionLoraLoaderMixin
+from diffusers.loaders import StableDiffusionLoraLoaderMixin, StableDiffusionXLLoraLoaderMixin
 from diffusers.utils import convert_state_dict_to_kohya
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
+from safetensors.torch import load_file, save_file
 
 import lora
 from conftest import assert_close, randomize, sd15_shaped, sdxl_shaped, seeded
 from diffusion import generate, load_pipeline
 from helpers import PROMPTS, shell
 from unet import UNet, UNetConfig
-from weights import read_weights
+from weights import InputError, original_unet_name, read_weights
 
 INPUTS = dict(latents=torch.randn(2, 4, 16, 16, generator=seeded(1)), timestep=torch.tensor([951, 1]),
               prompt_embeds=torch.randn(2, 7, 12, generator=seeded(2)))
@@ -168,6 +172,43 @@ def test_diffusers_reads_the_same_from_every_format(form):
     weights, alphas = loader.lora_state_dict({k: v.clone() for k, v in FORMATS[form](lora.state(trained)).items()})
     loader.load_lora_into_unet(weights, network_alphas=alphas, unet=theirs)
     assert_close(predict(theirs), predict(trained))
+
+
+def test_original_block_names_are_read_as_diffusers_reads_them():
+    """kohya's SDXL files: input_blocks_4_1_... for down_blocks.1.attentions.0; every layer arrives, at the same strength."""
+    config = UNetConfig.from_json(sdxl_shaped())
+    model, plain = randomize(UNet(config)), randomize(UNet(config))
+    fill(lora.add(model, 3))
+    modules, up = [n for n, m in plain.named_modules() if isinstance(m, torch.nn.Linear)], [True, True, False]
+    names = {"lora_unet_" + m.replace(".", "_"): "lora_unet_" + original_unet_name(m + ".weight", 2, up)[:-len(".weight")].replace(".", "_")
+             for m in modules if "blocks" in m or "mid" in m}
+    state = {names[k.partition(".")[0]] + "." + k.partition(".")[2]: v for k, v in to_d(lora.state(model)).items()}
+    assert any(k.startswith("lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q.") for k in state)
+    theirs, alphas = StableDiffusionXLLoraLoaderMixin.lora_state_dict(dict(state), unet_config=SimpleNamespace(layers_per_block=2))
+    alphas = {re.sub(r"\.processor\.(to_.+)_lora\.down\.weight", lambda m: "." + m[1].replace("to_out", "to_out.0"), k): v for k, v in alphas.items()}
+    want, got = lora.normalise(theirs | alphas, modules), lora.normalise(state, modules)
+    assert got.keys() == want.keys() == lora.state(model).keys() and all(torch.equal(got[k], want[k]) for k in want)
+    lora.load(plain, state)
+    assert all(torch.allclose(v, lora.state(model)[k], atol=1e-6) for k, v in lora.state(plain).items())
+
+
+def test_alpha_in_the_header_is_heeded(sd, tmp_path):
+    """diffusers saves peft's configuration there: alpha unlike the rank, other ranks and alphas for some layers."""
+    theirs = UNet2DConditionModel(**sd15_shaped())
+    theirs.load_state_dict(base_model().state_dict())
+    config = LoraConfig(r=3, lora_alpha=12, target_modules=list(lora.TARGETS), rank_pattern={"attn2.to_q": 2}, alpha_pattern={"attn2.to_k": 5})
+    theirs.add_adapter(config)
+    fill(p for p in theirs.parameters() if p.requires_grad)
+    StableDiffusionPipeline.save_lora_weights(tmp_path, unet_lora_layers=get_peft_model_state_dict(theirs),
+                                              unet_lora_adapter_metadata=config.to_dict())
+    model, file = base_model(), tmp_path / "pytorch_lora_weights.safetensors"
+    lora.load(model, read_weights(file))
+    assert_close(predict(model), predict(theirs), 1e-4)
+    lora.load(model, load_file(file))
+    assert (predict(model) - predict(theirs)).abs().max() > 0.1
+    save_file(load_file(file), file, metadata={"lora_adapter_metadata": "{"})
+    with pytest.raises(InputError, match="lora_adapter_metadata cannot be read"):
+        read_weights(file)
 
 
 def test_state_equals_peft_names():
@@ -349,8 +390,14 @@ def test_command_line_converts_there_and_back(sd, lora_file, tmp_path):
 
 
 def test_command_line_merges_into_a_checkpoint_of_its_own(sd, lora_file, tmp_path):
-    """The written folder draws what the LoRA draws, here and in diffusers, and the source stays as it was."""
-    shell("lora.py", "merge", lora_file, tmp_path / "merged", "--model", sd)
+    """The written folder draws what the LoRA draws, here and in diffusers, which finds no parts named that are not there."""
+    official = tmp_path / "official"
+    shutil.copytree(sd, official)
+    index = json.loads((sd / "model_index.json").read_text())
+    del index["requires_safety_checker"]
+    (official / "model_index.json").write_text(json.dumps(index | dict(feature_extractor=["transformers", "CLIPImageProcessor"],
+                                                                       safety_checker=["stable_diffusion", "StableDiffusionSafetyChecker"])))
+    shell("lora.py", "merge", lora_file, tmp_path / "merged", "--model", official)
     base, worn, merged = load_pipeline(str(sd)), load_pipeline(str(sd)), load_pipeline(str(tmp_path / "merged"))
     lora.load(worn.unet, read_weights(lora_file))
     images = [generate(p, PROMPTS[:2], [0, 1], steps=3) for p in (base, worn, merged)]
@@ -359,8 +406,36 @@ def test_command_line_merges_into_a_checkpoint_of_its_own(sd, lora_file, tmp_pat
     theirs = StableDiffusionPipeline.from_pretrained(tmp_path / "merged")
     ours = merged.unet.state_dict()
     assert all(torch.equal(v, ours[k]) for k, v in theirs.unet.state_dict().items())
+    assert json.loads((tmp_path / "merged/model_index.json").read_text())["safety_checker"] == [None, None]
     refused = shell("lora.py", "merge", lora_file, tmp_path / "merged", "--model", sd, check=False)
     assert refused.returncode and "exists already" in refused.stderr
+
+
+@pytest.mark.parametrize("kind", ["sd", "sdxl"])
+def test_a_single_file_is_merged_into_a_single_file(kind, request, tmp_path, monkeypatch):
+    """Nothing but the UNet's attentions changes, and they as in a folder; the kohya file fits, too."""
+    import diffusion
+    from test_single_file import open_single, shapes_of, write_single
+    folder = request.getfixturevalue(kind)
+    single, target = write_single(folder, tmp_path / "in.safetensors", kind == "sdxl"), tmp_path / "out.safetensors"
+    pipe = load_pipeline(str(folder))
+    fill(lora.add(pipe.unet, 3))
+    save_file(lora.to_kohya(lora.state(pipe.unet)), tmp_path / "lora.safetensors")
+    monkeypatch.setattr(diffusion, "SINGLE_UNETS", {"sd15": shapes_of(folder)[0], "sdxl": shapes_of(folder)[0]})
+
+    def run(*words):
+        monkeypatch.setattr("sys.argv", ["lora.py", *map(str, words), "--model", str(single)])
+        lora.command_line()
+    run("merge", tmp_path / "lora.safetensors", target)
+    run("convert", tmp_path / "lora.safetensors", tmp_path / "back.safetensors")
+    assert read_weights(tmp_path / "back.safetensors").keys() == lora.state(pipe.unet).keys()
+    lora.merge(pipe.unet)
+    got = open_single(folder, target).unet.state_dict()
+    assert all(torch.equal(v, got[k]) for k, v in pipe.unet.state_dict().items())
+    before, after = read_weights(single), read_weights(target)
+    assert before.keys() == after.keys() and 0 < sum(not torch.equal(v, after[k]) for k, v in before.items()) < len(before) / 2
+    with pytest.raises(InputError, match="must end in .safetensors"):
+        run("merge", tmp_path / "lora.safetensors", tmp_path / "folder")
 
 
 @pytest.mark.parametrize("words, message", [

@@ -73,8 +73,8 @@ def single(request, tmp_path_factory):
 
 def open_single(folder, file, **kind):
     """Through the code that reads official single files, told the minuscule shapes."""
-    kind = dict(tokenizer=str(folder), prediction_type="") | kind
-    return diffusion._single_file(file, torch.float32, torch.device("cpu"), shapes=shapes_of(folder), **kind)
+    kind = dict(tokenizer=str(folder), prediction_type="", dtype=torch.float32) | kind
+    return diffusion._single_file(file, device=torch.device("cpu"), shapes=shapes_of(folder), **kind)
 
 
 def test_the_written_file_is_what_diffusers_calls_the_original_layout(single):
@@ -107,6 +107,12 @@ def test_single_file_is_the_same_model_as_the_folder(single):
     assert torch.equal(*(generate(p, PROMPTS[:3], [0, 1, 2], steps=3) for p in (want, got)))
 
 
+def test_a_vae_that_would_overflow_is_never_rounded(sdxl, tmp_path):
+    got, want = (open_single(sdxl, write_single(sdxl, tmp_path / "xl.safetensors", True), dtype=d) for d in (torch.bfloat16, torch.float32))
+    assert got.unet.conv_in.weight.dtype == torch.bfloat16
+    assert all(torch.equal(v, want.vae.state_dict()[k]) for k, v in got.vae.state_dict().items())
+
+
 def test_a_pickled_checkpoint_loads_too(single, tmp_path):
     """The .ckpt of old: a state_dict inside a dictionary, read with weights_only."""
     folder, file = single
@@ -131,9 +137,27 @@ def test_a_file_that_does_not_fit_is_one_clear_line(single, tmp_path, damage, wo
     assert "bad.safetensors" in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_what_training_leaves_in_a_file_does_no_harm(single, tmp_path):
+    folder, file = single
+    spare = {"first_stage_model.loss.logvar": torch.ones(1), "first_stage_model.model_ema.decay": torch.tensor(0.9),
+             "cond_stage_model.transformer.text_projection.weight": torch.ones(2, 2)}
+    save_file(load_file(file) | spare, tmp_path / "spare.safetensors")
+    assert open_single(folder, tmp_path / "spare.safetensors").unet is not None
+
+
+def test_a_file_without_vae_needs_another(single, tmp_path):
+    folder, file = single
+    save_file({k: v for k, v in load_file(file).items() if not k.startswith("first_stage")}, tmp_path / "bare.safetensors")
+    with pytest.raises(InputError, match="bare.safetensors: has no VAE .*--vae"):
+        open_single(folder, tmp_path / "bare.safetensors")
+    assert open_single(folder, tmp_path / "bare.safetensors", own_vae=False).vae is None
+    with pytest.raises(InputError, match="wrong shape|missing"):                # the official shapes are assumed, the VAE is not missed
+        load_pipeline(str(tmp_path / "bare.safetensors"), vae=str(folder))
+
+
 def test_a_minuscule_file_is_not_taken_for_an_official_one(single):
     """Without the shapes the official ones are assumed, and nothing is filled with random numbers."""
-    with pytest.raises(InputError, match="missing|wrong shape"):
+    with pytest.raises(InputError, match="(missing|wrong shape).*a single-file checkpoint in the original layout"):
         load_pipeline(str(single[1]))
 
 

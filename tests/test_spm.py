@@ -53,7 +53,14 @@ def test_pairs_are_read(pairs):
 
 @pytest.mark.parametrize("row, says", [
     ("{", "pairs.jsonl"), ("", "holds no pairs"), ('{"caption": "x"}', "line 1 lacks image_0, image_1, label_0"), ("[]", "line 1 lacks"),
-    ('{"caption": "x", "image_0": "no.png", "image_1": "no.png", "label_0": 1}', "no.png")])
+    ('{"caption": "x", "image_0": "no.png", "image_1": "no.png", "label_0": 1}', "no.png"),
+    ('{"caption": null, "image_0": "a", "image_1": "a", "label_0": 1}', "line 1 has a caption that is no text"),
+    ('{"caption": "x", "image_0": null, "image_1": "a", "label_0": 1}', "line 1 names the picture None"),
+    ('{"caption": "x", "image_0": "../a", "image_1": "a", "label_0": 1}', "names the picture '../a'; it must be a file in this folder"),
+    ('{"caption": "x", "image_0": "/etc/passwd", "image_1": "a", "label_0": 1}', "it must be a file in this folder"),
+    ('{"caption": "x", "image_0": "a", "image_1": "a", "label_0": null}', "line 1 has label_0 None"),
+    ('{"caption": "x", "image_0": "a", "image_1": "a", "label_0": "1"}', "line 1 has label_0 '1'"),
+    ('{"caption": "x", "image_0": "a", "image_1": "a", "label_0": 1, "num_example_per_prompt": 0}', "num_example_per_prompt 0")])
 def test_pairs_that_are_wrong(tmp_path, row, says):
     (tmp_path / "pairs.jsonl").write_text(row)
     with pytest.raises(InputError, match=says) as caught:
@@ -109,6 +116,9 @@ def test_parquet_equals_the_folder(pairs, tmp_path):
 
 
 @pytest.mark.parametrize("columns, says", [
+    (dict(label_0=[1.0, 0.25] * 10), "row 1 of row group 0 has label_0 0.25"), (dict(caption=[None] * 20), "row 0 of row group 0 has a caption"),
+    (dict(label_0=[float("nan")] * 20, has_label=[True] * 20), "row 0 of row group 0 has label_0 nan"),
+    (dict(label_0=[float("nan")] * 20), "no labelled pairs"), (dict(jpg_0=[7] * 20), "row 1 of row group 1"),
     (dict(jpg_1=None), "lacks the columns jpg_1"), (dict(label_0=[None] * 20), "no labelled pairs"), (dict(jpg_0=[b"no"] * 20), "row 1 of row group 1")])
 def test_parquet_that_is_wrong(pairs, tmp_path, columns, says):
     file = write_parquet(pairs, tmp_path / "x.parquet", **columns)
@@ -118,6 +128,35 @@ def test_parquet_that_is_wrong(pairs, tmp_path, columns, says):
     file.write_bytes(file.read_bytes()[:100])
     with pytest.raises(InputError, match="not a readable Parquet file"):
         load_pairs(str(file), 16)
+
+
+def test_a_damaged_page_is_an_unreadable_picture(pairs, tmp_path):
+    """The file opens, its captions and labels are whole; a training run skips such pairs."""
+    file = write_parquet(pairs, tmp_path / "x.parquet")
+    import pyarrow.parquet as pq
+    columns, data = pq.ParquetFile(file).metadata.row_group(1), bytearray(file.read_bytes())
+    column = next(columns.column(i) for i in range(columns.num_columns) if columns.column(i).path_in_schema == "jpg_0")
+    begin = column.dictionary_page_offset or column.data_page_offset
+    data[begin:begin + 80] = bytes(80)
+    file.write_bytes(data)
+    got = load_pairs(str(file), 16)
+    assert got.pictures(0).shape == (2, 3, 16, 16)
+    with pytest.raises(UnreadablePicture, match="x.parquet: row 1 of row group 1") as caught:
+        got.pictures(5)
+    assert "\n" not in str(caught.value)
+
+
+def test_no_caption_is_on_both_sides(pairs):
+    """Pick-a-Pic has many pairs of the same pictures under one caption; the tiny world's rows stand alone, drawn as ever."""
+    from pairs import hold_out, world_pairs
+    from training import permutation
+    data = load_pairs(str(pairs), 16)
+    held, used = hold_out(data, 4, 0)
+    assert len(held) == 4 and held == sorted(held) and used | set(held) == set(range(20)) and len(used) == 16
+    assert not {data.captions[i] for i in held} & {data.captions[i] for i in used}
+    held, used = hold_out(world_pairs(40, 0), 8, 3)
+    order = permutation(40, 3, "validation")
+    assert held == sorted(order[:8]) and used == set(order[8:])
 
 
 def test_an_epoch_is_every_row_once_and_neighbours_share_groups(monkeypatch):
@@ -189,6 +228,17 @@ def test_relabelling_by_pickscore(pickscore, pairs, sd):
         want = [0.5 if abs(g) <= threshold else float(g > 0) for g in gap]
         assert relabel(clip, images, text, threshold + 1e-6).tolist() == want
     assert want.count(0.5) == 11 and {0.0, 1.0} < set(want)
+
+
+def test_relabelling_sees_what_pickscore_sees(pickscore, monkeypatch):
+    """Large noisy pictures through PIL's anti-aliased bicubic: the pixels agree up to PIL's rounding to whole numbers."""
+    from clip_spm import preprocess_pil
+    clip, seen = load_clip(str(pickscore)), []
+    monkeypatch.setattr(clip, "image_features", lambda pixels: seen.append(pixels) or torch.ones(len(pixels), 10))
+    images = torch.randint(0, 256, (1, 2, 3, 100, 100), generator=seeded(2)).byte()
+    relabel(clip, images, torch.ones(1, 10))
+    want = preprocess_pil([Image.fromarray(p.permute(1, 2, 0).numpy()) for p in images[0]], 16)
+    assert (seen[0] - want).abs().max() < 2 / 255 / 0.26
 
 
 def test_training_starts_equal_to_pickscore(kind, tmp_path, pickscore):
@@ -446,7 +496,8 @@ def test_the_other_options_run(kind, tmp_path, sdxl):
     call("spm_train", *kind[:-1], "--labels", "pickscore", "--decay", "--dtype", "bf16", "--steps", 2, "--out", tmp_path / "a")
     rows = log_of(tmp_path / "a")
     assert rows[1]["lr"] == pytest.approx(1e-3 * 0.5) and not (tmp_path / "a/spm_step_blind").exists()
-    call("spm_train", *kind, "--model", sdxl, "--resolution", 32, "--steps", 1, "--out", tmp_path / "b")
+    said = call("spm_train", *kind, "--model", sdxl, "--vae", sdxl, "--resolution", 32, "--steps", 1, "--out", tmp_path / "b")
+    assert "preset             sdxl\n" in said and "labels             pickscore\n" in said
     assert len(log_of(tmp_path / "b")) == 1 and (tmp_path / "b/results.json").exists()
     with pytest.raises(InputError, match="labels"):
         call("spm_train", *kind, "--labels", "mine", "--out", tmp_path / "c")

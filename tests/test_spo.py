@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import ddim
 import gentle
@@ -464,7 +464,7 @@ SMALL = dict(sample_batch=1, train_batch=1, decode_batch=1, checkpointing=True)
     ("--model sd15 --sample_batch 10 --checkpointing=false --k 3", "cuda", 24, dict(sample_batch=10, decode_batch=2, checkpointing=False, k=3)),
     ("--model sdxl", "cuda", 80, dict(memory="normal", sample_batch=2, train_batch=2, decode_batch=2, checkpointing=True)),
     ("--model sdxl", "cuda", 24, dict(SMALL, memory="low", k=2, j=4, rank=64)),
-    ("--model ./mine", "cuda", 24, dict(SMALL, memory="low", k=4)), ("--model ./mine", "cuda", 80, dict(memory="normal", sample_batch=10))])
+    ("--model ./mine", "cuda", 24, dict(memory="low", sample_batch=2, train_batch=4, k=4)), ("--model ./mine", "cuda", 80, dict(memory="normal", sample_batch=10))])
 def test_memory_decides_batches_that_the_command_line_does_not(monkeypatch, words, device, size, wanted):
     """Command line over --memory over the model's preset; nothing else changes."""
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda place: SimpleNamespace(total_memory=size * 2 ** 30))
@@ -475,11 +475,36 @@ def test_memory_decides_batches_that_the_command_line_does_not(monkeypatch, word
     assert changed <= {"memory", *SMALL} <= set(spo_train.FREE)
 
 
+def test_a_model_of_ones_own_gets_the_settings_of_its_kind(sd, sdxl, tmp_path):
+    """By a folder's UNet or a single file's tensors; a hub id does not tell, and --preset wins over all."""
+    parse = lambda *words: spo_train.parse_options(SPOConfig, spo_train.PRESETS, [str(w) for w in words])  # noqa: E731
+    single = tmp_path / "mine.safetensors"
+    save_file({"conditioner.embedders.1.model.ln_final.weight": torch.ones(1)}, single)
+    (tmp_path / "broken.safetensors").write_bytes(b"no")
+    for words, want in (((sd,), "sd15"), ((sdxl,), "sdxl"), ((single,), "sdxl"), ((tmp_path / "broken.safetensors",), "sd15"), (("tiny",), "tiny"),
+                        (("someone/sdxl-tune",), "sd15"), (("someone/sdxl-tune", "--preset", "sdxl"), "sdxl"), ((sdxl, "--preset", "sd15"), "sd15")):
+        config = parse("--model", *words)
+        assert config.preset == want and config == dataclasses.replace(parse("--model", want), model=str(words[0]))
+        low = ["--model", *map(str, words), "--memory", "low"]
+        small = spo_train.fit_memory(parse(*low), spo_train.PRESETS, torch.device("cpu"), low)
+        assert small.preset == want and small.train_batch == spo_train.LOW.get(want, spo_train.LOW[""])["train_batch"]
+        assert {"tiny": "tiny/model/spm", "sd15": "sd-v1-5_step", "sdxl": "/sdxl_step"}[want] in spo_train.judge_source(config)
+    with pytest.raises(InputError, match="--preset mine: choose one of , tiny, sd15, sdxl"):
+        parse("--preset", "mine")
+
+
+@pytest.mark.parametrize("script", ["spo_train", "baselines"])
+def test_only_tiny_brings_its_own_prompts(script, sd, spm, tmp_path):
+    with pytest.raises(InputError, match="--prompts: name a file"):
+        call(script, "--model", sd, "--out", tmp_path / "run")
+
+
 @pytest.mark.parametrize("model", ["tiny", "sd", "sdxl"])
 def test_low_memory_trains_the_same_lora(request, spm, prompts, tmp_path, monkeypatch, model):
     """Batches of one, recomputed activations and moved text encoders; two rounds, so that the second starts from a trained LoRA."""
     monkeypatch.setattr(torch.optim, "AdamW", gentle.adamw)
-    kind = () if model == "tiny" else ("--model", request.getfixturevalue(model), "--spm", spm, "--prompts", prompts)
+    folder = None if model == "tiny" else request.getfixturevalue(model)
+    kind = () if model == "tiny" else ("--model", folder, "--spm", spm, "--prompts", prompts, "--vae", folder)
     words = ("spo_train", *kind, *BASE, "--rounds", 2, "--lr", 0.005, "--prompts_per_round", 4)
     name = "pytorch_lora_weights.safetensors"
     assert "memory             normal" in call(*words, "--out", tmp_path / "normal")
@@ -590,10 +615,16 @@ def test_a_run_with_the_small_decoder_says_how_often_it_agrees(sd, spm, prompts,
     assert (tmp_path / "plain" / name).read_bytes() == (tmp_path / "run" / name).read_bytes() == (tmp_path / "parts" / name).read_bytes()
 
 
-def test_sdxl_shape_trains_too(sdxl, spm, prompts, tmp_path):
+def test_sdxl_shape_trains_too(sdxl, spm, prompts, tmp_path, monkeypatch):
     """Two text encoders, pooled text and picture sizes through sampling, exchange and training, with MSPO."""
-    call("spo_train", "--model", sdxl, "--spm", spm, "--prompts", prompts, "--out", tmp_path / "run", *BASE, "--j", 2)
+    words = ("spo_train", "--model", sdxl, "--spm", spm, "--prompts", prompts, *BASE, "--j", 2)
+    said = call(*words, "--out", tmp_path / "run", "--vae", sdxl)
     assert log_of(tmp_path / "run")[0]["updates"] > 0
+    assert "preset             sdxl\n" in said and json.loads((tmp_path / "run/config.json").read_text())["preset"] == "sdxl"
+    warned = []
+    monkeypatch.setattr("training.warn", warned.append)
+    assert "preset             sd15\n" in call(*words, "--out", tmp_path / "other", "--preset", "sd15")
+    assert len(warned) == 1 and "--preset sdxl, unless this is meant" in warned[0]
 
 
 def test_as_a_user_runs_it(sd, spm, prompts, tmp_path):
