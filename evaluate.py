@@ -380,7 +380,8 @@ def draw_trajectories(pipe: Pipeline, models: dict[str, str], config: EvaluateCo
     """Draw one SPO trajectory per candidate with the settings that the model is trained with."""
     import spo_train
     preset = preset_of(config.model)
-    settings = spo_train.SPOConfig(**(spo_train.PRESETS[preset] | dict(model=config.model, preset=preset, spm=config.spm, dtype=config.dtype)))
+    own = dict(model=config.model, preset=preset, spm=config.spm, dtype=config.dtype)
+    settings = spo_train.SPOConfig(**(spo_train.PRESETS[preset] | own))
     judge = spo_train.load_judge(settings, pipe.device)
     folder.mkdir(parents=True, exist_ok=True)
     for name, source in models.items():
