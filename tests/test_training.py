@@ -84,6 +84,16 @@ def test_help_shows_every_option_with_its_default(capsys):
     assert all(f"--{name}" in text for name in Options.__dataclass_fields__) and "100 % of it [0.0001]" in text
 
 
+def test_a_data_sets_name_may_hold_a_dot(monkeypatch):
+    """It is asked of the hub, while a prompts file that is missing is not."""
+    asked = []
+    monkeypatch.setattr("training.fetch_parquet", lambda source: asked.append(source) or Path("nowhere"))
+    for source in ("owner/data.v1", "owner/data", "some/where.txt", "where.v1"):
+        with pytest.raises(InputError, match=source):
+            read_prompts(source)
+    assert asked == ["owner/data.v1", "owner/data"]
+
+
 # Random numbers
 
 def test_keyed_random_numbers():
