@@ -102,7 +102,7 @@ class SPMConfig:
 
 PRESETS = {
     "tiny": dict(pickscore=str(TINY / "pickscore"), dtype="fp32", guidance_scale=3.0, lr=1.5e-4, adaln_lr=10.0, decay=True,
-                 warmup=20, weight_decay=0.05, steps=2700, batch=32, micro_batch=32, step_blind=True, save_every=250, count=88_000,
+                 warmup=20, weight_decay=0.05, steps=2600, batch=32, micro_batch=32, step_blind=True, save_every=250, count=44_000,
                  validation=2048),
     "sd15": dict(),
     "sdxl": dict(vae=SDXL_VAE, lr=1e-6, steps=7000, labels="pickscore", micro_batch=4),
