@@ -137,7 +137,7 @@ PRESETS = {
     # Its latents have 256 numbers, not 16,384: what counts as far from the reference, in mean log-density, is smaller (beta),
     # and a picture is settled earlier: pools above t = 751 help, those below 501 only make the colours drift.
     "tiny": dict(prompts=str(TINY / "train_prompts.txt"), dtype="fp32", guidance_scale=3.0, threshold=0.1, t_min=501, t_max=951, beta=100.0,
-                 lr=4e-4, prompts_per_round=16, pairs_per_step=24, rounds=10, sample_batch=16, train_batch=28, decode_batch=64),
+                 lr=4e-4, prompts_per_round=16, pairs_per_step=24, rounds=9, sample_batch=16, train_batch=28, decode_batch=64),
     "sd15": dict(),
     "sdxl": dict(vae=SDXL_VAE, k=2, j=4, threshold=0.4, lr=1e-5, rank=64,
                  prompts_per_round=8, pairs_per_step=16, sample_batch=2, train_batch=2, decode_batch=2, checkpointing=True),

@@ -425,7 +425,7 @@ def test_two_processes_evaluate_what_one_does(kind, trained, tmp_path):
     (("--lora", "base"), "name=FILE"), (("--lora", "a=", "a="), "each name once"), (("--lora", "a/b="), "name=FILE"),
     (("--lora", "a=nowhere.safetensors"), "nowhere.safetensors"), (("--metrics", "beauty"), "unknown metric 'beauty'"),
     (("--metrics", "hpsv2", "hpsv2"), "each metric once"), (("--metrics", "aesthetic-v1"), "aesthetic-v1=FILE"), (("--prompts", "geneval"), "geneval=FILE"),
-    (("--resolution", "17"), "multiple of 2"), (("--images", "x", "--trace", "a red circle"), "leave out --trace"), (("--trace", "a red circle"), "--spm"),
+    (("--resolution", "17"), "multiple of 2"), (("--images", "x", "--trace", "a red circle"), "leave out --trace"), (("--trace", "a red circle"), "Step-Aware_Preference_Models"),
     (("--steps", "0"), "--steps 0"), (("--prompts", "none.txt"), "none.txt"), (("--metric", "pickscore"), "did you mean --metrics?")])
 def test_mistakes_are_one_line(sd, prompts, tmp_path, words, says):
     with pytest.raises(InputError) as caught:
@@ -440,7 +440,7 @@ def test_one_prompt_for_every_candidate(sd, trained, tmp_path):
 
 
 def test_trace_of_any_model(sd, spm, trained, tmp_path):
-    """A folder knows no judge of its own: --spm names it. Sixteen pools of four."""
+    """A folder is judged by its kind's official SPM unless --spm names another. Sixteen pools of four."""
     call("evaluate", "--model", sd, "--dtype", "fp32", "--trace", "a red circle", "--spm", spm, "--lora", f"spo={trained[0]}", "--out", tmp_path)
     with Image.open(tmp_path / "trace-spo.png") as image:
         assert image.size == (64 + 4 * 108, 16 * 124) and {(0x1a, 0x98, 0x50), (0x2b, 0x6c, 0xff)} & {c for _, c in image.getcolors(10 ** 6)}
