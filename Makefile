@@ -7,6 +7,7 @@ OUT    ?= runs/demo
 .PHONY: demo test test-slow soak clean
 
 $(VENV)/.runtime: requirements.txt
+	@echo 'setting up $(VENV): about 1.2 GB with the CPU build of torch, more with CUDA; a few minutes'
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	@touch $@

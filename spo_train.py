@@ -1,16 +1,17 @@
 """SPO and MSPO: step-by-step preference optimization of a text-to-image model (paper, sections 4.1 and 4.3 to 4.5).
 
-    python spo_train.py                                             # the embedded tiny model, two minutes on a laptop
+    python spo_train.py                                             # the embedded tiny model, two to three minutes
     python spo_train.py --model sd15 --spm SPM.bin --prompts 4k_training_prompts.json          # one GPU
     torchrun --nproc_per_node=4 spo_train.py --model sdxl --spm SPM.bin --prompts prompts.txt  # four
 
 One round:
-    sample   walk down the DDIM trajectory of every prompt; where t <= t_max draw k candidates of x_{t-1} from one x_t,
+    sample   walk down the DDIM trajectory of every prompt; where t_min <= t <= t_max draw k candidates of x_{t-1} from one x_t,
              let the step-aware preference model score their predicted clean pictures, keep best and worst as a pair,
              and go on from a candidate chosen at random (section 4.3)
     train    DPO on the pairs (Eq. 4), each exactly once, in shuffled minibatches over all timesteps (Eq. 5)
 
-Shapes: B prompts, K candidates, J inner steps, S scored-trajectory steps, C H W latent, L tokens, D width, N pairs.
+Shapes: B prompts, K candidates, J inner steps, S steps that give pairs, C H W latent, L tokens,
+D width, P width of the judge's text and picture features, N pairs.
 """
 import dataclasses
 import functools
@@ -137,7 +138,8 @@ PRESETS = {
     # Its latents have 256 numbers, not 16,384: what counts as far from the reference, in mean log-density, is smaller (beta),
     # and a picture is settled earlier: pools above t = 751 help, those below 501 only make the colours drift.
     "tiny": dict(prompts=str(TINY / "train_prompts.txt"), dtype="fp32", guidance_scale=3.0, threshold=0.1, t_min=501, t_max=951, beta=100.0,
-                 lr=4e-4, prompts_per_round=16, pairs_per_step=24, rounds=9, sample_batch=16, train_batch=28, decode_batch=64),
+                 lr=4e-4, prompts_per_round=16, pairs_per_step=24, rounds=9, sample_batch=16, train_batch=28, decode_batch=64,
+                 save_every=3),
     "sd15": dict(),
     "sdxl": dict(vae=SDXL_VAE, k=2, j=4, threshold=0.4, lr=1e-5, rank=64,
                  prompts_per_round=8, pairs_per_step=16, sample_batch=2, train_batch=2, decode_batch=2, checkpointing=True),

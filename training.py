@@ -44,7 +44,10 @@ def _convert(text: str, kind: type):
         if text.lower() not in ("true", "false"):
             raise ValueError("true or false")
         return text.lower() == "true"
-    return kind(text)
+    try:
+        return kind(text)
+    except ValueError:
+        raise ValueError("must be a whole number" if kind is int else "must be a number") from None
 
 
 def parse_options(cls, presets: dict[str, dict], arguments: list[str] | None = None, description: str = ""):
@@ -55,7 +58,8 @@ def parse_options(cls, presets: dict[str, dict], arguments: list[str] | None = N
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     kinds = typing.get_type_hints(cls)
-    parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False, epilog="In brackets: the default, and where a "
+                                     "preset has another. P: from the paper, O: the released official code, T: measured on tiny.",
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = _refuse
     parser._negative_number_matcher = re.compile(r"^-[\d.]+(e[+-]?\d+)?$", re.I)    # before Python 3.14, -1e-3 is taken for an option
@@ -63,8 +67,11 @@ def parse_options(cls, presets: dict[str, dict], arguments: list[str] | None = N
         names = [f"--{f.name}"] + ([f"--{f.name.replace('_', '-')}"] if "_" in f.name else [])
         flag = dict(nargs="?", const="true") if kinds[f.name] is bool else {}
         flag = dict(nargs="+") if typing.get_origin(kinds[f.name]) is tuple else flag
+        others = [f"{model}: {values[f.name]}" for model, values in presets.items() if values.get(f.name, f.default) != f.default]
+        choices = ", ".join(str(c) for c in f.metadata["choices"] or () if c != "")
+        words = f.metadata["help"] + (f"; one of {choices}" if choices else "")
         parser.add_argument(*names, dest=f.name, default=argparse.SUPPRESS, metavar="X",
-                            help=f"{f.metadata['help']} [{f.default}]".replace("%", "%%"), **flag)
+                            help=f"{words} [{'; '.join([str(f.default), *others])}]".replace("%", "%%"), **flag)
     known, unknown = parser.parse_known_args(arguments)
     if unknown:
         options = [n for a in parser._actions for n in a.option_strings]
@@ -284,6 +291,8 @@ class Run:
         if self.stop:                   # asked twice: at once
             raise KeyboardInterrupt
         self.stop = True
+        if self.processes.main:
+            warn("stopping when this round or step is done and saved; ask again to stop at once")
 
     def log(self, record: dict) -> None:
         """Append one JSON line to log.jsonl."""
