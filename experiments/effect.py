@@ -69,12 +69,17 @@ def main() -> None:
     record = dict(date=time.strftime("%Y-%m-%d"), machine=machine, torch=torch.__version__, ceiling=top, training_seconds=seconds,
                   protocol=results["protocol"], results=rows)
     (out / "effect.json").write_text(json.dumps(record, indent=1) + "\n")
-    lines = ["| run | aesthetics | distance closed | alignment | paired change of alignment | PickScore |", "|---|---|---|---|---|---|"]
+    lines = ["| model | aesthetics (0..10) | better than base | distance closed | alignment (0..1) | "
+             "paired change | PickScore |", "|---" * 7 + "|"]
     for name, row in rows.items():
-        a, g, p = row["aesthetics"], row["alignment"], row["pickscore"]
-        cells = [name, f"{a['mean']:.2f} ± {a['standard_error']:.2f}", f"{100 * row['closed']:.0f} %",
-                 f"{g['mean']:.3f} ± {g['standard_error']:.3f}", f"{g['difference']:+.3f} ± {g['difference_standard_error']:.3f}",
-                 f"{p['mean']:.2f} ± {p['standard_error']:.2f}"]
+        a, g = row["aesthetics"], row["alignment"]
+        low, high = a["win_rate_interval"]
+        against = [f"{100 * a['win_rate']:.1f} % ({100 * low:.1f} to {100 * high:.1f})", f"{100 * row['closed']:.0f} %",
+                   f"{g['difference']:+.3f} ± {g['difference_standard_error']:.3f}"] if name != "base" else ["", "", ""]
+        spread = {m: f"{row[m]['mean']:.{d}f} ± {row[m]['standard_error']:.{d}f}" for m, d in
+                  (("aesthetics", 2), ("alignment", 3), ("pickscore", 2))}
+        cells = [name.replace("seed", "SPO, seed ").replace("rounds", "seed 0, rounds: "), spread["aesthetics"], *against[:2],
+                 spread["alignment"], against[2], spread["pickscore"]]
         lines.append("| " + " | ".join(cells) + " |")
     lines += ["", f"Best real pictures {top['best_real']:.2f}; after the VAE {top['best_through_vae']:.2f} (the 100 % mark)."]
     (out / "effect.md").write_text("\n".join(lines) + "\n")
