@@ -1,6 +1,6 @@
 """How often do the tiny model's judges order a pair as labelled, when they see it through the noise of timestep t?
 
-    python experiments/judges.py                    # the shipped ones, on 4,096 fresh pairs; 15 minutes on one core
+    python experiments/judges.py                    # the shipped ones, on 2,048 fresh pairs; 8 minutes on one core
     python experiments/judges.py mine=runs/spm/spm  # others beside them
 
 Pairs that no training and no choice has seen, the same noise for every judge; differences are paired. Writes results/judges.json.
@@ -19,7 +19,7 @@ from spm_train import PRESETS, SPMConfig, accuracy_table, print_table  # noqa: E
 from tiny.world import preference_pairs  # noqa: E402
 from training import run_script, start_processes, write_json  # noqa: E402
 
-COUNT, SEED = 4096, 20_000
+COUNT, SEED = 2048, 20_000
 
 
 def main() -> None:

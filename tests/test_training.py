@@ -81,7 +81,7 @@ def test_help_shows_every_option_with_its_default(capsys):
     with pytest.raises(SystemExit):
         parse("--help")
     text = capsys.readouterr().out
-    assert all(f"--{name}" in text for name in Options.__dataclass_fields__) and "100 % of it [0.0001]" in text
+    assert all(f"--{name}" in text for name in Options.__dataclass_fields__) and "100 % of it [0.0001; sdxl: 1e-05; tiny: 0.5]" in text and "one of random, win [random]" in text
 
 
 def test_a_data_sets_name_may_hold_a_dot(monkeypatch):
