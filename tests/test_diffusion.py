@@ -214,6 +214,21 @@ def test_any_damage_to_a_weight_file_is_one_line_or_harmless(tmp_path_factory, p
         assert path.name in str(error) and "\n" not in str(error)
 
 
+def test_every_part_may_be_an_fp16_variant(sdxl, tmp_path):
+    """UNet, VAE and both text encoders under the names of the hub's half-precision files: the same model, rounded once."""
+    copy = tmp_path / "half"
+    shutil.copytree(sdxl, copy)
+    for path in sorted(copy.rglob("*.safetensors")):
+        save_file({k: v.half() if v.is_floating_point() else v for k, v in load_file(path).items()}, path.with_suffix(".fp16.safetensors"))
+        path.unlink()
+    whole, half = load_pipeline(str(sdxl)), load_pipeline(str(copy))
+    parts = [(whole.unet, half.unet), (whole.vae, half.vae), *zip(whole.text_encoders, half.text_encoders)]
+    assert len(parts) == 4 == len(list(copy.rglob("*.fp16.safetensors")))
+    for theirs, ours in parts:
+        weights = ours.state_dict()
+        assert weights and all(torch.equal(weights[k], v.half().float()) for k, v in theirs.state_dict().items())
+
+
 def test_fp16_variant_and_shards_load(sd, tmp_path):
     """The variants on the hub: `.fp16.safetensors`, and several files with an index."""
     expected = load_pipeline(str(sd)).unet.state_dict()
