@@ -393,7 +393,7 @@ def generate(pipe: Pipeline, prompts: list[str], seeds: list[int], batch: int = 
     images = []
     for i in range(0, len(prompts), batch):
         latents = generate_latents(pipe, prompts[i:i + batch], seeds[i:i + batch], **settings)
-        images.append((decode(pipe, latents) / 2 + 0.5).clamp(0, 1).cpu())
+        images.append((decode(pipe, latents, batch) / 2 + 0.5).clamp(0, 1).cpu())
     return torch.cat(images)
 
 

@@ -405,7 +405,8 @@ def train_minibatches(pipe: Pipeline, optimizer: torch.optim.Optimizer, slots: l
             if where:
                 warn(f"the loss of {place_of(where[0])} is not finite; optimizer step skipped")
             elif processes.main and math.isfinite(float(stats[0])):
-                name = next(n for n, p in pipe.unet.named_parameters() if p.grad is not None and not torch.isfinite(p.grad).all())
+                broken = (n for n, p in pipe.unet.named_parameters() if p.grad is not None and not torch.isfinite(p.grad).all())
+                name = next(broken, "all weights together")         # finite numbers may have an infinite norm
                 warn(f"the gradient of {name} is not finite; optimizer step skipped")
         optimizer.zero_grad(set_to_none=True)
         if in_a_row >= TOO_MANY:
@@ -503,6 +504,9 @@ def check(config: SPOConfig) -> None:
     for name, low in least.items():
         if getattr(config, name) < low:
             raise InputError(f"--{name} {getattr(config, name)}: must be at least {low}")
+    for name, value in dataclasses.asdict(config).items():
+        if isinstance(value, float) and not math.isfinite(value) or name == "clip_norm" and value <= 0:
+            raise InputError(f"--{name} {value}: must be a finite number{', above 0' * (name == 'clip_norm')}")
     if config.steps > 999:
         raise InputError(f"--steps {config.steps}: must be at most 999")
     if not 0 < config.eta <= 1:
@@ -680,8 +684,8 @@ def run_rounds(config: RunConfig, run: Run, processes: Processes, prompts: list[
                     save_lora(pipe, run.folder / "best")
             run.save(done, dict(lora=[p.detach().cpu() for p in weights], optimizer=optimizer.state_dict(), recent=recent), score)
         if processes.main and config.grid_every and (done % config.grid_every == 0 or done == total):
-            images = generate(pipe, preview, list(range(len(preview))), guidance_scale=config.guidance_scale, steps=config.steps,
-                              resolution=config.resolution or None)
+            images = generate(pipe, preview, list(range(len(preview))), min(config.sample_batch, config.decode_batch), steps=config.steps,
+                              guidance_scale=config.guidance_scale, resolution=config.resolution or None)
             grid(images, 8).save(run.folder / f"samples-{done:05d}.png")
         processes.barrier()
         if bad >= TOO_MANY:
