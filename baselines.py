@@ -111,7 +111,7 @@ def ddpo_round(pipe: Pipeline, models: Models, prompts: list[str], empty: Condit
                 ((log_ratio.detach().exp() - 1).abs() > config.clip_range).float()]
         return torch.stack(rows).unflatten(1, (2, len(part))).mean(1)
 
-    faults = spo_train.report_faults(pairs, texts, [list(range(count))], timesteps) if processes.main else 0
+    faults = spo_train.report_faults(pairs, texts, [list(range(count))], timesteps, key) if processes.main else 0
     stats = train_minibatches(
         pipe, optimizer, pairs.valid.flatten().nonzero()[:, 0].tolist(), ("loss", "margin", "ratio", "clipped"), loss_of,
         lambda s: f"a step at t = {timesteps[s % count]}, prompt {texts[s // count]!r}", config, processes, clock, key, bad)
@@ -185,7 +185,7 @@ def main() -> None:
     spo_train.check(walk)
     offline = config.method in OFFLINE
     prompts = [] if offline else spo_train.training_prompts(config)
-    run = Run(config.out, dataclasses.asdict(config), processes, spo_train.FREE)
+    run = Run(config.out, config, processes, spo_train.FREE)
     if not offline:
         pipe, models = prepare(walk, processes)
         arguments = (pipe, models, prompts, encode_empty(pipe))

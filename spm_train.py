@@ -45,6 +45,7 @@ from training import (
     Processes,
     Run,
     check_preset,
+    fingerprint,
     generator,
     learning_rate,
     opt,
@@ -246,17 +247,24 @@ def print_table(table: dict[str, dict[int, list[float]]]) -> None:
         print(f"{'  ' + name + ', more':22}" + "".join(f"{row[t][3]:>+9.3f} ± {row[t][4]:.3f}" for t in REPORT_AT))
 
 
-def report_fault(finite: list[torch.Tensor], pairs: list[tuple[str, int]]) -> None:
+def report_fault(step: int, models: dict[str, CLIP], finite: list[torch.Tensor], pairs: list[tuple[str, int]], gradients: bool) -> None:
     """Say on stderr where a step that was not finite went wrong.
 
     `finite`: [2, N] per microbatch, are the pair's predicted pictures finite, and its losses; `pairs`: its caption and timestep.
+    `gradients`: speak of them if nothing is wrong before.
     """
     drawn, judged = torch.cat(finite, 1).tolist() if finite else ([], [])
-    if all(judged):
-        return warn("a gradient is not finite; optimizer step skipped")
-    place = judged.index(False)
-    caption, t = pairs[place]
-    warn(f"{'the judge' if drawn[place] else 'a predicted picture'} is not finite at t = {t}, caption {caption!r}; optimizer step skipped")
+    if not all(judged):
+        place = judged.index(False)
+        caption, t = pairs[place]
+        what = f"{'the judge' if drawn[place] else 'a predicted picture'} is not finite at t = {t}, caption {caption!r}"
+    elif gradients:
+        named = ((f"{key} ({name})", p.grad) for name, clip in models.items() for key, p in clip.named_parameters())
+        names = (name for name, grad in named if not torch.isfinite(grad).all())
+        what = f"the gradient of {next(names, 'all weights together')} is not finite"
+    else:
+        return
+    warn(f"step {step}: {what}; optimizer step skipped")
 
 
 def list_unreadable(known: dict[int, str], new: dict[int, str], run: Run) -> dict[int, str]:
@@ -372,7 +380,7 @@ def main() -> None:
     """Train as the command line says; continue if the run folder holds the same run."""
     config = parse_options(SPMConfig, PRESETS, description=__doc__)
     processes = start_processes(config.device or None)
-    run = Run(config.out, dataclasses.asdict(config), processes, FREE)
+    run = Run(config.out, config, processes, FREE)
     pipe = load_pipeline(config.model, DTYPES[config.dtype], processes.device, vae=config.vae or None,
                          prediction_type=config.prediction_type, tokenizer=config.tokenizer, zero_negative=NEGATIVE[config.negative])
     if processes.main:
@@ -401,12 +409,14 @@ def main() -> None:
     parameters = [p for clip in models.values() for p in clip.parameters()]
     if config.compile:
         compile_all(pipe, models)
-    empty, begin, unreadable, recent = encode_empty(pipe), 0, {}, []
-    if state := run.resume():
+    empty, begin, unreadable, recent, bad, skipped = encode_empty(pipe), 0, {}, [], 0, 0
+    if state := run.resume(pairs=fingerprint(pairs.captions, [str(v) for v in pairs.label.tolist()]), pickscore=fingerprint(pickscore),
+                           model=fingerprint(pipe.unet, pipe.vae, *pipe.text_encoders)):
         for clip, weights in zip(models.values(), state["models"], strict=True):
             clip.load_state_dict(weights)
         optimizer.load_state_dict(state["optimizer"])
         begin, unreadable, recent = state["step"], state.get("unreadable", {}), state.get("recent", [])
+        bad, skipped = state.get("bad", 0), state.get("skipped", 0)
     if processes.main:
         print("\n".join(f"{name:18} {value}" for name, value in dataclasses.asdict(config).items()))
         print(f"{len(used)} training and {len(held)} validation pairs, {processes.world} x {pipe.device}, "
@@ -417,7 +427,6 @@ def main() -> None:
         """Pair i's pictures as `readable` gives them, or None where its latents will do."""
         return None if latents is not None and config.labels == "human" and is_encoded(latents, i) else readable(pairs, i)
 
-    bad, skipped = 0, 0
     progress = tqdm(total=config.steps, initial=begin, desc="spm", unit="step", disable=not processes.main)
     for step, batch, pictures in batches(pairs, used, needed, config, processes, begin):
         started = time.perf_counter()
@@ -438,8 +447,8 @@ def main() -> None:
             bad = 0
         else:
             bad, skipped = bad + 1, skipped + 1
-            report_fault(found.finite, [(pairs.captions[batch[r]], int(timesteps[r]))
-                                        for r in range(processes.rank, len(batch), processes.world)])
+            mine = [(pairs.captions[batch[r]], int(timesteps[r])) for r in range(processes.rank, len(batch), processes.world)]
+            report_fault(step + 1, models, found.finite, mine, processes.main and bool(torch.isfinite(stats[::2]).all()))
         optimizer.zero_grad(set_to_none=True)
         done, seconds = step + 1, time.perf_counter() - started
         run.log(dict(step=done, epoch=step // max(1, len(used) // config.batch), loss=float(stats[0]) if sound else None,
@@ -449,9 +458,9 @@ def main() -> None:
         progress.update()
         seen_so_far = min(done * config.batch, len(used))
         spoilt = len(unreadable) > max(3, config.max_unreadable * seen_so_far)
-        ending = processes.any(run.stop) or bad >= TOO_MANY or spoilt
+        ending = processes.any(processes.stop) or bad >= TOO_MANY or spoilt
         recent.append(float(stats[1]))
-        due = done % config.save_every == 0 or done == config.steps
+        due = done % config.save_every == 0 and not bad or done == config.steps
         if due or ending:
             score, recent = (sum(recent) / len(recent), []) if due else (None, recent)
             if processes.world > 1:
@@ -460,7 +469,7 @@ def main() -> None:
                 save_spm(models["SPM"], run.folder / "best")
             run.save(done, dict(models=[{k: v.cpu() for k, v in clip.state_dict().items()} for clip in models.values()],
                                 optimizer=optimizer.state_dict() if processes.main else None,
-                                unreadable=unreadable, recent=recent), score)
+                                unreadable=unreadable, recent=recent, bad=bad, skipped=skipped), score)
         if spoilt:
             raise InputError(f"{len(unreadable)} of the {seen_so_far} pairs read so far have damaged pictures, listed in "
                              f"{run.folder / 'unreadable.txt'}; mend them, or allow more with --max_unreadable")

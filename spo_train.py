@@ -52,7 +52,9 @@ from training import (
     Clock,
     Processes,
     Run,
+    Stopped,
     check_preset,
+    fingerprint,
     generator,
     opt,
     parse_options,
@@ -402,12 +404,13 @@ def train_minibatches(pipe: Pipeline, optimizer: torch.optim.Optimizer, slots: l
             skipped += 1
             in_a_row += 1
             where = [s for s, finite in zip(mine, torch.isfinite(torch.cat(losses)).tolist()) if not finite] if losses else []
+            round_ = f"epoch {key[0]}, round {key[1]} of it: "
             if where:
-                warn(f"the loss of {place_of(where[0])} is not finite; optimizer step skipped")
+                warn(f"{round_}the loss of {place_of(where[0])} is not finite; optimizer step skipped")
             elif processes.main and math.isfinite(float(stats[0])):
                 broken = (n for n, p in pipe.unet.named_parameters() if p.grad is not None and not torch.isfinite(p.grad).all())
                 name = next(broken, "all weights together")         # finite numbers may have an infinite norm
-                warn(f"the gradient of {name} is not finite; optimizer step skipped")
+                warn(f"{round_}the gradient of {name} is not finite; optimizer step skipped")
         optimizer.zero_grad(set_to_none=True)
         if in_a_row >= TOO_MANY:
             break
@@ -450,13 +453,14 @@ def train_on_pairs(pipe: Pipeline, models: Models, optimizer: torch.optim.Optimi
     return stats | dict(valid_share=len(slots) / max(pairs.valid.numel(), 1))
 
 
-def report_faults(pairs: Pairs, prompts: list[str], groups: list[list[int]], timesteps: list[int]) -> int:
+def report_faults(pairs: Pairs, prompts: list[str], groups: list[list[int]], timesteps: list[int], key: tuple) -> int:
     """How many pools hold something that is not finite; the earliest is reported with what, where and for which prompt."""
     places = pairs.fault.t().nonzero().tolist()             # by group, then by prompt
     if places:
         group, prompt = places[0]
-        warn(f"{FAULTS[int(pairs.fault[prompt, group])]} is not finite after the step at t = {timesteps[groups[group][-1]]}, prompt "
-             f"{prompts[prompt]!r}; {len(places)} pools are not used (try --dtype fp32, or another --vae)")
+        warn(f"epoch {key[0]}, round {key[1]} of it: {FAULTS[int(pairs.fault[prompt, group])]} is not finite after the step at "
+             f"t = {timesteps[groups[group][-1]]}, prompt {prompts[prompt]!r}; {len(places)} pools are not used (try --dtype fp32, or "
+             "another --vae)")
     return len(places)
 
 
@@ -580,12 +584,16 @@ def sample_round(pipe: Pipeline, models: Models, prompts: list[str], indices: li
     conds = encode_prompts(pipe, texts, config.resolution or None).map(lambda v: v[:len(mine)])
     text = judge_features(pipe, models.judge, texts)
     size = min(config.sample_batch, -(-config.prompts_per_round // processes.world)) if config.compile else 0
-    for begin in range(0, len(mine), config.sample_batch):
-        rows = list(range(begin, min(begin + config.sample_batch, len(mine))))
-        whole_rows = fill_up(rows, size)
-        cond, generators = conds.map(lambda v: v[whole_rows]), [generator(config.seed, "pool", epoch, mine[i]) for i in whole_rows]
-        part = sample_pairs(pipe, models, cond, negative(pipe, cond, empty), text[whole_rows], generators, config, clock)
-        parts.append(Pairs(*(getattr(part, f.name)[:len(rows)] for f in dataclasses.fields(Pairs))))
+
+    def sample() -> None:
+        for begin in range(0, len(mine), config.sample_batch):
+            rows = list(range(begin, min(begin + config.sample_batch, len(mine))))
+            whole_rows = fill_up(rows, size)
+            cond, generators = conds.map(lambda v: v[whole_rows]), [generator(config.seed, "pool", epoch, mine[i]) for i in whole_rows]
+            part = sample_pairs(pipe, models, cond, negative(pipe, cond, empty), text[whole_rows], generators, config, clock)
+            parts.append(Pairs(*(getattr(part, f.name)[:len(rows)] for f in dataclasses.fields(Pairs))))
+
+    processes.droppable(sample)                 # until the exchange nothing has changed: whoever is told to stop need not finish
     # Every process contributes equally many prompts, so that the messages have fixed shapes: pad with invalid ones.
     count, slots = -(-len(indices) // processes.world), sum(map(len, pool_groups(
         pipe.schedule.timesteps(config.steps), config.t_min, config.t_max, config.j)))
@@ -626,29 +634,52 @@ def save_lora(pipe: Pipeline, folder: Path) -> None:
     write_atomic(folder / "lora_kohya.safetensors", lambda p: save_file(lora.to_kohya(weights), p, metadata={"format": "pt"}))
 
 
+def copied(weights: list[torch.Tensor]) -> list[torch.Tensor]:
+    """The weights on the CPU, as they are now."""
+    return [p.detach().to("cpu", copy=True) for p in weights]
+
+
+@torch.no_grad()
+def put(weights: list[torch.Tensor], values: list[torch.Tensor]) -> None:
+    """Put values into the weights."""
+    for p, value in zip(weights, values, strict=True):
+        p.copy_(value)
+
+
 def run_rounds(config: RunConfig, run: Run, processes: Processes, prompts: list[str], pipe: Pipeline, models: Models, one_round,
                name: str = "spo") -> None:
     """The loop around any online method: rounds of prompts, log, checkpoints, snapshots, sample grids; resumes and stops cleanly.
 
     `one_round(optimizer, indices, key, clock, bad)` trains on the prompts `indices`; `key` is (epoch, place in it), `bad` how many
-    optimizer steps in a row were not finite before. It returns its part of the log line, `score` and the new `bad` among it.
+    optimizer steps in a row (and rounds without one sound pool) were not finite before. It returns its part of the log line,
+    `score` and the new `bad` among it.
     """
     rounds_per_epoch = -(-len(prompts) // config.prompts_per_round)
     total = min(config.rounds or math.inf, config.epochs * rounds_per_epoch)
     weights = lora.parameters(pipe.unet)
     optimizer = torch.optim.AdamW(weights, lr=config.lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=config.weight_decay)
     begin, bad, recent, first = 0, 0, [], 0.0
-    if state := run.resume():
-        for p, value in zip(weights, state["lora"], strict=True):
-            p.data.copy_(value)
+    judge = [models.judge] if models.judge else []
+    if state := run.resume(prompts=fingerprint(prompts), model=fingerprint(pipe.unet, pipe.vae, *pipe.text_encoders),
+                           judge=fingerprint(*judge)):
+        put(weights, state["lora"])
         optimizer.load_state_dict(state["optimizer"])
-        begin, recent = state["step"], state.get("recent", [])
+        begin, recent, bad = state["step"], state.get("recent", []), state.get("bad", 0)
     if processes.main:
         print("\n".join(f"{name:18} {value}" for name, value in dataclasses.asdict(config).items()))
         print(f"{len(prompts)} prompts, {total} rounds of {config.prompts_per_round}, LoRA of {sum(p.numel() for p in weights):,} "
               f"parameters, {processes.world} x {pipe.device}, starting at round {begin}", flush=True)
     preview = ([prompts[i] for i in permutation(len(prompts), 0, "preview")[:16]])
     progress = tqdm(total=total, initial=begin, desc=name, unit="round", disable=not processes.main)
+    good = copied(weights)                      # the last LoRA that drew finite pictures, as far as is known
+
+    def save(done: int, score: float | None = None) -> None:
+        if processes.main:                      # before the checkpoint: whoever is killed in between writes it again
+            save_lora(pipe, run.folder)
+            if run.is_best(score):
+                save_lora(pipe, run.folder / "best")
+        run.save(done, dict(lora=copied(weights), optimizer=optimizer.state_dict(), recent=recent, bad=bad), score)
+
     for step in range(begin, total):
         started, clock, models.unet.evaluations = time.perf_counter(), Clock(pipe.device), 0
         epoch, place = divmod(step, rounds_per_epoch)
@@ -656,9 +687,16 @@ def run_rounds(config: RunConfig, run: Run, processes: Processes, prompts: list[
         indices = order[place * config.prompts_per_round:(place + 1) * config.prompts_per_round]
         if step >= config.decoder_check:
             models.check = None
-        with profiled(run.folder, pipe.device, config.profile and processes.main and step == min(begin + 1, total - 1)):
-            stats = one_round(optimizer, indices, (epoch, place), clock, bad)
+        before = copied(weights)
+        try:
+            with profiled(run.folder, pipe.device, config.profile and processes.main and step == min(begin + 1, total - 1)):
+                stats = one_round(optimizer, indices, (epoch, place), clock, bad)
+        except Stopped:
+            if step > begin:
+                save(step)
+            break
         bad = stats.pop("bad")
+        good = before if stats["score"] is not None or not bad else good
         evaluations = torch.tensor([float(models.unet.evaluations)], device=pipe.device, dtype=torch.float64)
         processes.sum([evaluations])
         seconds, done = time.perf_counter() - started, step + 1
@@ -673,24 +711,23 @@ def run_rounds(config: RunConfig, run: Run, processes: Processes, prompts: list[
             if step > begin:
                 tqdm.write(f"compiling took about {max(first - seconds, 0):.0f} s (the first round less the second)")
         recent += [] if stats["score"] is None else [stats["score"]]
-        ending, due = processes.any(run.stop) or bad >= TOO_MANY, done % config.save_every == 0 or done == total
+        ending, due = processes.any(processes.stop), done % config.save_every == 0 and not bad or done == total
         if processes.main and config.snapshot_every and done % config.snapshot_every == 0:
             save_lora(pipe, run.folder / "loras" / f"{done:05d}")
+        if bad >= TOO_MANY:
+            put(weights, good)
+            if processes.main:
+                save_lora(pipe, run.folder)
+            raise InputError(f"round {done}: {TOO_MANY} optimizer steps in a row, or rounds, were not finite; the last good LoRA is in "
+                             f"{run.folder} (try a lower --lr, or --dtype fp32)")
         if due or ending:
             score, recent = (sum(recent) / len(recent), []) if due and recent else (None, recent)
-            if processes.main:          # before the checkpoint: whoever is killed in between writes it again
-                save_lora(pipe, run.folder)
-                if run.is_best(score):
-                    save_lora(pipe, run.folder / "best")
-            run.save(done, dict(lora=[p.detach().cpu() for p in weights], optimizer=optimizer.state_dict(), recent=recent), score)
+            save(done, score)
         if processes.main and config.grid_every and (done % config.grid_every == 0 or done == total):
             images = generate(pipe, preview, list(range(len(preview))), min(config.sample_batch, config.decode_batch), steps=config.steps,
                               guidance_scale=config.guidance_scale, resolution=config.resolution or None)
             grid(images, 8).save(run.folder / f"samples-{done:05d}.png")
         processes.barrier()
-        if bad >= TOO_MANY:
-            raise InputError(f"round {done}: {TOO_MANY} optimizer steps in a row were not finite; the last good LoRA is in "
-                             f"{run.folder}")
         if ending:
             break
     progress.close()
@@ -709,7 +746,7 @@ def spo_round(pipe: Pipeline, models: Models, prompts: list[str], empty: Conditi
     groups = pool_groups(timesteps, config.t_min, config.t_max, config.j)
     pairs, cond = sample_round(pipe, models, prompts, indices, empty, config, processes, clock, key[0])
     texts, sound = [prompts[i] for i in indices], pairs.scores[pairs.fault == 0]                        # [G', K]
-    faults = report_faults(pairs, texts, groups, timesteps) if processes.main else 0
+    faults = report_faults(pairs, texts, groups, timesteps, key) if processes.main else 0
     stats = train_on_pairs(pipe, models, optimizer, pairs, cond, empty, config, processes, clock, key, texts, bad)
     gap = sound.amax(-1) - sound.amin(-1)
     if checked := int(pairs.agreement.abs().sum()):
@@ -725,7 +762,7 @@ def main() -> None:
     processes = start_processes(config.device or None)
     config = fit_memory(config, PRESETS, processes.device)
     prompts = training_prompts(config)
-    run = Run(config.out, dataclasses.asdict(config), processes, FREE)
+    run = Run(config.out, config, processes, FREE)
     pipe, models = prepare(config, processes)
     run_rounds(config, run, processes, prompts, pipe, models,
                functools.partial(spo_round, pipe, models, prompts, encode_empty(pipe), config, processes))

@@ -11,6 +11,7 @@ import difflib
 import hashlib
 import json
 import os
+import pickle
 import re
 import signal
 import sys
@@ -113,6 +114,10 @@ def run_script(main) -> None:
         main()
     except InputError as error:
         sys.exit(_fail(str(error)))
+    except OSError as error:            # a full disk, a file that may not be written
+        if error.errno is None:
+            raise
+        sys.exit(_fail(f"{error.filename or 'a file'}: {error.strerror}; what was saved before is untouched"))
     except torch.cuda.OutOfMemoryError:
         sys.exit(_fail("out of GPU memory; " + LESS_MEMORY))
     except MemoryError:
@@ -147,12 +152,18 @@ def _fail(message: str) -> int:
     return 2
 
 
+class Stopped(BaseException):
+    """A signal came during work that may be dropped. No Exception: nobody on the way is to catch it."""
+
+
 @dataclass
 class Processes:
     """This process among all: its rank, how many there are, and its device."""
     rank: int
     world: int
     device: torch.device
+    stop: bool = False          # a signal has asked to save and leave
+    dropping: bool = False      # what is being done may be dropped for it
 
     @property
     def main(self) -> bool:
@@ -191,6 +202,32 @@ class Processes:
         value = torch.tensor([float(flag)], device=self.device)
         self.sum([value])
         return bool(value.item() > 0)
+
+    def tell(self, value):
+        """The main process's value, on every process."""
+        values = [value]
+        if self.world > 1:
+            dist.broadcast_object_list(values, src=0, device=self.device)
+        return values[0]
+
+    def stop_for(self, problem: str) -> None:
+        """Raise InputError on every process if any of them has a problem."""
+        if self.any(bool(problem)):
+            raise InputError(problem or "stopped, see another process's message")
+
+    def droppable(self, work):
+        """work(), which holds no collective and may be thrown away: a signal ends it at once. Then all raise Stopped."""
+        out = None
+        try:
+            self.dropping = True
+            if not self.stop:
+                out = work()
+            self.dropping = False
+        except Stopped:
+            pass
+        if self.any(self.stop):
+            raise Stopped
+        return out
 
     def barrier(self) -> None:
         """Wait for everybody."""
@@ -243,6 +280,10 @@ def write_atomic(path: Path, write) -> None:
         with open(temporary, "rb+") as handle:
             os.fsync(handle.fileno())
         os.replace(temporary, path)
+        with contextlib.suppress(OSError):      # the name, too, is to survive a power cut; not every file system can
+            folder = os.open(path.parent, os.O_RDONLY)
+            os.fsync(folder)
+            os.close(folder)
     except (OSError, RuntimeError, SafetensorError) as error:       # torch.save and save_file have their own for a full disk
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
         raise InputError(f"{path}: cannot be written ({reason}); what was saved before is untouched") from None
@@ -255,63 +296,96 @@ def write_json(path: Path, value) -> None:
     write_atomic(path, lambda p: p.write_text(json.dumps(value, indent=2) + "\n"))
 
 
+def fingerprint(*things: torch.nn.Module | list[str]) -> str:
+    """Tells weights and texts apart without reading all of them: a hash of each tensor's first 16 numbers (LoRA left out), and of texts."""
+    digest = hashlib.sha256()
+    for thing in things:
+        if isinstance(thing, torch.nn.Module):
+            for name, value in thing.state_dict().items():
+                if "lora_" not in name:
+                    digest.update(value.flatten()[:16].double().cpu().numpy().tobytes())
+        else:
+            digest.update(json.dumps(thing).encode())
+    return digest.hexdigest()[:16]
+
+
 class Run:
     """A run's folder: config.json, log.jsonl, checkpoints. Only the main process writes.
 
-    The same command again continues the run. A folder that holds another configuration is refused, not overwritten;
-    `free` names the fields that may differ (how long, how often), since they do not change what a step computes.
+    The same command again continues the run. A folder that holds another configuration's work is refused, not overwritten;
+    `free` names the fields that may differ (how long, how often), since they do not change what a step computes. `config` is
+    a dataclass; options that are younger than the folder count as left at their defaults.
     """
 
-    def __init__(self, folder: str, config: dict, processes: Processes, free: tuple[str, ...] = (), keep: int = 2):
-        self.folder, self.processes, self.keep, self.stop = Path(folder), processes, keep, False
-        self.start = time.time()
-        path = self.folder / "config.json"
-        problem = ""
+    def __init__(self, folder: str, config, processes: Processes, free: tuple[str, ...] = (), keep: int = 2):
+        self.folder, self.processes, self.keep = Path(folder), processes, keep
+        self.log_file, self.identity, problem = self.folder / "log.jsonl", {}, ""
         if processes.main:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
-                if path.exists():
-                    old = json.loads(path.read_text())
-                    changed = [k for k in sorted(old.keys() | config.keys()) if k not in free and old.get(k) != config.get(k)]
-                    if changed:
-                        problem = (f"{folder}: holds a run with other options ({', '.join(changed)}); "
-                                   "choose another --out or repeat its options")
-                if not problem:
-                    write_json(path, config)
-            except (OSError, json.JSONDecodeError) as error:
+                problem = self._claim(self.folder / "config.json", dataclasses.asdict(config), dataclasses.asdict(type(config)()), free)
+            except (OSError, ValueError, RecursionError, InputError) as error:
                 problem = f"{folder}: cannot be used as a run folder ({error})"
-            except InputError as error:
-                problem = str(error)
-        if processes.any(bool(problem)):
-            raise InputError(problem or f"{folder}: refused, see the first process's message")
+        processes.stop_for(problem)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_signal)
 
+    def _claim(self, path: Path, new: dict, defaults: dict, free: tuple[str, ...]) -> str:
+        """Write the configuration, or say why the folder cannot be used."""
+        if path.exists():
+            old = json.loads(path.read_text(encoding="utf-8"))
+            if not isinstance(old, dict):
+                return f"{path}: no run's configuration; choose another --out"
+            before = defaults | old
+            changed = [k for k in sorted(before.keys() | new.keys()) if k not in free and before.get(k) != new.get(k)]
+            begun = self.log_file.exists() or bool(self._checkpoints())
+            if changed and (begun or old.keys() != new.keys()):         # where nothing was done yet, a command may be corrected
+                return f"{self.folder}: holds a run with other options ({', '.join(changed)}); choose another --out or repeat its options"
+        for left in self.folder.rglob(".*.tmp"):                        # of a process that was killed while it wrote
+            if re.fullmatch(r"\..+\.\d+\.tmp", left.name):
+                left.unlink()
+        write_json(path, new)
+        return ""
+
     def _on_signal(self, number, frame) -> None:
-        if self.stop:                   # asked twice: at once
+        """SIGTERM may come twice, from torchrun and from the cluster; only a second Ctrl-C, and not torchrun's echo, means at once."""
+        now, first = time.monotonic(), not self.processes.stop
+        if first:
+            self.processes.stop, self.asked = True, now
+            if self.processes.main:
+                warn("stopping: what is done is saved; a round whose pictures are being drawn will be drawn again (Ctrl-C again: at once)")
+        elif number == signal.SIGINT and now - self.asked > 2:
             raise KeyboardInterrupt
-        self.stop = True
-        if self.processes.main:
-            warn("stopping when this round or step is done and saved; ask again to stop at once")
+        if self.processes.dropping:
+            self.processes.dropping = False
+            raise Stopped
 
     def log(self, record: dict) -> None:
         """Append one JSON line to log.jsonl."""
         if self.processes.main:
-            with open(self.folder / "log.jsonl", "a") as handle:
-                handle.write(json.dumps({k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in record.items()}) + "\n")
+            line = json.dumps({k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in record.items()})
+            try:
+                with open(self.log_file, "a") as handle:
+                    handle.write(line + "\n")
+            except OSError as error:
+                raise InputError(f"{self.log_file}: cannot be written ({error.strerror}); what was saved before is untouched") from None
 
     def read_log(self) -> list[dict]:
         """The records of log.jsonl so far."""
-        path = self.folder / "log.jsonl"
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        return [json.loads(line) for line in self.log_file.read_text().splitlines()] if self.log_file.exists() else []
+
+    def _checkpoints(self) -> list[Path]:
+        """Oldest first."""
+        paths = [p for p in self.folder.glob("checkpoint-*.pt") if p.stem[len("checkpoint-"):].isdecimal()]
+        return sorted(paths, key=lambda p: int(p.stem[len("checkpoint-"):]))
 
     def _scores(self) -> dict[Path, float]:
         """The checkpoints on disk that were given a score."""
         out = {}
-        for path in self.folder.glob("checkpoint-*.json"):
-            with contextlib.suppress(OSError, ValueError, TypeError):
-                if (score := json.loads(path.read_text()).get("score")) is not None:
-                    out[path.with_suffix(".pt")] = float(score)
+        for path in self._checkpoints():
+            with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):
+                if (score := json.loads(path.with_suffix(".json").read_text()).get("score")) is not None:
+                    out[path] = float(score)
         return out
 
     def is_best(self, score: float | None) -> bool:
@@ -321,38 +395,107 @@ class Run:
     def save(self, step: int, state: dict, score: float | None = None) -> None:
         """Write checkpoint-<step>.pt with its own checksum; the last `keep` and the one with the highest score stay. For every process."""
         if self.processes.main:
-            log = self.folder / "log.jsonl"
-            state = dict(state, step=step, log_bytes=log.stat().st_size if log.exists() else 0)
+            size = 0
+            if self.log_file.exists():          # on disk before the checkpoint that speaks of it
+                with open(self.log_file, "rb+") as handle:
+                    os.fsync(handle.fileno())
+                    size = handle.seek(0, os.SEEK_END)
+            state = dict(state, step=step, log_bytes=size, identity=self.identity)
             path = self.folder / f"checkpoint-{step:06d}.pt"
-            write_atomic(path, lambda p: torch.save(state, p))
-            write_json(path.with_suffix(".json"), dict(step=step, score=score, sha256=hashlib.sha256(path.read_bytes()).hexdigest()))
+
+            def write(temporary: Path) -> None:         # the checksum first: a checkpoint is never without
+                torch.save(state, temporary)
+                write_json(path.with_suffix(".json"), dict(step=step, score=score, sha256=_sha256(temporary)))
+
+            write_atomic(path, write)
             scores = self._scores()
             best = max(scores, key=lambda p: (scores[p], p), default=None)
-            for old in set(sorted(self.folder.glob("checkpoint-*.pt"))[:-self.keep]) - {best}:
+            for old in set(self._checkpoints()[:-self.keep]) - {best}:
                 old.unlink()
                 old.with_suffix(".json").unlink(missing_ok=True)
         self.processes.barrier()
 
-    def resume(self) -> dict | None:
-        """The newest sound checkpoint, or None. Damaged ones are passed over with a message; later log lines are cut off."""
-        for path in sorted(self.folder.glob("checkpoint-*.pt"), reverse=True):
-            try:
-                expected = json.loads(path.with_suffix(".json").read_text())["sha256"]
-                if hashlib.sha256(path.read_bytes()).hexdigest() != expected:
-                    raise ValueError("checksum differs")
-                state = torch.load(path, map_location="cpu", weights_only=True)
-            except Exception as error:
-                if self.processes.main:
-                    print(f"{path}: damaged ({error}); going back to the one before", file=sys.stderr)
-                continue
-            self.processes.barrier()
-            if self.processes.main and (self.folder / "log.jsonl").exists():
-                with open(self.folder / "log.jsonl", "rb+") as handle:
-                    handle.truncate(state["log_bytes"])
-            return state
+    def resume(self, **identity: str) -> dict | None:
+        """The newest sound checkpoint, the same on every process, or None if there is none; later log lines are cut off.
+
+        Damaged ones are passed over with a message and kept as `*.damaged`. `identity`: fingerprints of what the run is made of
+        besides its options. Raises InputError if one differs from the checkpoint's, if all checkpoints are damaged, or if one
+        cannot be read for any other reason.
+        """
+        self.identity, name, state, problem = identity, "", None, ""
         if self.processes.main:
-            (self.folder / "log.jsonl").unlink(missing_ok=True)
-        return None
+            try:
+                name = self._newest_sound()
+            except InputError as error:
+                problem = str(error)
+        self.processes.stop_for(problem)
+        if name := self.processes.tell(name):
+            path = self.folder / name
+            try:
+                state = torch.load(path, map_location="cpu", weights_only=True)
+            except OSError as error:
+                problem = f"{path}: cannot be read ({error.strerror}); every process must see the run folder"
+            if state:
+                changed = [k for k, v in state.get("identity", {}).items() if identity.get(k, v) != v]
+                problem = (f"{self.folder}: the {' and '.join(changed)} that this run was trained with had the same name but another "
+                           "content; put it back, or choose another --out") if changed else ""
+            self.processes.stop_for(problem)
+        if self.processes.main and self.log_file.exists():
+            if state:
+                self._cut_log(state["log_bytes"])
+            else:
+                self.log_file.unlink()
+        return state
+
+    def _newest_sound(self) -> str:
+        """The name of the newest checkpoint that is sound, or "" if there is none at all."""
+        damaged: list[Path] = []
+        for path in reversed(self._checkpoints()):
+            try:
+                if not (reason := _damage(path)):
+                    for old in damaged:
+                        for file in (old, old.with_suffix(".json")):
+                            if file.exists():
+                                file.rename(file.with_name(file.name + ".damaged"))
+                    return path.name
+            except OSError as error:
+                raise InputError(f"{path}: cannot be read ({error.strerror}); mend that and start again") from None
+            warn(f"{path}: damaged ({reason}); going back to the one before")
+            damaged.append(path)
+        if damaged:
+            raise InputError(f"{self.folder}: none of its checkpoints is sound; choose another --out, or remove them to begin anew")
+        return ""
+
+    def _cut_log(self, size: int) -> None:
+        """Leave the first `size` bytes of the log, or its whole lines if there are fewer."""
+        with open(self.log_file, "rb+") as handle:
+            if handle.seek(0, os.SEEK_END) < size:
+                warn(f"{self.log_file}: lines are missing that were there when the checkpoint was written")
+                handle.seek(0)
+                size = handle.read().rfind(b"\n") + 1
+            handle.truncate(size)
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def _damage(path: Path) -> str:
+    """What is wrong with a checkpoint's content, or "". Raises OSError where it cannot be read at all."""
+    try:
+        expected = json.loads(path.with_suffix(".json").read_text())["sha256"]
+    except FileNotFoundError:
+        return "its .json is missing"
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return "its .json is damaged"
+    if _sha256(path) != expected:
+        return "checksum differs"
+    try:
+        torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError:
+        return "not a plain checkpoint; pickles with code are never run"
+    return ""
 
 
 def learning_rate(step: int, peak: float, warmup: int) -> float:

@@ -1,7 +1,7 @@
 """Two long tests on the tiny model: a run that is killed twenty times, and half an hour of flat memory and steady speed.
 
     python benchmarks/soak.py                   # both; about 40 minutes on 2 cores
-    python benchmarks/soak.py --kills 0         # the second alone; the first keeps its last result
+    python benchmarks/soak.py --kills 0         # the second alone; the first keeps its last result (--minutes 0: the other way round)
 
 Kills: SIGKILL at random moments of the same short training, started again until enough kills have fallen; every finished
 run must have the LoRA, optimizer state and log of an undisturbed one, bit for bit. Long: one run is watched from outside
@@ -116,7 +116,7 @@ if __name__ == "__main__":
     options = parser.parse_args()
     folder, path = Path(tempfile.mkdtemp(prefix="soak-")), ROOT / "benchmarks" / "results" / "soak.json"
     killed = kills(options.kills, folder) if options.kills else json.loads(path.read_text())["killed"]
-    lasting = long_run(options.minutes, folder / "long")
+    lasting = long_run(options.minutes, folder / "long") if options.minutes else json.loads(path.read_text())["long"]
     shutil.rmtree(folder)
     memory, speed = lasting["memory_mb"], lasting["seconds_per_prompt"]
     promises = {"every killed run ends bit-identical": killed["runs_bit_identical"] == killed["runs"],

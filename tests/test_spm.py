@@ -305,7 +305,7 @@ def test_stopped_and_continued_is_the_same_run(kind, tmp_path, monkeypatch):
 
     def log(self, record):
         plain(self, record)
-        self.stop = record["step"] == 3
+        self.processes.stop = record["step"] == 3
 
     with monkeypatch.context() as patch:
         patch.setattr(spm_train.Run, "log", log)
@@ -323,7 +323,10 @@ def test_two_processes_train_what_one_trains(kind, tmp_path):
     shell(*words, "--out", tmp_path / "one")
     shell(*words, "--out", tmp_path / "two", "--micro_batch", 2, "--cache_latents", processes=2)
     assert_same_models(tmp_path / "one", tmp_path / "two", 1e-5)
-    shell(*words, "--out", tmp_path / "two", processes=2)       # resumes; nothing left to do
+    for file in (*(tmp_path / "two").glob("checkpoint-000005.*"), tmp_path / "two/results.json"):
+        file.unlink()
+    said = shell(*words, "--out", tmp_path / "two", processes=2).stdout         # as if killed in the last step
+    assert "starting at step 4" in said and [row["step"] for row in log_of(tmp_path / "two")] == [1, 2, 3, 4, 5]
     assert_same_models(tmp_path / "one", tmp_path / "two", 1e-5)
 
 

@@ -56,6 +56,20 @@ def test_choose_pair_best_and_worst():
     assert pair_of([20.0, 20.0 + edge + 1e-3], threshold=0.4)[2] is False
 
 
+@settings(deadline=None, max_examples=200)
+@given(scores=st.lists(st.floats(-30, 30, width=32), min_size=2, max_size=9), threshold=st.floats(-1, 1), how=st.sampled_from(["best-worst", "random"]),
+       uniform=st.tuples(*[st.floats(0, 1, exclude_max=True, width=32)] * 2))
+def test_any_pool_gives_a_pair_of_two(scores, threshold, how, uniform):
+    """The winner is not below the loser, the two differ unless all tie, and the threshold is that of the softmax of the two."""
+    win, lose, valid = pair_of(scores, threshold, how, uniform)
+    values = torch.tensor(scores).tolist()
+    assert values[win] >= values[lose] and (win != lose or (how == "best-worst" and len(set(values)) == 1))
+    if how == "best-worst":
+        assert (values[win], values[lose]) == (max(values), min(values))
+    share = math.tanh((values[win] - values[lose]) / 2)
+    assert valid == (share > threshold) or abs(share - threshold) < 1e-6
+
+
 def test_choose_pair_works_on_a_batch():
     win, lose, valid = choose_pair(torch.tensor([[0.0, 1.0, 9.0], [4.0, 4.1, 4.05], [3.0, 2.0, 1.0]]), 0.3, "best-worst", torch.zeros(3, 2))
     assert (win.tolist(), lose.tolist(), valid.tolist()) == ([2, 1, 0], [0, 0, 2], [True, False, True])
@@ -397,7 +411,7 @@ def test_what_is_not_finite_is_found_reported_and_not_used(parts, capsys, broken
     assert wrong[0] == [1, 2] and pairs.fault[1, 2] == fault and {p for p, _ in wrong} == {1}
     assert not pairs.valid[1, 2] and torch.equal(pairs.valid[0], clean.valid[0]) and not clean.fault.any()
     groups = spo_train.pool_groups(pipe.schedule.timesteps(6), config.t_min, config.t_max, 1)
-    assert spo_train.report_faults(pairs, PROMPTS, groups, pipe.schedule.timesteps(6)) == len(wrong)
+    assert spo_train.report_faults(pairs, PROMPTS, groups, pipe.schedule.timesteps(6), (0, 0)) == len(wrong)
     said = capsys.readouterr().err
     assert spo_train.FAULTS[fault] in said and PROMPTS[1] in said and f"t = {pipe.schedule.timesteps(6)[groups[2][0]]}" in said
 
@@ -430,11 +444,32 @@ def test_ten_in_a_row_stop_the_run_and_keep_the_last_good_lora(sd, spm, prompts,
     rounds.clear()
     monkeypatch.setattr(spo_train, "sample_round", counted)
     monkeypatch.setattr(spo_train, "pair_log_ratios", broken)
-    with pytest.raises(InputError, match="10 optimizer steps in a row were not finite; the last good LoRA is in"):
+    with pytest.raises(InputError, match="10 optimizer steps in a row, or rounds, were not finite; the last good LoRA is in"):
         call(*words, "--out", tmp_path / "run", "--rounds", 50)
     good, kept = (load_file(tmp_path / f / "pytorch_lora_weights.safetensors") for f in ("good", "run"))
     assert all(torch.equal(v, kept[k]) for k, v in good.items()) and any(v.any() for k, v in good.items() if "lora_B" in k)
     assert sum(row["skipped"] for row in log_of(tmp_path / "run")) == 10
+
+
+def test_a_lora_that_draws_nothing_finite_is_not_the_last_good_one(sd, spm, prompts, tmp_path, monkeypatch):
+    """The second round's update ruins the pictures: what is left behind is the LoRA of after the first, and no checkpoint of the ruin."""
+    words = ("spo_train", "--model", sd, "--spm", spm, "--prompts", prompts, "--dtype", "fp32", "--steps", 4, "--k", 2, "--threshold", 0,
+             "--prompts_per_round", 4, "--pairs_per_step", 4, "--lr", 0.01, "--save_every", 1, "--epochs", 99)
+    call(*words, "--out", tmp_path / "good", "--rounds", 1)
+    real, rounds = spo_train.sample_round, []
+
+    def ruined(*args, **kwargs):
+        pairs, cond = real(*args, **kwargs)
+        rounds.append(1)
+        return (pairs, cond) if len(rounds) <= 2 else (dataclasses.replace(pairs, fault=torch.full_like(pairs.fault, 2),
+                                                                           valid=torch.zeros_like(pairs.valid)), cond)
+
+    monkeypatch.setattr(spo_train, "sample_round", ruined)
+    with pytest.raises(InputError, match="round 12: 10 optimizer steps in a row, or rounds"):
+        call(*words, "--out", tmp_path / "run", "--rounds", 50)
+    good, kept = (load_file(tmp_path / f / "pytorch_lora_weights.safetensors") for f in ("good", "run"))
+    assert all(torch.equal(v, kept[k]) for k, v in good.items()) and any(v.any() for k, v in good.items() if "lora_B" in k)
+    assert max(p.name for p in (tmp_path / "run").glob("checkpoint-*.pt")) == "checkpoint-000002.pt"
 
 
 def test_checkpointing_changes_nothing(sd, spm):

@@ -2,6 +2,7 @@
 import json
 import math
 import os
+import signal
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from training import (
     Clock,
     Processes,
     Run,
+    Stopped,
+    fingerprint,
     generator,
     learning_rate,
     opt,
@@ -153,15 +156,22 @@ def test_write_atomic_leaves_the_old_file_on_failure(tmp_path, error):
         write_json(tmp_path / "no" / "such.json", 1)
 
 
-def open_run(folder, free=("out", "rounds"), **config) -> Run:
+@dataclass
+class Settings:
+    """A run's configuration."""
+    out: str = ""
+    lr: float = 1.0
+    rounds: int = 3
+
+
+def open_run(folder, **config) -> Run:
     """A run of one process."""
-    return Run(str(folder), dict(out=str(folder), lr=1.0, rounds=3) | config, ALONE, free)
+    return Run(str(folder), Settings(out=str(folder), **config), Processes(0, 1, torch.device("cpu")), ("out", "rounds"))
 
 
 @pytest.fixture(autouse=True)
 def keep_signal_handlers():
     """Run installs its own."""
-    import signal
     before = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}
     yield
     for n, handler in before.items():
@@ -169,20 +179,44 @@ def keep_signal_handlers():
 
 
 def test_run_refuses_another_configuration(tmp_path):
-    open_run(tmp_path / "run")
-    open_run(tmp_path / "run")
-    open_run(tmp_path / "run", rounds=9)                                        # free
-    assert json.loads((tmp_path / "run/config.json").read_text())["rounds"] == 9
-    for change, name in ((dict(lr=2.0), "lr"), (dict(new=1), "new")):
-        with pytest.raises(InputError, match=rf"holds a run with other options \({name}\)"):
-            open_run(tmp_path / "run", **change)
-    assert json.loads((tmp_path / "run/config.json").read_text())["lr"] == 1.0  # refused, not overwritten
-    (tmp_path / "run/config.json").write_text("{")
-    with pytest.raises(InputError, match="cannot be used as a run folder"):
-        open_run(tmp_path / "run")
+    folder, config = tmp_path / "run", tmp_path / "run/config.json"
+    open_run(folder, lr=5.0)
+    open_run(folder).log(dict(step=1))                                          # corrected before anything was done
+    open_run(folder, rounds=9)                                                  # free
+    assert json.loads(config.read_text())["rounds"] == 9
+    with pytest.raises(InputError, match=r"holds a run with other options \(lr\)"):
+        open_run(folder, lr=2.0)
+    assert json.loads(config.read_text())["lr"] == 1.0                          # refused, not overwritten
+    config.write_text(json.dumps(dict(out="x", rounds=3)))                      # from before --lr existed: it had what is the default now
+    open_run(folder)
+    for content in (b"{", b"[]", b"3", b"\xff", b"[" * 100_000, b'{"act_fn": "silu"}', json.dumps(dict(lr=1.0, gone=2)).encode()):
+        config.write_bytes(content)                                             # the sixth is a model's, the last of an option we lost
+        with pytest.raises(InputError, match="run folder|no run's|other options") as caught:
+            open_run(folder)
+        assert "\n" not in str(caught.value) and config.read_bytes() == content
+    (folder / "log.jsonl").unlink()
+    config.write_text('{"act_fn": "silu"}')
+    with pytest.raises(InputError, match="act_fn"):                             # not even where no run has been
+        open_run(folder)
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="file"):
         open_run(tmp_path / "file" / "run")
+
+
+def test_what_killed_writes_left_is_swept_up(tmp_path):
+    (tmp_path / "best").mkdir()
+    for name in (".lora.bin.123.tmp", "best/.lora.bin.77.tmp", "mine.tmp", ".mine.tmp"):
+        (tmp_path / name).write_text("")
+    open_run(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".mine.tmp", "best", "config.json", "mine.tmp"]
+    assert not list((tmp_path / "best").iterdir())
+
+
+def flip(path: Path) -> None:
+    """Change one byte in the middle."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
 
 
 def test_resume_takes_the_newest_sound_checkpoint(tmp_path, capsys):
@@ -192,28 +226,91 @@ def test_resume_takes_the_newest_sound_checkpoint(tmp_path, capsys):
         run.log(dict(step=step))
         run.save(step, dict(value=torch.tensor([float(step)])))
     run.log(dict(step=4))
-    assert sorted(p.name for p in tmp_path.glob("checkpoint-*.pt")) == ["checkpoint-000002.pt", "checkpoint-000003.pt"]     # keep = 2
-    assert len(list(tmp_path.glob("checkpoint-*.json"))) == 2
+    names = lambda: sorted(p.name for p in tmp_path.glob("checkpoint-*"))  # noqa: E731
+    assert names() == [f"checkpoint-00000{i}.{kind}" for i in (2, 3) for kind in ("json", "pt")]        # keep = 2
     state = run.resume()
     assert (state["step"], state["value"].item()) == (3, 3.0) and log_of(tmp_path) == [dict(step=s) for s in (1, 2, 3)]
-    newest = tmp_path / "checkpoint-000003.pt"
-    content = newest.read_bytes()
-    newest.write_bytes(content[:len(content) // 2] + bytes([content[len(content) // 2] ^ 1]) + content[len(content) // 2 + 1:])
+    flip(tmp_path / "checkpoint-000003.pt")
     state = run.resume()
     assert (state["step"], state["value"].item()) == (2, 2.0) and log_of(tmp_path) == [dict(step=s) for s in (1, 2)]
     assert "checkpoint-000003.pt: damaged (checksum differs)" in capsys.readouterr().err
-    newest.write_bytes(content)
-    newest.with_suffix(".json").unlink()                                        # killed between the two files
+    assert "checkpoint-000003.pt.damaged" in names() and "checkpoint-000003.pt" not in names()
+    run.save(3, dict(value=torch.tensor([5.0])))
+    (tmp_path / "checkpoint-000003.json").unlink()
     assert run.resume()["step"] == 2
-    (tmp_path / "checkpoint-000002.pt").write_bytes(b"")
-    assert run.resume() is None and not (tmp_path / "log.jsonl").exists()
+
+
+def test_new_checkpoints_outlive_damaged_ones(tmp_path):
+    """Whoever went back past damaged checkpoints with higher numbers must not lose what is saved next."""
+    run = open_run(tmp_path)
+    for step in (5, 10, 15):
+        run.save(step, dict(value=step))
+    flip(tmp_path / "checkpoint-000015.pt")
+    assert run.resume()["value"] == 10
+    run.save(12, dict(value=12))
+    assert run.resume()["value"] == 12
+    for step in (999_999, 1_000_000, 1_000_001):                                # names grow longer: numbers are what counts
+        run.save(step, dict(value=step))
+    assert run.resume()["value"] == 1_000_001
+
+
+def test_nothing_is_begun_anew_unasked(tmp_path, monkeypatch):
+    """Neither damage of all checkpoints nor a fault of the machine deletes a log."""
+    run = open_run(tmp_path)
+    run.log(dict(step=1))
+    run.save(1, dict(value=1))
+    for error, raised in ((OSError(5, "Input/output error"), InputError), (MemoryError(), MemoryError)):
+        with monkeypatch.context() as patch:
+            patch.setattr("training.torch.load", lambda *_, e=error, **__: (_ for _ in ()).throw(e))
+            with pytest.raises(raised):
+                run.resume()
+    assert run.resume()["value"] == 1
+    flip(tmp_path / "checkpoint-000001.pt")
+    for _ in range(2):
+        with pytest.raises(InputError, match="none of its checkpoints is sound"):
+            run.resume()
+    assert log_of(tmp_path) == [dict(step=1)]
+    for path in tmp_path.glob("checkpoint-*"):
+        path.unlink()
+    assert run.resume() is None and not (tmp_path / "log.jsonl").exists()       # killed before the first checkpoint
+
+
+def test_a_log_that_lost_its_end_is_cut_at_a_line(tmp_path, capsys):
+    run = open_run(tmp_path)
+    for step in (1, 2, 3):
+        run.log(dict(step=step))
+    run.save(3, dict(value=3))
+    log = tmp_path / "log.jsonl"
+    log.write_bytes(log.read_bytes()[:-4])
+    assert run.resume()["step"] == 3 and log_of(tmp_path) == [dict(step=1), dict(step=2)]
+    assert log.read_bytes().endswith(b"\n") and "lines are missing" in capsys.readouterr().err
+
+
+def test_other_prompts_under_the_same_name_are_noticed(tmp_path):
+    run = open_run(tmp_path)
+    run.resume(prompts=fingerprint(["a", "b"]), model="x")
+    run.save(1, dict(value=1))
+    assert run.resume(prompts=fingerprint(["a", "b"]), model="x", judge="younger than the checkpoint")["value"] == 1
+    with pytest.raises(InputError, match="the prompts that this run was trained with"):
+        run.resume(prompts=fingerprint(["a", "c"]), model="x")
+
+
+def test_fingerprint():
+    """Any training of any tensor changes it, a LoRA does not; texts are not run together."""
+    module = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 40))
+    before = fingerprint(module)
+    assert before == fingerprint(module) != fingerprint(module, module)
+    module[1].lora_B = torch.nn.Parameter(torch.ones(3))
+    assert fingerprint(module) == before and fingerprint(["ab", "c"]) != fingerprint(["a", "bc"])
+    module[1].bias.data[0] += 1e-6
+    assert fingerprint(module) != before
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(place=st.floats(0, 1, exclude_max=True), flip=st.integers(1, 255), cut=st.booleans(), sidecar=st.booleans())
 def test_any_damage_is_noticed(tmp_path_factory, place, flip, cut, sidecar):
     """One byte changed or the end cut off, of a checkpoint or of its checksum: never a wrong state, never a crash."""
-    run = Run(str(tmp_path_factory.mktemp("damage")), {}, ALONE)
+    run = open_run(tmp_path_factory.mktemp("damage"))
     for step in (1, 2):
         run.save(step, dict(value=torch.full((8,), float(step))))
     path = run.folder / ("checkpoint-000002.json" if sidecar else "checkpoint-000002.pt")
@@ -245,18 +342,34 @@ def test_the_best_checkpoint_stays(tmp_path):
     assert run.is_best(4)
 
 
-def test_checkpoints_never_run_code(tmp_path):
+def test_checkpoints_never_run_code(tmp_path, capsys):
     run = open_run(tmp_path)
-    run.save(1, dict(value=Path("a pickled object")))
-    assert run.resume() is None
+    run.save(1, dict(value=1))
+    run.save(2, dict(value=Path("a pickled object")))
+    assert run.resume()["value"] == 1 and "pickles with code are never run" in capsys.readouterr().err
 
 
-def test_second_signal_stops_at_once(tmp_path):
+def test_signals(tmp_path, monkeypatch):
+    """One saves and leaves, SIGTERM also if it comes twice, or Ctrl-C with torchrun's echo; a second Ctrl-C leaves at once."""
     run = open_run(tmp_path)
-    os.kill(os.getpid(), 15)
-    assert run.stop
+    for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT):
+        os.kill(os.getpid(), number)
+        assert run.processes.stop
+    monkeypatch.setattr("training.time.monotonic", lambda: run.asked + 3)
+    os.kill(os.getpid(), signal.SIGTERM)
     with pytest.raises(KeyboardInterrupt):
-        os.kill(os.getpid(), 15)
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_a_signal_ends_what_may_be_dropped(tmp_path):
+    processes, done = open_run(tmp_path).processes, []
+    assert processes.droppable(lambda: 3) == 3
+    with pytest.raises(Stopped):
+        processes.droppable(lambda: (os.kill(os.getpid(), signal.SIGTERM), done.append("all")))
+    assert not done and processes.stop and not processes.dropping
+    with pytest.raises(Stopped):                                                # asked before: not even begun
+        processes.droppable(lambda: done.append("all"))
+    assert not done
 
 
 def test_log_is_valid_json(tmp_path):
