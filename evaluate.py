@@ -50,20 +50,20 @@ class EvaluateConfig:
                                                             ".parquet")
     metrics: tuple[str, ...] = opt(("pickscore",), "what to score by: name or name=SOURCE, see metrics.py")
     out: str = opt("runs/evaluate", "folder for images/, results.json, results.md, grid.png, report.html")
-    images_per_prompt: int = opt(1, "pictures of each prompt")
+    images_per_prompt: int = opt(1, "pictures of each prompt", least=1)
     export_geneval: str = opt("", "also lay the pictures out in this folder as GenEval's own scorer wants them, NAME/00000/samples/")
     logs: tuple[str, ...] = opt((), "name=RUNFOLDER of training runs whose learning curves the report shows")
-    report_rows: int = opt(200, "pictures of each model in the report, evenly spaced in the list")
+    report_rows: int = opt(200, "pictures of each model in the report, evenly spaced in the list", least=0)
     study: str = opt("", "also write a page for a human study here: the first two candidates side by side, blind")
-    study_pairs: int = opt(300, "pairs of pictures in it, drawn by the seed (P: 300); 0: all")
+    study_pairs: int = opt(300, "pairs of pictures in it, drawn by the seed (P: 300); 0: all", least=0)
     tally: tuple[str, ...] = opt((), "only add up the votes that study pages exported, votes*.json")
-    limit: int = opt(0, "only the first so many prompts; 0: all")
-    seed: int = opt(0, "picture i of every model starts from seed + i")
-    steps: int = opt(20, "DDIM steps (P: 20; 50 for GenEval)")
+    limit: int = opt(0, "only the first so many prompts; 0: all", least=0)
+    seed: int = opt(0, "picture i of every model starts from seed + i", least=0)
+    steps: int = opt(20, "DDIM steps (P: 20; 50 for GenEval)", least=1, most=999)
     guidance_scale: float = opt(5.0, "classifier-free guidance (P: 5)")
-    eta: float = opt(0.0, "DDIM stochasticity; the paper does not say, 0 is diffusers' default")
-    resolution: int = opt(0, "picture side in pixels; 0: the model's own")
-    batch: int = opt(4, "pictures drawn and scored at a time")
+    eta: float = opt(0.0, "DDIM stochasticity; the paper does not say, 0 is diffusers' default", least=0, most=1)
+    resolution: int = opt(0, "picture side in pixels; 0: the model's own", least=0)
+    batch: int = opt(4, "pictures drawn and scored at a time", least=1)
     dtype: str = opt("bf16", "of the weights", tuple(DTYPES))
     device: str = opt("", "cpu or cuda; empty: a GPU if there is one")
     vae: str = opt("", "another VAE, folder or hub id; empty: the model's own")
@@ -394,8 +394,6 @@ def draw_trajectories(pipe: Pipeline, models: dict[str, str], config: EvaluateCo
 
 def check(config: EvaluateConfig, sources: dict) -> None:
     """Refuse what contradicts itself before anything is loaded; `sources` are the metrics' (metric_sources)."""
-    if not 1 <= config.steps <= 999:
-        raise InputError(f"--steps {config.steps}: must lie in 1..999")
     if len(sources) not in (0, len(config.metrics)):
         raise InputError(f"--metrics {' '.join(config.metrics)}: each metric once")
     if config.images and (config.trace or config.prompt):

@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import hashlib
 import json
+import operator
 import os
 import re
 import signal
@@ -29,9 +30,13 @@ from tqdm import tqdm
 from weights import InputError, fetch_parquet, preset_of
 
 
-def opt(default, help: str, choices: tuple | None = None):
-    """A documented option of a configuration dataclass."""
-    return dataclasses.field(default=default, metadata=dict(help=help, choices=choices))
+LIMITS = dict(least=("at least", operator.ge), above=("above", operator.gt), most=("at most", operator.le), below=("below", operator.lt))
+
+
+def opt(default, help: str, choices: tuple | None = None, **limits: float):
+    """A documented option of a configuration dataclass; `limits` of a number: least=, above=, most=, below=."""
+    words = " and ".join(f"{LIMITS[name][0]} {limit}" for name, limit in limits.items())
+    return dataclasses.field(default=default, metadata=dict(help=help, choices=choices, limits=limits, words=words))
 
 
 def _convert(text: str, kind: type):
@@ -54,7 +59,8 @@ def parse_options(cls, presets: dict[str, dict], arguments: list[str] | None = N
     """Command line -> an instance of the dataclass `cls`: command line over preset over default.
 
     The preset is the model's own or, where `cls` has a field `preset`, what that says; empty, it is filled in with what fits the model.
-    Unknown options are errors with a suggestion; `--help` lists every field with its help text and default.
+    Unknown options are errors with a suggestion; so are numbers that are not finite, of 64 bits and within the field's limits.
+    `--help` lists every field with its help text, limits and default.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     kinds = typing.get_type_hints(cls)
@@ -69,7 +75,7 @@ def parse_options(cls, presets: dict[str, dict], arguments: list[str] | None = N
         flag = dict(nargs="+") if typing.get_origin(kinds[f.name]) is tuple else flag
         others = [f"{model}: {values[f.name]}" for model, values in presets.items() if values.get(f.name, f.default) != f.default]
         choices = ", ".join(str(c) for c in f.metadata["choices"] or () if c != "")
-        words = f.metadata["help"] + (f"; one of {choices}" if choices else "")
+        words = "; ".join(w for w in (f.metadata["help"], choices and f"one of {choices}", f.metadata["words"]) if w)
         parser.add_argument(*names, dest=f.name, default=argparse.SUPPRESS, metavar="X",
                             help=f"{words} [{'; '.join([str(f.default), *others])}]".replace("%", "%%"), **flag)
     known, unknown = parser.parse_known_args(arguments)
@@ -89,9 +95,13 @@ def parse_options(cls, presets: dict[str, dict], arguments: list[str] | None = N
         preset = given["preset"] = given.get("preset") or preset_of(model)
     config = cls(**(presets.get(preset, {}) | given))
     for f in dataclasses.fields(cls):
-        choices = f.metadata["choices"]
-        if choices and getattr(config, f.name) not in choices:
-            raise InputError(f"--{f.name} {getattr(config, f.name)}: choose one of {', '.join(map(str, choices))}")
+        value, choices = getattr(config, f.name), f.metadata["choices"]
+        if choices and value not in choices:
+            raise InputError(f"--{f.name} {value}: choose one of {', '.join(map(str, choices))}")
+        if isinstance(value, int | float) and not abs(value) < 2 ** 63:
+            raise InputError(f"--{f.name} {value}: must be finite and of at most 18 digits")
+        if value is not None and not all(LIMITS[name][1](value, limit) for name, limit in f.metadata["limits"].items()):
+            raise InputError(f"--{f.name} {value}: must be {f.metadata['words']}")
     return config
 
 

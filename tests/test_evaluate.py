@@ -426,7 +426,7 @@ def test_two_processes_evaluate_what_one_does(kind, trained, tmp_path):
     (("--lora", "a=nowhere.safetensors"), "nowhere.safetensors"), (("--metrics", "beauty"), "unknown metric 'beauty'"),
     (("--metrics", "hpsv2", "hpsv2"), "each metric once"), (("--metrics", "aesthetic-v1"), "aesthetic-v1=FILE"), (("--prompts", "geneval"), "geneval=FILE"),
     (("--resolution", "17"), "multiple of 2"), (("--images", "x", "--trace", "a red circle"), "leave out --trace"), (("--trace", "a red circle"), "Step-Aware_Preference_Models"),
-    (("--steps", "0"), "--steps 0"), (("--prompts", "none.txt"), "none.txt"), (("--metric", "pickscore"), "did you mean --metrics?")])
+    (("--steps", "0"), "--steps 0"), (("--batch", "0"), "--batch 0"), (("--images_per_prompt", "0"), "at least 1"), (("--prompts", "none.txt"), "none.txt"), (("--metric", "pickscore"), "did you mean --metrics?")])
 def test_mistakes_are_one_line(sd, prompts, tmp_path, words, says):
     with pytest.raises(InputError) as caught:
         call("evaluate", "--model", sd, "--prompts", prompts, "--dtype", "fp32", "--steps", 1, "--out", tmp_path / "e", *words)

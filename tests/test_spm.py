@@ -75,6 +75,12 @@ def test_only_tiny_brings_its_own_pairs(sd, pickscore, tmp_path):
         call("spm_train", "--model", sd, "--pickscore", pickscore, "--out", tmp_path / "run")
 
 
+@pytest.mark.parametrize("words", ["--batch -4", "--micro_batch 0", "--save_every 0", "--validation -5", "--lr nan", f"--seed {10 ** 30}"])
+def test_numbers_that_no_run_could_use_are_refused(words):
+    with pytest.raises(InputError, match=f"^{words}: must be "):
+        call("spm_train", *words.split())
+
+
 def test_damaged_picture_is_named(pairs, tmp_path):
     for file in pairs.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())

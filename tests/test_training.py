@@ -42,6 +42,8 @@ class Options:
     names: tuple[str, ...] = opt(("a",), "several words")
     seed_or_none: int | None = opt(None, "a number or none")
     start: str = opt("random", "where from", ("random", "win"))
+    share: float = opt(0.5, "of it", above=0, most=1)
+    batch: int = opt(4, "at a time", least=1, below=9)
 
 
 PRESETS = {"sdxl": dict(steps=50, lr=1e-5), "tiny": dict(lr=0.5)}
@@ -70,7 +72,10 @@ def test_kinds_of_options():
 @pytest.mark.parametrize("words, says", [
     (("--step", "3"), "did you mean --steps?"), (("--checkpoint",), "did you mean --checkpointing?"), (("--zzz", "3"), "see --help"),
     (("--steps=x",), "--steps x"), (("--steps", "1.5"), "--steps 1.5"), (("--checkpointing", "maybe"), "true or false"),
-    (("--start", "lose"), "choose one of random, win"), (("--steps",), "--steps"), (("word",), "'word'")])
+    (("--start", "lose"), "choose one of random, win"), (("--steps",), "--steps"), (("word",), "'word'"),
+    (("--lr", "nan"), "--lr nan: must be finite"), (("--lr=-inf",), "finite"), (("--steps", "1" + 30 * "0"), "at most 18 digits"),
+    (("--steps", "9" * 5000), "whole number"), (("--share", "0"), "--share 0.0: must be above 0 and at most 1"), (("--share", "1.1"), "--share 1.1"),
+    (("--share", "nan"), "finite"), (("--batch", "0"), "must be at least 1 and below 9"), (("--batch", "9"), "--batch 9")])
 def test_mistakes_are_one_line_with_a_suggestion(words, says):
     with pytest.raises(InputError) as caught:
         parse(*words)
@@ -82,6 +87,7 @@ def test_help_shows_every_option_with_its_default(capsys):
         parse("--help")
     text = capsys.readouterr().out
     assert all(f"--{name}" in text for name in Options.__dataclass_fields__) and "100 % of it [0.0001; sdxl: 1e-05; tiny: 0.5]" in text and "one of random, win [random]" in text
+    assert "of it; above 0 and at most 1 [0.5]" in text
 
 
 def test_a_data_sets_name_may_hold_a_dot(monkeypatch):
