@@ -144,6 +144,7 @@ def run_script(main) -> None:
 
 LESS_MEMORY = ("try --memory low, or lower --sample_batch, --train_batch or --decode_batch (spm_train.py: lower --micro_batch; "
                "evaluate.py: lower --batch)")
+LONGEST = 10_000                        # characters of a prompt
 TOO_MANY = 10                           # optimizer steps that are skipped in a row, after which a run stops
 
 
@@ -209,11 +210,17 @@ class Processes:
 
 
 def start_processes(device: str | None = None) -> Processes:
-    """Join the process group that torchrun describes, or be alone. GPU if there is one; NCCL there, gloo on CPU."""
+    """Join the process group that torchrun describes, or be alone. GPU if there is one; NCCL there, gloo on CPU.
+
+    `device`: cpu, cuda or cuda:N. Raises InputError for others, and where this process has no such GPU.
+    """
     world, rank, local = (int(os.environ.get(k, d)) for k, d in (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0)))
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    place = torch.device(f"cuda:{local}" if device == "cuda" else device)
+    name, count = f"cuda:{local}" if device == "cuda" else device, torch.cuda.device_count()
+    if name not in ("cpu", *(f"cuda:{i}" for i in range(count))):
+        raise InputError(f"--device {device}: must be cpu or cuda; process {local} of this machine finds {count} GPUs")
+    place = torch.device(name)
     if place.type == "cuda":
         torch.cuda.set_device(place)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
@@ -245,19 +252,29 @@ def upload(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
-def write_atomic(path: Path, write) -> None:
-    """Call `write(temporary path)`, make it durable, and only then let it take the place of `path`."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+@contextlib.contextmanager
+def writing(path: Path):
+    """What inside fails for want of space or of permission becomes an InputError of one line that names `path`."""
     try:
-        write(temporary)
-        with open(temporary, "rb+") as handle:
-            os.fsync(handle.fileno())
-        os.replace(temporary, path)
+        yield
     except (OSError, RuntimeError, SafetensorError) as error:       # torch.save and save_file have their own for a full disk
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
         raise InputError(f"{path}: cannot be written ({reason}); what was saved before is untouched") from None
-    finally:
-        temporary.unlink(missing_ok=True)
+
+
+def write_atomic(path: Path, write) -> None:
+    """Call `write(temporary path)`, make it durable, and only then let it take the place of `path`, whose folder is made if need be."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with writing(path):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write(temporary)
+            with open(temporary, "rb+") as handle:
+                os.fsync(handle.fileno())
+            os.replace(temporary, path)
+        finally:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
 
 
 def write_json(path: Path, value) -> None:
@@ -370,13 +387,22 @@ def learning_rate(step: int, peak: float, warmup: int) -> float:
     return peak * min(1.0, (step + 1) / max(warmup, 1))
 
 
+def checked_prompt(prompt: str, place: str) -> str:
+    """The prompt; InputError that begins with its place where it cannot be one."""
+    if len(prompt) > LONGEST:
+        raise InputError(f"{place}, {prompt[:40]!r}..., has {len(prompt):,} characters, more than {LONGEST:,}; one prompt a line?")
+    if not prompt.isascii() and (lone := re.search("[\ud800-\udfff]", prompt)):
+        raise InputError(f"{place}, {prompt[:40]!r}, is no Unicode text: character {lone.start() + 1} is half a surrogate pair")
+    return prompt
+
+
 def read_prompts(source: str, sample: int = 0, seed: int = 0, distinct: bool = True) -> list[str]:
     """Prompts from .txt (one a line), .json (list of strings, or of objects with `caption`), .jsonl, or .parquet (`caption`).
 
     Parquet may also be a folder or a hub data set (`owner/name[/file.parquet]`), each caption once if `distinct`. `sample` > 0
     keeps that many, drawn by `seed`. Raises InputError that names the file, the line and what is wrong.
     """
-    prompts = _read_prompts(source, distinct)
+    prompts = [checked_prompt(p, f"{source}: prompt {i + 1}") for i, p in enumerate(_read_prompts(source, distinct))]
     return [prompts[i] for i in permutation(len(prompts), seed, "prompts")[:sample]] if sample else prompts
 
 
@@ -401,8 +427,8 @@ def _read_captions(source: str, path: Path, distinct: bool) -> list[str]:
 
 def _read_prompts(source: str, distinct: bool) -> list[str]:
     path = Path(source)
-    file = path.exists() or path.suffix in (".txt", ".json", ".jsonl") or "/" not in source
-    if path.suffix == ".parquet" or path.is_dir() or not file:          # a data set's name may hold a dot
+    file = os.path.exists(path) or path.suffix in (".txt", ".json", ".jsonl") or "/" not in source
+    if path.suffix == ".parquet" or os.path.isdir(path) or not file:          # a data set's name may hold a dot
         return _read_captions(source, fetch_parquet(source), distinct)
     try:
         text = path.read_text(encoding="utf-8-sig")
