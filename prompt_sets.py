@@ -10,8 +10,8 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from training import read_prompts
-from weights import InputError, fetch, read_json
+from training import checked_prompt, read_prompts
+from weights import InputError, fetch
 
 STYLES = ("anime", "concept-art", "paintings", "photo")
 SETS = {        # name -> (hub data set or file in it, what to fetch of it, how many prompts there must be)
@@ -85,12 +85,14 @@ def prompt_set(word: str, limit: int = 0) -> PromptSet:
         out = PromptSet([r["Prompt"].strip() for r in rows], [r["Category"] for r in rows] if rows[0].get("Category") else [])
     elif name == "hpsv2":
         home = path / "benchmark" if (path / "benchmark").is_dir() else path
-        styles = {style: read_json(home / f"{style}.json") for style in STYLES}
-        out = PromptSet([p.strip() for s in STYLES for p in styles[s]], [s for s in STYLES for _ in styles[s]])
+        styles = {style: read_prompts(str(home / f"{style}.json")) for style in STYLES}
+        out = PromptSet([p for s in STYLES for p in styles[s]], [s for s in STYLES for _ in styles[s]])
     else:
         if name == "pickapic" and path.is_dir():
             path = next(iter(sorted(path.rglob("*validation_unique*.parquet"))), path)
         out = PromptSet(read_prompts(str(path), distinct=not name))
     if name and len(out.prompts) != SETS[name][2]:
         raise InputError(f"{source}: {name} has {SETS[name][2]} prompts, this holds {len(out.prompts)}")
+    for i, prompt in enumerate(out.prompts):
+        checked_prompt(prompt, f"{source}: prompt {i + 1}")
     return PromptSet(*(part[:limit or None] for part in (out.prompts, out.groups, out.rows)))

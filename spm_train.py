@@ -273,7 +273,6 @@ def list_unreadable(known: dict[int, str], new: dict[int, str], run: Run) -> dic
 
 def save_spm(clip: CLIP, folder: Path) -> None:
     """An SPM with the official files' names (prefix `model.`), and the configuration that theirs lack."""
-    folder.mkdir(parents=True, exist_ok=True)
     config = clip.config
     write_json(folder / "config.json", dict(text_config=dataclasses.asdict(config.text), projection_dim=config.projection_dim,
                                             vision_config=dataclasses.asdict(config.vision)))

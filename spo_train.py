@@ -610,7 +610,6 @@ def trace_prompt(pipe: Pipeline, models: Models, prompt: str, config: SPOConfig,
 def save_lora(pipe: Pipeline, folder: Path) -> None:
     """The LoRA in both formats: diffusers (`load_lora_weights(folder)`) and kohya (ComfyUI, A1111)."""
     weights = lora.state(pipe.unet)
-    folder.mkdir(parents=True, exist_ok=True)
     write_atomic(folder / "pytorch_lora_weights.safetensors", lambda p: save_file(weights, p, metadata={"format": "pt"}))
     write_atomic(folder / "lora_kohya.safetensors", lambda p: save_file(lora.to_kohya(weights), p, metadata={"format": "pt"}))
 

@@ -67,7 +67,7 @@ def parse_options(cls, presets: dict[str, dict], arguments: list[str] | None = N
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False, epilog="In brackets: the default, and where a "
                                      "preset has another. P: from the paper, O: the released official code, T: measured on tiny.",
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = _refuse
+    parser.error = refuse
     parser._negative_number_matcher = re.compile(r"^-[\d.]+(e[+-]?\d+)?$", re.I)    # before Python 3.14, -1e-3 is taken for an option
     for f in dataclasses.fields(cls):
         names = [f"--{f.name}"] + ([f"--{f.name.replace('_', '-')}"] if "_" in f.name else [])
@@ -112,7 +112,7 @@ def check_preset(config, is_sdxl: bool) -> None:
              f"start anew with --preset {'sdxl' if is_sdxl else 'sd15'}, unless this is meant")
 
 
-def _refuse(message: str) -> None:
+def refuse(message: str) -> None:
     """In place of argparse's own exit, which prints the whole usage."""
     raise InputError(f"{message}; see --help")
 
