@@ -236,7 +236,7 @@ def command_line() -> None:
 
     from safetensors.torch import save_file
 
-    from diffusion import NAMES, SINGLE_UNETS, fetch_model, read_config
+    from diffusion import NAMES, SINGLE_UNETS, build, fetch_model, read_config
     from training import refuse, write_atomic, write_json, writing
     from unet import UNet, UNetConfig
     from weights import (InputError, clean, fetch, is_sdxl, load_strict, original_unet_name, read_json, read_weights, rename, take,
@@ -263,17 +263,16 @@ def command_line() -> None:
     else:
         root = fetch(model, ["unet/config.json"]) if options.action == "convert" else fetch_model(model)
         config = read_config(UNetConfig, root / "unet/config.json")
-    with torch.device("meta"):
-        unet = UNet(config)
+    unet = build(UNet, config, root)
     weights, source = read_weights(options.source), str(options.source)
     if options.action == "convert":
         try:
             out = normalise(weights, [n for n, m in unet.named_modules() if isinstance(m, nn.Linear)], source)
         except ValueError as error:
             raise InputError(str(error)) from None
-        out = to_kohya(out) if options.format == "kohya" else out
+        count, out = len(out) // 2, to_kohya(out) if options.format == "kohya" else out
         write_atomic(options.target, lambda p: save_file({k: v.contiguous() for k, v in out.items()}, p, metadata={"format": "pt"}))
-        return print(f"{options.target}: {sum('.alpha' not in k for k in out) // 2} layers, {options.format} format")
+        return print(f"{options.target}: {count} layers, {options.format} format")
     if single:
         up = [kind.startswith("CrossAttn") for kind in config.up_block_types]
         original = {k: original_unet_name(k, config.layers_per_block, up) for k in unet.state_dict()}

@@ -290,7 +290,7 @@ def test_fp16_variant_and_shards_load(sd, tmp_path):
         read_weights(copy / "unet/x.safetensors.index.json")
     for wrong in ([], {}, dict(weight_map=["a"]), dict(weight_map={"a": None})):
         (copy / "unet/x.safetensors.index.json").write_text(json.dumps(wrong))
-        with pytest.raises(InputError, match="no index of shards"):
+        with pytest.raises(InputError, match="no index of shards|no object"):
             read_weights(copy / "unet/x.safetensors.index.json")
 
 
@@ -409,6 +409,17 @@ def test_unet_and_vae_can_be_replaced(sd, sdxl, tmp_path):
     ours = load_pipeline(str(sd), unet=str(copy), vae=str(sdxl / "vae"))
     assert torch.equal(ours.unet.conv_in.bias, load_pipeline(str(sd)).unet.conv_in.bias + 1)
     assert torch.equal(ours.vae.decoder.conv_in.weight, load_pipeline(str(sdxl)).vae.decoder.conv_in.weight)
+    with pytest.raises(InputError, match="the UNet wants 20 numbers a token, the other parts have 12"):
+        load_pipeline(str(sd), unet=str(sdxl))
+    shutil.rmtree(copy)
+    copy = damaged(sd, tmp_path, lambda w: w.update({"conv_in.weight": torch.ones(8, 9, 3, 3)}))
+    (copy / "unet/config.json").write_text(json.dumps(json.loads((copy / "unet/config.json").read_text()) | dict(in_channels=9)))
+    with pytest.raises(InputError, match="the UNet wants 9 channels of a latent, the other parts have 4; .* inpaints"):
+        load_pipeline(str(copy))
+    shutil.copytree(sdxl, tmp_path / "xl")
+    (tmp_path / "xl/unet/config.json").write_text(json.dumps(json.loads((sdxl / "unet/config.json").read_text()) | dict(addition_time_embed_dim=3)))
+    with pytest.raises(InputError, match="the UNet wants 46 numbers of pooled text and sizes, the other parts have 28"):
+        load_pipeline(str(tmp_path / "xl"))
 
 
 def test_judges_load_from_folders(pickscore, spm):
