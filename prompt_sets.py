@@ -34,11 +34,11 @@ def read_tsv(path: Path) -> list[dict]:
     """PartiPrompts' columns. Quotation marks are part of the prompts: one begins with a quoted word."""
     try:
         rows = list(csv.DictReader(path.read_text(encoding="utf-8-sig").split("\n"), delimiter="\t", quoting=csv.QUOTE_NONE))
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"{path}: cannot be read ({error})") from None
     if not rows or not rows[0].get("Prompt"):
         raise InputError(f"{path}: a .tsv of prompts needs a header line with the column Prompt")
-    return [row for row in rows if row["Prompt"].strip()]
+    return [row for row in rows if (row["Prompt"] or "").strip()]
 
 
 def read_geneval(path: Path) -> list[dict]:
@@ -53,8 +53,8 @@ def read_geneval(path: Path) -> list[dict]:
             try:
                 row = json.loads(line)
                 wants = row.get("include", []) + row.get("exclude", [])
-                assert row["tag"] and row["prompt"].strip() and wants and all(w["class"] and w["count"] > 0 for w in wants)
-            except (ValueError, KeyError, TypeError, AttributeError, AssertionError):
+                assert isinstance(row["tag"], str) and row["prompt"].strip() and wants and all(w["class"] and w["count"] > 0 for w in wants)
+            except (ValueError, KeyError, TypeError, AttributeError, AssertionError, RecursionError):
                 raise InputError(f"{path}: line {i + 1} is no GenEval metadata (tag, prompt, include)") from None
             rows.append(row)
     return rows
