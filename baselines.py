@@ -47,18 +47,18 @@ class BaselineConfig(RunConfig):
     """Every option of a baseline: those of a run, and its own. D = the method's own released code."""
     method: str = opt("d3po", "which rival", tuple(METHODS))
     out: str = opt("runs/baseline", "run folder: LoRA files, log.jsonl, config.json, checkpoints, sample grids")
-    lr: float = opt(0.0, "AdamW learning rate; 0: the method's own (ddpo 3e-4, d3po 3e-5, diffusion-dpo and mapo 2e-5)")
-    prompts_per_round: int = opt(40, "global batch of prompts (online) or of preference pairs (offline) per round")
+    lr: float = opt(0.0, "AdamW learning rate; 0: the method's own (ddpo 3e-4, d3po 3e-5, diffusion-dpo and mapo 2e-5)", least=0)
+    prompts_per_round: int = opt(40, "global batch of prompts (online) or of preference pairs (offline) per round", least=1)
     # ddpo, d3po
     reward: str = opt("", "PickScore's file or folder; empty: the one that belongs to the model")
-    k: int = opt(2, "d3po: trajectories per prompt, of which best and worst are compared; ddpo uses 2")
-    clamp: float = opt(0.1, "d3po: each probability ratio is clamped to 1 +- this (D)")
-    clip_range: float = opt(1e-4, "ddpo: the probability ratio is clipped to 1 +- this (D)")
-    advantage_clip: float = opt(5.0, "ddpo: advantages, in standard deviations of the round's rewards, stay within +- this (D)")
+    k: int = opt(2, "d3po: trajectories per prompt, of which best and worst are compared; ddpo uses 2", least=2)
+    clamp: float = opt(0.1, "d3po: each probability ratio is clamped to 1 +- this (D)", least=0, below=1)
+    clip_range: float = opt(1e-4, "ddpo: the probability ratio is clipped to 1 +- this (D)", above=0)
+    advantage_clip: float = opt(5.0, "ddpo: advantages, in standard deviations of the round's rewards, stay within +- this (D)", above=0)
     # diffusion-dpo, mapo
     pairs: str = opt("", "offline: folder with pairs.jsonl or Parquet, a .parquet file or a hub data set; empty: the tiny world's")
-    count: int = opt(44_000, "offline, tiny: size of the world's set of pairs")
-    beta: float = opt(0.0, "strength of regularization (D: d3po 0.1, diffusion-dpo 5000, mapo 0.1); 0: the method's own")
+    count: int = opt(44_000, "offline, tiny: size of the world's set of pairs", least=1)
+    beta: float = opt(0.0, "strength of regularization (D: d3po 0.1, diffusion-dpo 5000, mapo 0.1); 0: the method's own", least=0)
 
 
 PRESETS = {model: {k: v for k, v in preset.items() if k in {f.name for f in dataclasses.fields(RunConfig)}}

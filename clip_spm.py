@@ -91,6 +91,8 @@ class Attention(nn.Module):
 
     def __init__(self, width: int, heads: int):
         super().__init__()
+        if width % heads:
+            raise ValueError(f"{heads} attention heads cannot share {width} channels")
         self.heads = heads
         self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(width, width) for _ in range(4))
 

@@ -33,14 +33,18 @@ class Schedule:
         if config.get("clip_sample") or config.get("thresholding"):
             raise ValueError("scheduler config: clip_sample and thresholding are not supported")
         low, high, count = config.get("beta_start", 1e-4), config.get("beta_end", 0.02), config.get("num_train_timesteps", 1000)
+        own = config.get("_class_name", "DDIMScheduler") == "DDIMScheduler"         # whose defaults these then are
+        offset = config.get("steps_offset", 0 if own else 1)
+        if count != 1000 or offset not in (0, 1) or not 0 < low <= high < 1:
+            raise ValueError(f"scheduler config: num_train_timesteps={count!r}, steps_offset={offset!r}, beta_start={low!r}, "
+                             f"beta_end={high!r} are not supported, only 1000, 0 or 1, and numbers between 0 and 1")
         if kind == "scaled_linear":
             betas = torch.linspace(low ** 0.5, high ** 0.5, count, dtype=torch.float32).square()
         else:
             betas = torch.linspace(low, high, count, dtype=torch.float32)
         alphas_cumprod = (1 - betas).cumprod(0)
-        own = config.get("_class_name", "DDIMScheduler") == "DDIMScheduler"         # whose defaults these then are
         final = 1.0 if config.get("set_alpha_to_one", own) else float(alphas_cumprod[0])
-        return cls(alphas_cumprod, final, prediction, config.get("steps_offset", 0 if own else 1))
+        return cls(alphas_cumprod, final, prediction, int(offset))
 
     def timesteps(self, steps: int) -> list[int]:
         """The descending timesteps of a run of `steps` ("leading" spacing): 20 -> 951, 901, ..., 51, 1."""

@@ -8,8 +8,10 @@ SD-1.5, SDXL and the embedded tiny model take the same path; only their configur
 Shapes: N samples, C H W latent, L tokens, D width of the conditioning, P width of the pooled text.
 """
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, is_dataclass, replace
 from pathlib import Path
+from types import UnionType
+from typing import get_args, get_origin, get_type_hints
 
 import numpy as np
 import torch
@@ -125,10 +127,8 @@ def vae_dtype(config: VAEConfig, unet: UNetConfig, dtype: torch.dtype) -> torch.
 
 def _component(cls, config_cls, folder: Path, dtype: torch.dtype, device: torch.device, unet: UNet | None = None):
     """One network from its folder: config.json gives the shape, the weight file the numbers. A VAE's dtype depends on its `unet`."""
-    config = _config(config_cls, folder / "config.json")
-    with torch.device("meta"):
-        module = cls(config)
-    path = weight_file(folder)
+    config = read_config(config_cls, folder / "config.json")
+    module, path = build(cls, config, folder / "config.json"), weight_file(folder)
     load_strict(module, clean(read_weights(path)), path, vae_dtype(config, unet.config, dtype) if cls is VAE else dtype, device)
     # All convolutions: channels_last decodes about 1.8 times as fast on a CPU. The UNet gains nothing there.
     return module.to(memory_format=torch.channels_last) if cls is VAE else module
@@ -147,14 +147,43 @@ def fetch_part(source: str, part: str = "") -> Path:
     return fetch_weights(source, root, [part]) / part
 
 
-def _config(cls, path: Path):
-    """A network's shape from its config.json."""
+@contextmanager
+def blaming(path: Path):
+    """What goes wrong inside is the fault of this configuration file: InputError of one line."""
     try:
-        return cls.from_json(read_json(path))
-    except ValueError as error:
-        raise InputError(f"{path}: {error}") from None
-    except (AttributeError, KeyError, TypeError) as error:
-        raise InputError(f"{path}: not a configuration of this kind of network ({type(error).__name__}: {error})") from None
+        yield
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        kind = "" if type(error) is ValueError else f"not a configuration of this kind of network, {type(error).__name__}: "
+        raise InputError(f"{path}: {kind}{(str(error).splitlines() or [''])[0][:200]}") from None
+
+
+def fits(value, kind) -> bool:
+    """Is this, from a configuration file, of a field's type, and a number of sensible size? Kinds may be dataclasses themselves."""
+    if is_dataclass(kind):
+        return isinstance(value, kind) and all(fits(getattr(value, n), k) for n, k in get_type_hints(kind).items())
+    if isinstance(kind, UnionType):
+        return any(fits(value, k) for k in get_args(kind))
+    if get_origin(kind) is tuple:
+        return isinstance(value, list | tuple) and len(value) > 0 and all(fits(v, get_args(kind)[0]) for v in value)
+    if kind in (int, float):
+        return type(value) in (int, kind) and 0 < value < 100_000
+    return isinstance(value, kind)
+
+
+def read_config(cls, path: Path):
+    """A network's shape from its config.json."""
+    with blaming(path):
+        config = cls.from_json(read_json(path))
+        for name, kind in get_type_hints(cls).items():
+            if not fits(value := getattr(config, name), kind):
+                raise ValueError(f"{name}={value!r} is no value for this network")
+    return config
+
+
+def build(cls, config, path: Path):
+    """A network on the meta device; InputError that names `path`, where its configuration is from, if there can be none of this shape."""
+    with blaming(path), torch.device("meta"):
+        return cls(config)
 
 
 def load_clip(source: str, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu",
@@ -172,10 +201,9 @@ def load_clip(source: str, dtype: torch.dtype = torch.float32, device: torch.dev
     file = path if path.is_file() else spms[0] if spms else weight_file(path)
     weights = clean(read_weights(file))
     step_aware = any("adaLN_modulation" in key for key in weights)
-    if (file.parent / "config.json").is_file():
-        config = _config(CLIPConfig, file.parent / "config.json")
-    with torch.device("meta"):
-        clip = CLIP(replace(config or clip_h(), step_aware=step_aware))
+    beside = file.parent / "config.json"
+    config = read_config(CLIPConfig, beside) if beside.is_file() else config or clip_h()
+    clip = build(CLIP, replace(config, step_aware=step_aware), beside)
     return load_strict(clip, weights, file, dtype, device)
 
 
@@ -188,9 +216,8 @@ def load_tiny_decoder(source: str, pipe: Pipeline, dtype: torch.dtype = torch.fl
     path = fetch_part({"taesd": TAESD[pipe.is_sdxl]}.get(source, source))
     file = path if path.is_file() else weight_file(path)
     beside = file.parent / "config.json"
-    config = _config(TinyDecoderConfig, beside) if beside.is_file() else TinyDecoderConfig.from_json({})
-    with torch.device("meta"):
-        decoder = TinyDecoder(config)
+    config = read_config(TinyDecoderConfig, beside) if beside.is_file() else TinyDecoderConfig()
+    decoder = build(TinyDecoder, config, beside)
     for what, ours, theirs in (("channels in a latent", config.latent_channels, pipe.unet.config.in_channels),
                                ("pixels a side per latent position", decoder.factor, pipe.vae.factor)):
         if ours != theirs:
@@ -204,7 +231,12 @@ def _tokenizer(folder: Path):
     from transformers import CLIPTokenizer
     if not (folder / "tokenizer_config.json").is_file():
         raise InputError(f"{folder}: no tokenizer (tokenizer_config.json, vocab.json, merges.txt)")
-    return CLIPTokenizer.from_pretrained(folder)
+    try:
+        tokenizer = CLIPTokenizer.from_pretrained(folder)
+        tokenizer(["a word"])
+    except Exception as error:          # whatever its readers, in two languages, make of broken files
+        raise InputError(f"{folder}: broken tokenizer ({type(error).__name__}: {(str(error).splitlines() or [''])[0][:120]})") from None
+    return tokenizer
 
 
 def first_tokenizer(source: str, tokenizer: str = ""):
@@ -260,10 +292,8 @@ def _single_file(path: Path, dtype: torch.dtype, device: torch.device, tokenizer
 def _folder(source: str, root: Path, dtype: torch.dtype, device: torch.device) -> Pipeline:
     """A checkpoint in the diffusers layout."""
     index = read_json(root / "model_index.json")
-    try:
+    with blaming(root / "scheduler/scheduler_config.json"):
         schedule = ddim.Schedule.from_json(read_json(root / "scheduler/scheduler_config.json"))
-    except ValueError as error:
-        raise InputError(f"{root / 'scheduler'}: {error}") from None
     names = ("", "_2") if "text_encoder_2" in index else ("",)
     tokenizers = [_tokenizer(root / f"tokenizer{n}") for n in names]
     encoders = [_component(CLIP, CLIPConfig, root / f"text_encoder{n}", dtype, device) for n in names]
@@ -295,6 +325,13 @@ def load_pipeline(source: str = "tiny", dtype: torch.dtype = torch.float32, devi
         pipe.unet = _component(UNet, UNetConfig, fetch_part(unet, "unet"), dtype, device)
     if vae:
         pipe.vae = _component(VAE, VAEConfig, fetch_part(vae, "vae"), dtype, device, pipe.unet)
+    wants = pipe.unet.config
+    pooled = (pipe.text_encoders[-1].config.projection_dim or 0) + 6 * (wants.addition_time_embed_dim or 0)
+    for what, ours, theirs in (("channels of a latent", wants.in_channels, pipe.vae.config.latent_channels),
+                               ("numbers a token", wants.cross_attention_dim, sum(e.config.text.hidden_size for e in pipe.text_encoders)),
+                               ("numbers of pooled text and sizes", wants.projection_class_embeddings_input_dim or pooled, pooled)):
+        if ours != theirs:
+            raise InputError(f"{source}: the UNet wants {ours} {what}, the other parts have {theirs}; it is another model's, or inpaints")
     return pipe
 
 

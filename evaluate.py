@@ -13,8 +13,8 @@
 The defaults are the paper's protocol (DDIM, 20 steps, guidance 5); it is written into every result.
 """
 import hashlib
-import json
 import math
+import os
 import re
 import sys
 from dataclasses import dataclass, replace
@@ -33,7 +33,7 @@ from metrics import WITH_TOKENIZER, Metric, fingerprint, load_metric, metric_sou
 from prompt_sets import PromptSet, prompt_set
 from report import draw_trace, read_logs, write_report
 from study import tally, write_study
-from training import Processes, opt, parse_options, run_script, start_processes, write_atomic, write_json
+from training import Processes, checked_prompt, opt, parse_options, run_script, start_processes, write_atomic, write_json, writing
 from unet import UNet
 from weights import InputError, clean, fetch, load_strict, preset_of, read_json, read_weights, weight_file
 
@@ -50,20 +50,20 @@ class EvaluateConfig:
                                                             ".parquet")
     metrics: tuple[str, ...] = opt(("pickscore",), "what to score by: name or name=SOURCE, see metrics.py")
     out: str = opt("runs/evaluate", "folder for images/, results.json, results.md, grid.png, report.html")
-    images_per_prompt: int = opt(1, "pictures of each prompt")
+    images_per_prompt: int = opt(1, "pictures of each prompt", least=1)
     export_geneval: str = opt("", "also lay the pictures out in this folder as GenEval's own scorer wants them, NAME/00000/samples/")
     logs: tuple[str, ...] = opt((), "name=RUNFOLDER of training runs whose learning curves the report shows")
-    report_rows: int = opt(200, "pictures of each model in the report, evenly spaced in the list")
+    report_rows: int = opt(200, "pictures of each model in the report, evenly spaced in the list", least=0)
     study: str = opt("", "also write a page for a human study here: the first two candidates side by side, blind")
-    study_pairs: int = opt(300, "pairs of pictures in it, drawn by the seed (P: 300); 0: all")
+    study_pairs: int = opt(300, "pairs of pictures in it, drawn by the seed (P: 300); 0: all", least=0)
     tally: tuple[str, ...] = opt((), "only add up the votes that study pages exported, votes*.json")
-    limit: int = opt(0, "only the first so many prompts; 0: all")
-    seed: int = opt(0, "picture i of every model starts from seed + i")
-    steps: int = opt(20, "DDIM steps (P: 20; 50 for GenEval)")
+    limit: int = opt(0, "only the first so many prompts; 0: all", least=0)
+    seed: int = opt(0, "picture i of every model starts from seed + i", least=0)
+    steps: int = opt(20, "DDIM steps (P: 20; 50 for GenEval)", least=1, most=999)
     guidance_scale: float = opt(5.0, "classifier-free guidance (P: 5)")
-    eta: float = opt(0.0, "DDIM stochasticity; the paper does not say, 0 is diffusers' default")
-    resolution: int = opt(0, "picture side in pixels; 0: the model's own")
-    batch: int = opt(4, "pictures drawn and scored at a time")
+    eta: float = opt(0.0, "DDIM stochasticity; the paper does not say, 0 is diffusers' default", least=0, most=1)
+    resolution: int = opt(0, "picture side in pixels; 0: the model's own", least=0)
+    batch: int = opt(4, "pictures drawn and scored at a time", least=1)
     dtype: str = opt("bf16", "of the weights", tuple(DTYPES))
     device: str = opt("", "cpu or cuda; empty: a GPU if there is one")
     vae: str = opt("", "another VAE, folder or hub id; empty: the model's own")
@@ -89,8 +89,8 @@ def candidates(config: EvaluateConfig) -> dict[str, str]:
     out = {}
     for word in config.lora:
         name, equals, source = word.partition("=")
-        if not equals or not name or "/" in name or name in out:
-            raise InputError(f"--lora {word}: write name=FILE, each name once (base= for the model as it is)")
+        if not equals or not name or "/" in name or name.startswith(".") or name in out or len(os.fsencode(name)) > 100:
+            raise InputError(f"--lora {word}: write name=FILE, each name once and of at most 100 letters (base= for the model as it is)")
         if source:
             path = fetch(source, ["unet/*.safetensors*", "diffusion_pytorch_model*.safetensors*", "pytorch_lora_weights.safetensors"])
             if (path / "unet").is_dir():
@@ -147,7 +147,7 @@ def natural(path: Path) -> list:
 
 def find_images(folder: str, count: int) -> dict[str, list[Path]]:
     """FOLDER/NAME/* -> {NAME: its pictures by file name, numbers as numbers}; InputError unless there are `count` of every name."""
-    if not Path(folder).is_dir():
+    if not os.path.isdir(folder):
         raise InputError(f"--images {folder}: no such folder")
     files = {home.name: sorted((p for p in home.iterdir() if p.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp")), key=natural)
              for home in sorted(Path(folder).iterdir(), key=lambda p: (p.name != "base", p.name)) if home.is_dir()}
@@ -190,7 +190,6 @@ def draw_all(pipe: Pipeline, models: dict[str, str], prompts: list[str], config:
         mine = [todo[name][i] for i in processes.share(len(todo[name]))]
         if mine:
             wear(pipe, source)
-        (folder / name).mkdir(parents=True, exist_ok=True)
         for begin in tqdm(range(0, len(mine), config.batch), desc=f"draw {name}", disable=not processes.main):
             part = mine[begin:begin + config.batch]
             latents = generate_latents(pipe, [prompts[i] for i in part], [config.seed + i for i in part], config.steps,
@@ -216,13 +215,12 @@ def score_all(metric: Metric, files: dict[str, list[Path]], digests: dict[str, s
         stem, kept = f"{name}.{metric.name}", {}
 
         def parts() -> list[Path]:
-            return [p for p in folder.iterdir() if p.name.startswith(f"{stem}.part")]
+            return [p for p in folder.glob("*") if p.name.startswith(f"{stem}.part")]
 
         def keep(path: Path, scores: dict[int, float]) -> None:
             write_json(path, dict(identity=identity, scores=[scores.get(i) for i in range(len(prompts))]))
 
         if processes.main:
-            folder.mkdir(parents=True, exist_ok=True)
             for path in [folder / f"{stem}.json", *parts()]:
                 old = read_json(path) if path.exists() else {}
                 if old.get("identity") == identity:
@@ -255,8 +253,8 @@ def open_image(path: Path) -> Image.Image:
     try:
         image = Image.open(path)
         image.load()
-    except (OSError, SyntaxError, ValueError) as error:
-        raise InputError(f"{path}: not a readable picture ({error})") from None
+    except Exception as error:          # PIL's many decoders raise what they like
+        raise InputError(f"{path}: not a readable picture ({(str(error) or type(error).__name__).splitlines()[0]})") from None
     return image
 
 
@@ -348,18 +346,19 @@ def claim(folder: Path, identity: dict, processes: Processes) -> None:
     """Make the folder this evaluation's; refuse one whose pictures another protocol or another LoRA has drawn."""
     path, problem = folder / "protocol.json", ""
     if processes.main:
-        folder.mkdir(parents=True, exist_ok=True)
-        if path.exists():
-            old = json.loads(path.read_text())
-            for name, value in identity.pop("lora").items():        # more candidates may join later
-                if old["lora"].setdefault(name, value) != value:
+        try:
+            old = read_json(path) if os.path.exists(path) else identity
+            if not isinstance(worn := old.get("lora"), dict):
+                raise InputError(f"{path}: not the protocol of an evaluation; choose another --out")
+            for name, value in identity["lora"].items():        # more candidates may join later
+                if worn.setdefault(name, value) != value:
                     problem = f"{folder}: its pictures of {name!r} come from another LoRA file or UNet; choose another --out or name"
-            identity["lora"] = old["lora"]
-            changed = [k for k in identity if k != "lora" and identity[k] != old.get(k)]
-            if changed:
+            if changed := [k for k in identity if k != "lora" and identity[k] != old.get(k)]:
                 problem = f"{folder}: its pictures were drawn with another {', '.join(changed)}; choose another --out"
-        if not problem:
-            write_json(path, identity)
+            if not problem:
+                write_json(path, identity | dict(lora=worn))
+        except InputError as error:
+            problem = str(error)
     if processes.any(bool(problem)):
         raise InputError(problem or f"{folder}: refused, see the first process's message")
 
@@ -371,8 +370,7 @@ def draw_prompt(pipe: Pipeline, models: dict[str, str], config: EvaluateConfig, 
         image = generate(pipe, [config.prompt], [config.seed], steps=config.steps, guidance_scale=config.guidance_scale,
                          eta=config.eta, resolution=config.resolution or None)
         refuse_damaged(image, name, [config.prompt])
-        folder.mkdir(parents=True, exist_ok=True)
-        to_pil(image)[0].save(folder / f"{name}.png")
+        write_atomic(folder / f"{name}.png", lambda p, image=image: to_pil(image)[0].save(p, format="PNG"))
         print(folder / f"{name}.png")
 
 
@@ -383,19 +381,19 @@ def draw_trajectories(pipe: Pipeline, models: dict[str, str], config: EvaluateCo
     own = dict(model=config.model, preset=preset, spm=config.spm, dtype=config.dtype)
     settings = spo_train.SPOConfig(**(spo_train.PRESETS[preset] | own))
     judge = spo_train.load_judge(settings, pipe.device)
-    folder.mkdir(parents=True, exist_ok=True)
     for name, source in models.items():
         wear(pipe, source)
         calls = spo_train.Models(pipe.unet, lambda z: decode(pipe, z), judge, judge.image_features)
         pools = spo_train.trace_prompt(pipe, calls, config.trace, settings, config.seed)
-        draw_trace(pools, max(96, min(256, pipe.side(config.resolution)))).save(folder / f"trace-{name}.png")
+        picture = draw_trace(pools, max(96, min(256, pipe.side(config.resolution))))
+        write_atomic(folder / f"trace-{name}.png", lambda p, picture=picture: picture.save(p, format="PNG"))
         print(folder / f"trace-{name}.png")
 
 
 def check(config: EvaluateConfig, sources: dict) -> None:
     """Refuse what contradicts itself before anything is loaded; `sources` are the metrics' (metric_sources)."""
-    if not 1 <= config.steps <= 999:
-        raise InputError(f"--steps {config.steps}: must lie in 1..999")
+    checked_prompt(config.prompt, "--prompt")
+    checked_prompt(config.trace, "--trace")
     if len(sources) not in (0, len(config.metrics)):
         raise InputError(f"--metrics {' '.join(config.metrics)}: each metric once")
     if config.images and (config.trace or config.prompt):
@@ -428,7 +426,7 @@ def write_results(config: EvaluateConfig, protocol: dict, chosen: PromptSet, met
     text = table(results, metrics) + "\n" + (group_tables(by_group) if groups else "")
     text += "\n" + ", ".join(f"{k} {v}" for k, v in protocol.items()) + "\n" + "".join(f"- {m}: {f}\n" for m, f in formulas.items())
     write_atomic(folder / "results.md", lambda p: p.write_text(text))
-    comparison_grid(files).save(folder / "grid.png")
+    write_atomic(folder / "grid.png", lambda p: comparison_grid(files).save(p, format="PNG"))
     write_report(folder / "report.html", text, protocol, formulas, files, prompts, scores, logs, config.report_rows)
     if config.study:
         write_study(Path(config.study), files, prompts, config.study_pairs, config.seed)
@@ -483,7 +481,8 @@ def main() -> None:
     processes.barrier()
     if config.export_geneval and processes.main:
         for name, paths in files.items():
-            geneval.export(chosen.rows, paths, Path(config.export_geneval) / name)
+            with writing(Path(config.export_geneval)):
+                geneval.export(chosen.rows, paths, Path(config.export_geneval) / name)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False         # metrics are promised in fp32
     digests = processes.union({name: digest(paths) for name, paths in files.items()} if processes.main else {})
     scores, metrics = {name: {} for name in files}, []

@@ -15,8 +15,8 @@ Files in four formats are read; the first and the last are written:
                 or with the original layout's module names, input_blocks_4_1_...
 """
 import contextlib
-import json
 import math
+import os
 import re
 
 import torch
@@ -139,7 +139,7 @@ def normalise(weights: dict[str, torch.Tensor], modules: list[str], source: str 
     """Any of the formats A to D -> A, with alpha folded into B. `modules`: names of the model's linear layers.
 
     Raises ValueError for files that other programs would load as a silent no-op (no `unet.` prefix, raw peft names),
-    for text-encoder or convolution LoRAs, and for modules that the model does not have.
+    for text-encoder or convolution LoRAs, for modules that the model does not have, and for tensors that are no sound matrices.
     """
     by_kohya = {name.replace(".", "_"): m for name, m in (dict(zip(modules, modules)) | original_module_names(modules)).items()}
     out, alphas = {}, {}
@@ -155,21 +155,22 @@ def normalise(weights: dict[str, torch.Tensor], modules: list[str], source: str 
             if module is None:
                 raise ValueError(f"{source}: {key!r} is for a layer that this model does not have; "
                                  "the file belongs to another model or another LoRA target set")
-            if part == "alpha":
-                alphas[module] = float(value)
-                continue
         else:
             key_ = re.sub(r"\.processor\.(to_[qkv]|to_out)_lora\.", lambda m: f".{m[1]}{'.0' if m[1] == 'to_out' else ''}.lora.", key)
             match = re.fullmatch(r"unet\.(.+?)\.(lora_[AB]\.weight|lora\.(?:down|up)\.weight|alpha)", key_)
             if match is None:
                 raise ValueError(f"{source}: cannot make sense of key {key!r}; expected diffusers or kohya LoRA names")
             module, part = match.groups()
-            if part == "alpha":
-                alphas[module] = float(value)
-                continue
+        if not value.numel() or not torch.isfinite(value.float()).all():
+            raise ValueError(f"{source}: {key!r} of layer {module!r} is empty or holds non-finite numbers; the file is damaged")
+        if part == "alpha" and value.numel() == 1:
+            alphas[module] = float(value)
+            continue
         side = "A" if part in ("lora_A.weight", "lora.down.weight", "lora_down.weight") else "B"
         if part not in ("lora_A.weight", "lora_B.weight", "lora.down.weight", "lora.up.weight", "lora_down.weight", "lora_up.weight"):
             raise ValueError(f"{source}: {key!r} is not plain LoRA (LoHa, LoKr and DoRA are not supported)")
+        if value.ndim not in (2, 4) or not value.is_floating_point():
+            raise ValueError(f"{source}: {key!r} of layer {module!r} is no matrix of weights: {value.dtype}, shape {tuple(value.shape)}")
         out[f"unet.{module}.lora_{side}.weight"] = value.flatten(1) if value.ndim == 4 else value
     for module in sorted({k[5:].rpartition(".lora_")[0] for k in out} | alphas.keys()):
         if module not in set(modules):
@@ -200,8 +201,6 @@ def load(model: nn.Module, weights: dict[str, torch.Tensor], source: str = "LoRA
         if (tuple(a.shape), tuple(b.shape)) != expected:
             raise ValueError(f"{source}: layer {name!r} has shapes {tuple(a.shape)}, {tuple(b.shape)}, this model needs "
                              f"{expected[0]}, {expected[1]}; the LoRA is for another model")
-        if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
-            raise ValueError(f"{source}: layer {name!r} holds non-finite numbers; the file is damaged")
     remove(model)
     model.requires_grad_(False)
     for name, rank in ranks.items():
@@ -237,7 +236,8 @@ def command_line() -> None:
 
     from safetensors.torch import save_file
 
-    from diffusion import NAMES, SINGLE_UNETS, fetch_model
+    from diffusion import NAMES, SINGLE_UNETS, build, fetch_model, read_config
+    from training import refuse, write_atomic, write_json, writing
     from unet import UNet, UNetConfig
     from weights import (InputError, clean, fetch, is_sdxl, load_strict, original_unet_name, read_json, read_weights, rename, take,
                          weight_file)
@@ -249,8 +249,9 @@ def command_line() -> None:
                         "if the model is one")
     parser.add_argument("--model", default="tiny", help="the model that the LoRA belongs to: tiny, sd15, sdxl, folder, hub id, single file")
     parser.add_argument("--format", choices=("diffusers", "kohya"), default="diffusers", help="convert: what to write")
+    parser.error = refuse
     options = parser.parse_args()
-    if options.target.exists():
+    if os.path.exists(options.target):
         raise InputError(f"{options.target}: exists already; nothing is overwritten")
     model, whole = NAMES.get(options.model, options.model), {}
     if single := model.endswith((".safetensors", ".ckpt")):
@@ -261,18 +262,17 @@ def command_line() -> None:
             raise InputError(f"{options.target}: a single file is merged into another one, so this must end in .safetensors")
     else:
         root = fetch(model, ["unet/config.json"]) if options.action == "convert" else fetch_model(model)
-        config = UNetConfig.from_json(read_json(root / "unet/config.json"))
-    with torch.device("meta"):
-        unet = UNet(config)
+        config = read_config(UNetConfig, root / "unet/config.json")
+    unet = build(UNet, config, root)
     weights, source = read_weights(options.source), str(options.source)
     if options.action == "convert":
         try:
             out = normalise(weights, [n for n, m in unet.named_modules() if isinstance(m, nn.Linear)], source)
         except ValueError as error:
             raise InputError(str(error)) from None
-        save_file({k: v.contiguous() for k, v in (to_kohya(out) if options.format == "kohya" else out).items()}, options.target,
-                  metadata={"format": "pt"})
-        return print(f"{options.target}: {len(out) // 2} layers, {options.format} format")
+        count, out = len(out) // 2, to_kohya(out) if options.format == "kohya" else out
+        write_atomic(options.target, lambda p: save_file({k: v.contiguous() for k, v in out.items()}, p, metadata={"format": "pt"}))
+        return print(f"{options.target}: {count} layers, {options.format} format")
     if single:
         up = [kind.startswith("CrossAttn") for kind in config.up_block_types]
         original = {k: original_unet_name(k, config.layers_per_block, up) for k in unet.state_dict()}
@@ -290,21 +290,23 @@ def command_line() -> None:
         for key, value in unet.state_dict().items():
             place = "model.diffusion_model." + original[key]
             whole[place] = value.view_as(whole[place])
-        save_file({k: v.contiguous() for k, v in whole.items()}, options.target, metadata={"format": "pt"})
+        write_atomic(options.target, lambda p: save_file({k: v.contiguous() for k, v in whole.items()}, p, metadata={"format": "pt"}))
         return print(f"{options.target}: {options.model} with {count} LoRA layers merged")
-    for part in ("tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2", "scheduler", "vae"):
-        if (root / part).is_dir():
-            shutil.copytree(root / part, options.target / part)
+    with writing(options.target):
+        for part in ("tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2", "scheduler", "vae"):
+            if (root / part).is_dir():
+                shutil.copytree(root / part, options.target / part)
+        (options.target / "unet").mkdir()
+        shutil.copy(root / "unet/config.json", options.target / "unet")
     index = read_json(root / "model_index.json")
     for part, value in index.items():       # diffusers would look for a safety checker that is not copied
         if isinstance(value, list) and part != "unet" and not (options.target / part).is_dir():
             index[part] = [None, None]
     if "safety_checker" in index:
         index["requires_safety_checker"] = False
-    (options.target / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
-    (options.target / "unet").mkdir()
-    shutil.copy(root / "unet/config.json", options.target / "unet")
-    save_file(unet.state_dict(), options.target / "unet/diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
+    write_json(options.target / "model_index.json", index)
+    write_atomic(options.target / "unet/diffusion_pytorch_model.safetensors",
+                 lambda p: save_file(unet.state_dict(), p, metadata={"format": "pt"}))
     print(f"{options.target}: {options.model} with {count} LoRA layers merged")
 
 

@@ -8,6 +8,7 @@ file), they are used at about the same time: an epoch shuffles the groups, then 
 """
 import io
 import json
+import os
 import threading
 from collections import Counter, OrderedDict
 from collections.abc import Callable
@@ -19,7 +20,7 @@ import torch
 from PIL import Image
 
 from clip_spm import to_rgb
-from training import permutation
+from training import checked_prompt, permutation
 from weights import InputError, fetch_parquet
 
 SMALLEST = 8            # pixels of a picture's shorter side
@@ -79,12 +80,15 @@ def square(file, side: int) -> torch.Tensor:
         if image.mode.startswith("I"):
             image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
         image = to_rgb(image)
-    except (OSError, SyntaxError, TypeError, ValueError, Image.DecompressionBombError) as error:
-        raise UnreadablePicture(str(error)) from None
-    scale = side / min(image.size)
-    image = image.resize((max(side, round(image.width * scale)), max(side, round(image.height * scale))), Image.Resampling.LANCZOS)
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    return torch.from_numpy(np.asarray(image.crop((left, top, left + side, top + side))).copy()).permute(2, 0, 1)
+        # Only what will be seen is resized: the whole of a picture of 8 x 30,000 pixels would fill the memory.
+        scale, box = side / min(image.size), []
+        for length in image.size:
+            whole = max(side, round(length * scale))
+            box.append(((whole - side) // 2 * length / whole, ((whole - side) // 2 + side) * length / whole))
+        image = image.resize((side, side), Image.Resampling.LANCZOS, box=(box[0][0], box[1][0], box[0][1], box[1][1]))
+    except Exception as error:          # PIL's many decoders raise what they like
+        raise UnreadablePicture((str(error) or type(error).__name__).splitlines()[0]) from None
+    return torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1)
 
 
 def prompt_weights(captions: list[str]) -> torch.Tensor:
@@ -112,7 +116,7 @@ def folder_pairs(folder: Path, side: int) -> Pairs:
     path = folder / "pairs.jsonl"
     try:
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
-    except (OSError, ValueError) as error:
+    except (OSError, RecursionError, ValueError) as error:
         raise InputError(f"{path}: cannot be read ({error})") from None
     for i, row in enumerate(rows):
         missing = [k for k in ("caption", "image_0", "image_1", "label_0") if not isinstance(row, dict) or k not in row]
@@ -120,13 +124,14 @@ def folder_pairs(folder: Path, side: int) -> Pairs:
             raise InputError(f"{path}: line {i + 1} lacks {', '.join(missing)}")
         if not isinstance(row["caption"], str):
             raise InputError(f"{path}: line {i + 1} has a caption that is no text")
+        checked_prompt(row["caption"], f"{path}: line {i + 1}")
         checked_label(row["label_0"], f"{path}: line {i + 1}")
         if not isinstance(size := row.get("num_example_per_prompt", 1), int | float) or not size > 0:
             raise InputError(f"{path}: line {i + 1} has num_example_per_prompt {size!r}; it must be above 0")
         for name in (row["image_0"], row["image_1"]):
             if not isinstance(name, str) or Path(name).is_absolute() or ".." in Path(name).parts:
                 raise InputError(f"{path}: line {i + 1} names the picture {name!r}; it must be a file in this folder")
-            if not (folder / name).is_file():
+            if not os.path.isfile(folder / name):
                 raise InputError(f"{path}: line {i + 1} names {name}, which does not exist")
     if not rows:
         raise InputError(f"{path}: holds no pairs")

@@ -10,8 +10,8 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from training import read_prompts
-from weights import InputError, fetch, read_json
+from training import checked_prompt, read_prompts
+from weights import InputError, fetch
 
 STYLES = ("anime", "concept-art", "paintings", "photo")
 SETS = {        # name -> (hub data set or file in it, what to fetch of it, how many prompts there must be)
@@ -34,11 +34,11 @@ def read_tsv(path: Path) -> list[dict]:
     """PartiPrompts' columns. Quotation marks are part of the prompts: one begins with a quoted word."""
     try:
         rows = list(csv.DictReader(path.read_text(encoding="utf-8-sig").split("\n"), delimiter="\t", quoting=csv.QUOTE_NONE))
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"{path}: cannot be read ({error})") from None
     if not rows or not rows[0].get("Prompt"):
         raise InputError(f"{path}: a .tsv of prompts needs a header line with the column Prompt")
-    return [row for row in rows if row["Prompt"].strip()]
+    return [row for row in rows if (row["Prompt"] or "").strip()]
 
 
 def read_geneval(path: Path) -> list[dict]:
@@ -53,8 +53,8 @@ def read_geneval(path: Path) -> list[dict]:
             try:
                 row = json.loads(line)
                 wants = row.get("include", []) + row.get("exclude", [])
-                assert row["tag"] and row["prompt"].strip() and wants and all(w["class"] and w["count"] > 0 for w in wants)
-            except (ValueError, KeyError, TypeError, AttributeError, AssertionError):
+                assert isinstance(row["tag"], str) and row["prompt"].strip() and wants and all(w["class"] and w["count"] > 0 for w in wants)
+            except (ValueError, KeyError, TypeError, AttributeError, AssertionError, RecursionError):
                 raise InputError(f"{path}: line {i + 1} is no GenEval metadata (tag, prompt, include)") from None
             rows.append(row)
     return rows
@@ -85,12 +85,14 @@ def prompt_set(word: str, limit: int = 0) -> PromptSet:
         out = PromptSet([r["Prompt"].strip() for r in rows], [r["Category"] for r in rows] if rows[0].get("Category") else [])
     elif name == "hpsv2":
         home = path / "benchmark" if (path / "benchmark").is_dir() else path
-        styles = {style: read_json(home / f"{style}.json") for style in STYLES}
-        out = PromptSet([p.strip() for s in STYLES for p in styles[s]], [s for s in STYLES for _ in styles[s]])
+        styles = {style: read_prompts(str(home / f"{style}.json")) for style in STYLES}
+        out = PromptSet([p for s in STYLES for p in styles[s]], [s for s in STYLES for _ in styles[s]])
     else:
         if name == "pickapic" and path.is_dir():
             path = next(iter(sorted(path.rglob("*validation_unique*.parquet"))), path)
         out = PromptSet(read_prompts(str(path), distinct=not name))
     if name and len(out.prompts) != SETS[name][2]:
         raise InputError(f"{source}: {name} has {SETS[name][2]} prompts, this holds {len(out.prompts)}")
+    for i, prompt in enumerate(out.prompts):
+        checked_prompt(prompt, f"{source}: prompt {i + 1}")
     return PromptSet(*(part[:limit or None] for part in (out.prompts, out.groups, out.rows)))

@@ -9,6 +9,7 @@ import html
 import io
 import json
 import math
+import os
 from pathlib import Path
 
 from PIL import Image, ImageDraw
@@ -108,14 +109,14 @@ def read_logs(words: tuple[str, ...]) -> dict[str, list[dict]]:
     out = {}
     for word in words:
         name, equals, source = word.partition("=")
-        path = Path(source) / "log.jsonl" if Path(source).is_dir() else Path(source)
+        path = Path(source) / "log.jsonl" if os.path.isdir(source) else Path(source)
         if not equals or not name or not source:
             raise InputError(f"--logs {word}: write name=RUNFOLDER")
         try:
             out[name] = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         except OSError as error:
             raise InputError(f"{path}: cannot be read ({error.strerror})") from None
-        except ValueError as error:
+        except (RecursionError, ValueError) as error:
             raise InputError(f"{path}: not a run's log ({error})") from None
         if not out[name] or not all(isinstance(row, dict) for row in out[name]):
             raise InputError(f"{path}: holds no records")

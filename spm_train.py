@@ -71,7 +71,7 @@ class SPMConfig:
     pickscore: str = opt("yuvalkirstain/PickScore_v1", "the CLIP to start from (P: PickScore), folder or hub id")
     pairs: str = opt("", "folder with pairs.jsonl or Parquet, a .parquet file or a hub data set (see pairs.py); empty: the tiny world's")
     labels: str = opt("human", "who says what is better (O: human for SD-1.5, pickscore for SDXL)", ("human", "pickscore"))
-    seed: int = opt(0, "every random number of the run is keyed by it")
+    seed: int = opt(0, "every random number of the run is keyed by it", least=0)
     device: str = opt("", "cpu or cuda; empty: a GPU if there is one")
     dtype: str = opt("bf16", "of the frozen UNet and VAE, and of the CLIP's arithmetic; its weights stay fp32", tuple(DTYPES))
     vae: str = opt("", "another VAE, folder or hub id; empty: the model's own")
@@ -80,25 +80,26 @@ class SPMConfig:
     negative: str = opt("", "guidance's other side: zeros, or the empty prompt encoded; empty: as the model was trained",
                         ("", "zeros", "encoded"))
     tokenizer: str = opt("", "single files: folder or hub id with tokenizer/ (and tokenizer_2/); empty: the official one")
-    resolution: int = opt(0, "picture side in pixels; 0: the model's own")
+    resolution: int = opt(0, "picture side in pixels; 0: the model's own", least=0)
     guidance_scale: float = opt(5.0, "classifier-free guidance of the x0 prediction (O: 5)")
-    lr: float = opt(3e-6, "AdamW learning rate (P: 3e-6 SD-1.5, 1e-6 SDXL)")
-    adaln_lr: float = opt(1.0, "the timestep's own layers, which start from zero, learn this many times as fast (T)")
+    lr: float = opt(3e-6, "AdamW learning rate (P: 3e-6 SD-1.5, 1e-6 SDXL)", least=0)
+    adaln_lr: float = opt(1.0, "the timestep's own layers, which start from zero, learn this many times as fast (T)", least=0)
     decay: bool = opt(False, "let the learning rate fall linearly to zero (T)")
-    warmup: int = opt(500, "steps of linear warm-up (O: 500)")
-    weight_decay: float = opt(0.3, "AdamW weight decay (O: 0.3)")
-    clip_norm: float = opt(1.0, "bound on the gradient norm")
-    steps: int = opt(8000, "optimizer steps (O: 8000 SD-1.5, 7000 SDXL)")
-    batch: int = opt(64, "global batch of pairs per optimizer step (O: 4 x 16)")
-    micro_batch: int = opt(16, "pairs in one forward and backward of one process")
-    count: int = opt(8000, "tiny: size of the training set of pairs")
-    validation: int = opt(512, "pairs held back for the table of accuracies, with all pairs of the same caption")
-    max_unreadable: float = opt(0.01, "share of the pairs read so far whose pictures may be damaged; they are skipped and listed")
+    warmup: int = opt(500, "steps of linear warm-up (O: 500)", least=0)
+    weight_decay: float = opt(0.3, "AdamW weight decay (O: 0.3)", least=0)
+    clip_norm: float = opt(1.0, "bound on the gradient norm", above=0)
+    steps: int = opt(8000, "optimizer steps (O: 8000 SD-1.5, 7000 SDXL)", least=1)
+    batch: int = opt(64, "global batch of pairs per optimizer step (O: 4 x 16)", least=1)
+    micro_batch: int = opt(16, "pairs in one forward and backward of one process", least=1)
+    count: int = opt(8000, "tiny: size of the training set of pairs", least=1)
+    validation: int = opt(512, "pairs held back for the table of accuracies, with all pairs of the same caption", least=0)
+    max_unreadable: float = opt(0.01, "share of the pairs read so far whose pictures may be damaged; they are skipped and listed",
+                                least=0, most=1)
     step_blind: bool = opt(False, "also train a twin without the timestep, on the same inputs (P Table 5)")
     cache_latents: bool = opt(False, "keep encoded pictures in the run folder's latents.bin (SD-1.5, bf16: 13 GB for 100,000 pairs); with "
                                "human labels a pair's pictures are then read once")
     compile: bool = opt(False, "torch.compile the UNet, the VAE and the CLIPs")
-    save_every: int = opt(500, "steps between checkpoints; the last two stay, and the one of the highest mean accuracy (SPM in best/)")
+    save_every: int = opt(500, "steps between checkpoints; the last two stay, and that of the highest mean accuracy (SPM: best/)", least=1)
 
 
 PRESETS = {
@@ -280,7 +281,6 @@ def list_unreadable(known: dict[int, str], new: dict[int, str], run: Run) -> dic
 
 def save_spm(clip: CLIP, folder: Path) -> None:
     """An SPM with the official files' names (prefix `model.`), and the configuration that theirs lack."""
-    folder.mkdir(parents=True, exist_ok=True)
     config = clip.config
     write_json(folder / "config.json", dict(text_config=dataclasses.asdict(config.text), projection_dim=config.projection_dim,
                                             vision_config=dataclasses.asdict(config.vision)))

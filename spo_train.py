@@ -79,8 +79,8 @@ class RunConfig:
     out: str = opt("runs/spo", "run folder: LoRA files, log.jsonl, config.json, checkpoints, sample grids")
     prompts: str = opt("", "training prompts: .txt, .json, .jsonl, .parquet or a hub data set (P: 4k Pick-a-Pic captions); empty: "
                        "tiny's own")
-    sample_prompts: int = opt(0, "use this many of them, drawn by the seed (P: 4000); 0: all")
-    seed: int = opt(0, "every random number of the run is keyed by it")
+    sample_prompts: int = opt(0, "use this many of them, drawn by the seed (P: 4000); 0: all", least=0)
+    seed: int = opt(0, "every random number of the run is keyed by it", least=0)
     device: str = opt("", "cpu or cuda; empty: a GPU if there is one")
     dtype: str = opt("bf16", "of the frozen weights; LoRA, schedule and loss are always fp32", tuple(DTYPES))
     vae: str = opt("", "another VAE, folder or hub id; empty: the model's own (sdxl: the fp16-safe one)")
@@ -91,33 +91,34 @@ class RunConfig:
                         ("", "zeros", "encoded"))
     tokenizer: str = opt("", "single files: folder or hub id with tokenizer/ (and tokenizer_2/); empty: the official one")
     # Sampling (P 5.1)
-    steps: int = opt(20, "DDIM steps of a trajectory (P: 20)")
-    eta: float = opt(1.0, "DDIM stochasticity; SPO needs more than 0 (P: 1)")
+    steps: int = opt(20, "DDIM steps of a trajectory (P: 20)", least=1, most=999)
+    eta: float = opt(1.0, "DDIM stochasticity; 0 would leave a step without a probability (P: 1)", above=0, most=1)
     guidance_scale: float = opt(5.0, "classifier-free guidance, in sampling and in both training forwards (P: 5)")
-    resolution: int = opt(0, "picture side in pixels; 0: the model's own")
+    resolution: int = opt(0, "picture side in pixels; 0: the model's own", least=0)
     # Optimization (P 5.1)
-    lr: float = opt(6e-5, "AdamW learning rate (P: 6e-5 SD-1.5, 1e-5 SDXL)")
-    weight_decay: float = opt(1e-4, "AdamW weight decay (O)")
-    clip_norm: float = opt(1.0, "bound on the gradient norm (O: 1.0, though theirs clips nothing)")
-    rank: int = opt(4, "LoRA rank (P: 4 SD-1.5, 64 SDXL); alpha = rank")
+    lr: float = opt(6e-5, "AdamW learning rate (P: 6e-5 SD-1.5, 1e-5 SDXL)", least=0)
+    weight_decay: float = opt(1e-4, "AdamW weight decay (O)", least=0)
+    clip_norm: float = opt(1.0, "bound on the gradient norm (O: 1.0, though theirs clips nothing)", above=0)
+    rank: int = opt(4, "LoRA rank (P: 4 SD-1.5, 64 SDXL); alpha = rank", least=1)
     targets: str = opt(",".join(lora.TARGETS), "linear layers that get LoRA, by the end of their names (O)")
-    epochs: int = opt(10, "passes over the prompts (P: 10)")
-    rounds: int = opt(0, "stop after this many rounds; 0: when the epochs are done")
-    prompts_per_round: int = opt(40, "global batch of prompts per round (O: 4 x 10 SD-1.5, 4 x 2 SDXL)")
-    pairs_per_step: int = opt(40, "global batch of pairs per optimizer step (P: 40 SD-1.5; 8 x 2 SDXL)")
+    epochs: int = opt(10, "passes over the prompts (P: 10)", least=1)
+    rounds: int = opt(0, "stop after this many rounds; 0: when the epochs are done", least=0)
+    prompts_per_round: int = opt(40, "global batch of prompts per round (O: 4 x 10 SD-1.5, 4 x 2 SDXL)", least=1)
+    pairs_per_step: int = opt(40, "global batch of pairs per optimizer step (P: 40 SD-1.5; 8 x 2 SDXL)", least=1)
     # What fits, and how often; none of these changes the mathematics
     memory: str = opt("auto", "low: small batches, checkpointing, text encoders on the card only while they encode; normal: the batches "
                       "below; auto: low on cards under 64 GB (not for tiny)", ("auto", "normal", "low"))
-    sample_batch: int = opt(10, "prompts that one process samples at a time")
-    train_batch: int = opt(10, "pairs in one forward and backward")
-    decode_batch: int = opt(16, "latents that the VAE decodes at a time")
+    sample_batch: int = opt(10, "prompts that one process samples at a time", least=1)
+    train_batch: int = opt(10, "pairs in one forward and backward", least=1)
+    decode_batch: int = opt(16, "latents that the VAE decodes at a time", least=1)
     checkpointing: bool = opt(False, "recompute the UNet's activations in the backward: less memory, slower")
-    decoder_check: int = opt(0, "with --decoder: for this many rounds decode with the VAE too and log how often it names the same pair")
+    decoder_check: int = opt(0, "with --decoder: for this many rounds decode with the VAE too and log how often it names the same pair",
+                             least=0)
     compile: bool = opt(False, "torch.compile the UNet, the decoder and the judge")
     profile: bool = opt(False, "write what the second round spends its time on: profile.json (for Perfetto), profile.txt")
-    save_every: int = opt(10, "rounds between checkpoints; the last two stay, and that of the highest mean score (its LoRA: best/)")
-    grid_every: int = opt(10, "rounds between sample grids; 0: never")
-    snapshot_every: int = opt(0, "rounds between LoRAs that stay, in loras/; 0: none")
+    save_every: int = opt(10, "rounds between checkpoints; the last two stay, and that of the highest mean score (LoRA: best/)", least=1)
+    grid_every: int = opt(10, "rounds between sample grids; 0: never", least=0)
+    snapshot_every: int = opt(0, "rounds between LoRAs that stay, in loras/; 0: none", least=0)
 
 
 @dataclass
@@ -125,15 +126,15 @@ class SPOConfig(RunConfig):
     """Every option of SPO: those of a run, and its own."""
     spm: str = opt("", "the judge's file or folder; empty: the one that belongs to the model and --judge")
     judge: str = opt("spm", "who compares candidates (P, Table 5)", ("spm", "step-blind", "pickscore"))
-    k: int = opt(4, "candidates per pool (P Table 6: 4; O: 2 for SDXL)")
-    j: int = opt(1, "inner steps from a pool to its scores; more than 1 is MSPO (P Table 7: 4 for SDXL)")
-    t_max: int = opt(751, "pools open at timesteps up to this (P: kappa = 750, Table 8; O: from t = 751)")
-    t_min: int = opt(0, "and down to this (P Table 8)")
+    k: int = opt(4, "candidates per pool (P Table 6: 4; O: 2 for SDXL)", least=2)
+    j: int = opt(1, "inner steps from a pool to its scores; more than 1 is MSPO (P Table 7: 4 for SDXL)", least=1)
+    t_max: int = opt(751, "pools open at timesteps up to this (P: kappa = 750, Table 8; O: from t = 751)", least=0)
+    t_min: int = opt(0, "and down to this (P Table 8)", least=0)
     start: str = opt("random", "which candidate the trajectory goes on from (P Table 4)", ("random", "win", "lose"))
     pair: str = opt("best-worst", "which two candidates are compared (P Table 9)", ("best-worst", "random"))
-    threshold: float = opt(0.3, "a pair counts if softmax(best, worst) differ by more (O: 0.3 SD-1.5, 0.4 SDXL)")
-    beta: float = opt(10.0, "strength of regularization in Eq. 4 (P: 10, for the mean log-density)")
-    clamp: float = opt(0.1, "each probability ratio is clamped to 1 +- this; 0: not at all (O: 0.1)")
+    threshold: float = opt(0.3, "a pair counts if softmax(best, worst) differ by more (O: 0.3 SD-1.5, 0.4 SDXL)", below=1)
+    beta: float = opt(10.0, "strength of regularization in Eq. 4 (P: 10, for the mean log-density)", above=0)
+    clamp: float = opt(0.1, "each probability ratio is clamped to 1 +- this; 0: not at all (O: 0.1)", least=0, below=1)
 
 
 PRESETS = {
@@ -502,25 +503,13 @@ def fit_memory(config: RunConfig, presets: dict[str, dict], device: torch.device
 
 
 def check(config: SPOConfig) -> None:
-    """Refuse numbers that no run could use, before anything is loaded."""
-    least = dict(k=2, j=1, steps=1, rank=1, epochs=1, rounds=0, sample_prompts=0, prompts_per_round=1, pairs_per_step=1,
-                 sample_batch=1, train_batch=1, decode_batch=1, save_every=1)
-    for name, low in least.items():
-        if getattr(config, name) < low:
-            raise InputError(f"--{name} {getattr(config, name)}: must be at least {low}")
-    for name, value in dataclasses.asdict(config).items():
-        if isinstance(value, float) and not math.isfinite(value) or name == "clip_norm" and value <= 0:
-            raise InputError(f"--{name} {value}: must be a finite number{', above 0' * (name == 'clip_norm')}")
-    if config.steps > 999:
-        raise InputError(f"--steps {config.steps}: must be at most 999")
-    if not 0 < config.eta <= 1:
-        raise InputError(f"--eta {config.eta}: must lie in 0..1 and not be 0, which leaves a step without a probability")
+    """Refuse options that contradict each other, before anything is loaded."""
+    if config.t_min > config.t_max:
+        raise InputError(f"--t_min {config.t_min}: must be at most --t_max, {config.t_max}")
     if config.decoder_check and not config.decoder:
         raise InputError(f"--decoder_check {config.decoder_check}: there is nothing to compare without --decoder")
     if config.decoder == "taesd" and config.preset == "tiny":
         raise InputError("--decoder taesd: knows the latents of SD-1.5 and SDXL, not those of tiny")
-    if not 0 <= config.clamp < 1:
-        raise InputError(f"--clamp {config.clamp}: must be at least 0 and below 1")
 
 
 def training_prompts(config: RunConfig) -> list[str]:
@@ -629,7 +618,6 @@ def trace_prompt(pipe: Pipeline, models: Models, prompt: str, config: SPOConfig,
 def save_lora(pipe: Pipeline, folder: Path) -> None:
     """The LoRA in both formats: diffusers (`load_lora_weights(folder)`) and kohya (ComfyUI, A1111)."""
     weights = lora.state(pipe.unet)
-    folder.mkdir(parents=True, exist_ok=True)
     write_atomic(folder / "pytorch_lora_weights.safetensors", lambda p: save_file(weights, p, metadata={"format": "pt"}))
     write_atomic(folder / "lora_kohya.safetensors", lambda p: save_file(lora.to_kohya(weights), p, metadata={"format": "pt"}))
 

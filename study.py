@@ -113,7 +113,6 @@ def write_study(path: Path, files: dict[str, list[Path]], prompts: list[str], pa
 <script>{SCRIPT}</script>
 </body></html>
 """
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, lambda p: p.write_text(page, encoding="utf-8"))
 
 
@@ -131,7 +130,6 @@ def tally(paths: tuple[str, ...]) -> str:
     ballots = []
     for path in paths:
         ballot = read_json(path)
-        ballot = ballot if isinstance(ballot, dict) else {}
         votes, models, kinds = ballot.get("votes"), ballot.get("models"), dict(votes=list, models=list, study=str, prompts=int, rater=int)
         sound = all(isinstance(ballot.get(k), kind) for k, kind in kinds.items()) and len(models) == 2 and all(
             isinstance(v, dict) and v.get("choice") in (*models, "tie") and v.get("question") in [*QUESTIONS] for v in votes)

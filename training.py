@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import hashlib
 import json
+import operator
 import os
 import pickle
 import re
@@ -30,9 +31,13 @@ from tqdm import tqdm
 from weights import InputError, fetch_parquet, preset_of
 
 
-def opt(default, help: str, choices: tuple | None = None):
-    """A documented option of a configuration dataclass."""
-    return dataclasses.field(default=default, metadata=dict(help=help, choices=choices))
+LIMITS = dict(least=("at least", operator.ge), above=("above", operator.gt), most=("at most", operator.le), below=("below", operator.lt))
+
+
+def opt(default, help: str, choices: tuple | None = None, **limits: float):
+    """A documented option of a configuration dataclass; `limits` of a number: least=, above=, most=, below=."""
+    words = " and ".join(f"{LIMITS[name][0]} {limit}" for name, limit in limits.items())
+    return dataclasses.field(default=default, metadata=dict(help=help, choices=choices, limits=limits, words=words))
 
 
 def _convert(text: str, kind: type):
@@ -55,14 +60,15 @@ def parse_options(cls, presets: dict[str, dict], arguments: list[str] | None = N
     """Command line -> an instance of the dataclass `cls`: command line over preset over default.
 
     The preset is the model's own or, where `cls` has a field `preset`, what that says; empty, it is filled in with what fits the model.
-    Unknown options are errors with a suggestion; `--help` lists every field with its help text and default.
+    Unknown options are errors with a suggestion; so are numbers that are not finite, of 64 bits and within the field's limits.
+    `--help` lists every field with its help text, limits and default.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     kinds = typing.get_type_hints(cls)
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False, epilog="In brackets: the default, and where a "
                                      "preset has another. P: from the paper, O: the released official code, T: measured on tiny.",
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = _refuse
+    parser.error = refuse
     parser._negative_number_matcher = re.compile(r"^-[\d.]+(e[+-]?\d+)?$", re.I)    # before Python 3.14, -1e-3 is taken for an option
     for f in dataclasses.fields(cls):
         names = [f"--{f.name}"] + ([f"--{f.name.replace('_', '-')}"] if "_" in f.name else [])
@@ -70,7 +76,7 @@ def parse_options(cls, presets: dict[str, dict], arguments: list[str] | None = N
         flag = dict(nargs="+") if typing.get_origin(kinds[f.name]) is tuple else flag
         others = [f"{model}: {values[f.name]}" for model, values in presets.items() if values.get(f.name, f.default) != f.default]
         choices = ", ".join(str(c) for c in f.metadata["choices"] or () if c != "")
-        words = f.metadata["help"] + (f"; one of {choices}" if choices else "")
+        words = "; ".join(w for w in (f.metadata["help"], choices and f"one of {choices}", f.metadata["words"]) if w)
         parser.add_argument(*names, dest=f.name, default=argparse.SUPPRESS, metavar="X",
                             help=f"{words} [{'; '.join([str(f.default), *others])}]".replace("%", "%%"), **flag)
     known, unknown = parser.parse_known_args(arguments)
@@ -90,9 +96,13 @@ def parse_options(cls, presets: dict[str, dict], arguments: list[str] | None = N
         preset = given["preset"] = given.get("preset") or preset_of(model)
     config = cls(**(presets.get(preset, {}) | given))
     for f in dataclasses.fields(cls):
-        choices = f.metadata["choices"]
-        if choices and getattr(config, f.name) not in choices:
-            raise InputError(f"--{f.name} {getattr(config, f.name)}: choose one of {', '.join(map(str, choices))}")
+        value, choices = getattr(config, f.name), f.metadata["choices"]
+        if choices and value not in choices:
+            raise InputError(f"--{f.name} {value}: choose one of {', '.join(map(str, choices))}")
+        if isinstance(value, int | float) and not abs(value) < 2 ** 63:
+            raise InputError(f"--{f.name} {value}: must be finite and of at most 18 digits")
+        if value is not None and not all(LIMITS[name][1](value, limit) for name, limit in f.metadata["limits"].items()):
+            raise InputError(f"--{f.name} {value}: must be {f.metadata['words']}")
     return config
 
 
@@ -103,7 +113,7 @@ def check_preset(config, is_sdxl: bool) -> None:
              f"start anew with --preset {'sdxl' if is_sdxl else 'sd15'}, unless this is meant")
 
 
-def _refuse(message: str) -> None:
+def refuse(message: str) -> None:
     """In place of argparse's own exit, which prints the whole usage."""
     raise InputError(f"{message}; see --help")
 
@@ -139,6 +149,7 @@ def run_script(main) -> None:
 
 LESS_MEMORY = ("try --memory low, or lower --sample_batch, --train_batch or --decode_batch (spm_train.py: lower --micro_batch; "
                "evaluate.py: lower --batch)")
+LONGEST = 10_000                        # characters of a prompt
 TOO_MANY = 10                           # optimizer steps that are skipped in a row, after which a run stops
 
 
@@ -236,11 +247,17 @@ class Processes:
 
 
 def start_processes(device: str | None = None) -> Processes:
-    """Join the process group that torchrun describes, or be alone. GPU if there is one; NCCL there, gloo on CPU."""
+    """Join the process group that torchrun describes, or be alone. GPU if there is one; NCCL there, gloo on CPU.
+
+    `device`: cpu, cuda or cuda:N. Raises InputError for others, and where this process has no such GPU.
+    """
     world, rank, local = (int(os.environ.get(k, d)) for k, d in (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0)))
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    place = torch.device(f"cuda:{local}" if device == "cuda" else device)
+    name, count = f"cuda:{local}" if device == "cuda" else device, torch.cuda.device_count()
+    if name not in ("cpu", *(f"cuda:{i}" for i in range(count))):
+        raise InputError(f"--device {device}: must be cpu or cuda; process {local} of this machine finds {count} GPUs")
+    place = torch.device(name)
     if place.type == "cuda":
         torch.cuda.set_device(place)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
@@ -272,23 +289,33 @@ def upload(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
-def write_atomic(path: Path, write) -> None:
-    """Call `write(temporary path)`, make it durable, and only then let it take the place of `path`."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+@contextlib.contextmanager
+def writing(path: Path):
+    """What inside fails for want of space or of permission becomes an InputError of one line that names `path`."""
     try:
-        write(temporary)
-        with open(temporary, "rb+") as handle:
-            os.fsync(handle.fileno())
-        os.replace(temporary, path)
-        with contextlib.suppress(OSError):      # the name, too, is to survive a power cut; not every file system can
-            folder = os.open(path.parent, os.O_RDONLY)
-            os.fsync(folder)
-            os.close(folder)
+        yield
     except (OSError, RuntimeError, SafetensorError) as error:       # torch.save and save_file have their own for a full disk
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
         raise InputError(f"{path}: cannot be written ({reason}); what was saved before is untouched") from None
-    finally:
-        temporary.unlink(missing_ok=True)
+
+
+def write_atomic(path: Path, write) -> None:
+    """Call `write(temporary path)`, make it durable, and only then let it take the place of `path`, whose folder is made if need be."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with writing(path):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write(temporary)
+            with open(temporary, "rb+") as handle:
+                os.fsync(handle.fileno())
+            os.replace(temporary, path)
+            with contextlib.suppress(OSError):      # the name, too, is to survive a power cut; not every file system can
+                folder = os.open(path.parent, os.O_RDONLY)
+                os.fsync(folder)
+                os.close(folder)
+        finally:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
 
 
 def write_json(path: Path, value) -> None:
@@ -503,13 +530,22 @@ def learning_rate(step: int, peak: float, warmup: int) -> float:
     return peak * min(1.0, (step + 1) / max(warmup, 1))
 
 
+def checked_prompt(prompt: str, place: str) -> str:
+    """The prompt; InputError that begins with its place where it cannot be one."""
+    if len(prompt) > LONGEST:
+        raise InputError(f"{place}, {prompt[:40]!r}..., has {len(prompt):,} characters, more than {LONGEST:,}; one prompt a line?")
+    if not prompt.isascii() and (lone := re.search("[\ud800-\udfff]", prompt)):
+        raise InputError(f"{place}, {prompt[:40]!r}, is no Unicode text: character {lone.start() + 1} is half a surrogate pair")
+    return prompt
+
+
 def read_prompts(source: str, sample: int = 0, seed: int = 0, distinct: bool = True) -> list[str]:
     """Prompts from .txt (one a line), .json (list of strings, or of objects with `caption`), .jsonl, or .parquet (`caption`).
 
     Parquet may also be a folder or a hub data set (`owner/name[/file.parquet]`), each caption once if `distinct`. `sample` > 0
     keeps that many, drawn by `seed`. Raises InputError that names the file, the line and what is wrong.
     """
-    prompts = _read_prompts(source, distinct)
+    prompts = [checked_prompt(p, f"{source}: prompt {i + 1}") for i, p in enumerate(_read_prompts(source, distinct))]
     return [prompts[i] for i in permutation(len(prompts), seed, "prompts")[:sample]] if sample else prompts
 
 
@@ -534,8 +570,8 @@ def _read_captions(source: str, path: Path, distinct: bool) -> list[str]:
 
 def _read_prompts(source: str, distinct: bool) -> list[str]:
     path = Path(source)
-    file = path.exists() or path.suffix in (".txt", ".json", ".jsonl") or "/" not in source
-    if path.suffix == ".parquet" or path.is_dir() or not file:          # a data set's name may hold a dot
+    file = os.path.exists(path) or path.suffix in (".txt", ".json", ".jsonl") or "/" not in source
+    if path.suffix == ".parquet" or os.path.isdir(path) or not file:          # a data set's name may hold a dot
         return _read_captions(source, fetch_parquet(source), distinct)
     try:
         text = path.read_text(encoding="utf-8-sig")

@@ -110,6 +110,8 @@ class Attention(nn.Module):
 
     def __init__(self, width: int, heads: int, context_width: int):
         super().__init__()
+        if width % heads:
+            raise ValueError(f"{heads} attention heads cannot share {width} channels")
         self.heads = heads
         self.to_q = nn.Linear(width, width, bias=False)
         self.to_k = nn.Linear(context_width, width, bias=False)

@@ -22,14 +22,17 @@ class InputError(Exception):
 
 
 def read_json(path: Path) -> dict:
-    """A JSON file as a dict; InputError if it is missing or malformed."""
+    """A JSON file that holds an object, as a dict; InputError if it is missing or malformed."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+        if not isinstance(value, dict):
+            raise ValueError("no object, {...}")
+        return value
     except FileNotFoundError:
         raise InputError(f"{path}: not found") from None
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from None
-    except (RecursionError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (RecursionError, ValueError) as error:
         raise InputError(f"{path}: not valid JSON ({error})") from None
 
 
@@ -43,7 +46,7 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
         raise InputError(f"{path}: no such weight file")
     if path.suffix == ".json":
         out, index = {}, read_json(path)
-        names = index.get("weight_map") if isinstance(index, dict) else None
+        names = index.get("weight_map")
         if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
             raise InputError(f"{path}: no index of shards (a weight_map from tensors to file names)")
         for name in sorted(set(names.values())):
@@ -69,14 +72,15 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
     if "lora_adapter_metadata" in header:
         return weights | lora_alphas(weights, header["lora_adapter_metadata"], path)
     weights = weights.get("state_dict", weights) if isinstance(weights, dict) else weights
-    if not isinstance(weights, dict) or not all(isinstance(v, torch.Tensor) for v in weights.values()):
-        raise InputError(f"{path}: holds no flat dictionary of tensors")
+    if not isinstance(weights, dict) or not all(isinstance(k, str) and isinstance(v, torch.Tensor) and v.layout == torch.strided
+                                                and not (v.is_quantized or v.is_meta) for k, v in weights.items()):
+        raise InputError(f"{path}: holds no flat dictionary of names and plain tensors")
     return weights
 
 
 def fetch_weights(source: str, root: Path, parts: list[str]) -> Path:
     """Into `root`, which `fetch` gave: the weights of its folders `parts`, each in the first of the KINDS that the hub has."""
-    if Path(source).exists() or root.is_file():
+    if os.path.exists(source) or root.is_file():
         return root
     for variant, suffix in KINDS:
         lacking = [p for p in parts if find_weights(root / p) is None]
@@ -89,7 +93,7 @@ def fetch_weights(source: str, root: Path, parts: list[str]) -> Path:
 def fetch_parquet(source: str) -> Path:
     """Local Parquet files as they are, or a hub data set's: its training split, or all where it has none of that name."""
     path = fetch(source, ["*train*.parquet"], "dataset")
-    if not Path(source).exists() and not path.is_file() and not any(path.rglob("*.parquet")):
+    if not os.path.exists(source) and not path.is_file() and not any(path.rglob("*.parquet")):
         path = fetch(source, ["*.parquet"], "dataset")
     return path
 
@@ -139,7 +143,7 @@ def fetch(source: str, patterns: list[str], repo_type: str = "model") -> Path:
 
     `owner/name/path/in/repository` fetches that one file. `repo_type`: "model" or "dataset".
     """
-    if Path(source).exists():
+    if os.path.exists(source):          # Path.exists raises where a name is too long
         return Path(source)
     match = re.fullmatch(r"([\w.-]+/[\w.-]+)(?:/([\w./-]+))?", source)
     if not match or source.startswith("."):
@@ -149,7 +153,7 @@ def fetch(source: str, patterns: list[str], repo_type: str = "model") -> Path:
         return Path(hf_hub_download(match[1], match[2], repo_type=repo_type) if match[2] else
                     snapshot_download(source, allow_patterns=patterns, repo_type=repo_type))
     except Exception as error:
-        offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
+        offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on") else ""
         raise InputError(f"{source}: not in the hub cache and cannot be downloaded{offline}; give a local folder instead "
                          f"({type(error).__name__})") from None
 
@@ -215,7 +219,8 @@ def load_strict(module: nn.Module, weights: dict[str, torch.Tensor], source: obj
     Floating tensors are cast to `dtype`, single numbers (a CLIP's logit_scale) at least to fp32. `whole`: all of the
     file, if `weights` are a part. Raises InputError that names the first few keys at fault and what the file looks like.
     """
-    expected = {k: tuple(v.shape) for k, v in module.state_dict().items()}
+    own = module.state_dict()
+    expected = {k: tuple(v.shape) for k, v in own.items()}
     missing, unexpected = sorted(expected.keys() - weights.keys()), sorted(weights.keys() - expected.keys())
     if missing or unexpected:
         parts = [f"{len(keys)} {name} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
@@ -229,8 +234,10 @@ def load_strict(module: nn.Module, weights: dict[str, torch.Tensor], source: obj
                          f"({'; '.join(wrong[:3])}); another model's weights or configuration; the file looks like "
                          f"{layout(whole or weights)}")
     for key, value in weights.items():
+        if own[key].is_floating_point() and not value.is_floating_point():
+            raise InputError(f"{source}: tensor {key} holds {str(value.dtype).removeprefix('torch.')}, not weights")
         if value.is_floating_point() and not torch.isfinite(value.sum(dtype=torch.float32)):
-            if not torch.isfinite(value).all():
+            if not torch.isfinite(value.float()).all():
                 raise InputError(f"{source}: tensor {key} holds NaN or infinity; the file is damaged, fetch it again")
     exact = dtype and torch.promote_types(dtype, torch.float32)
     module.load_state_dict({k: v.to(device=device, dtype=(dtype if v.ndim else exact) if v.is_floating_point() else None)

@@ -50,8 +50,8 @@ class BenchConfig:
     """Every option."""
     model: str = opt("tiny", "tiny, or sd15 or sdxl at full size with random weights (a GPU)", ("tiny", "sd15", "sdxl"))
     sides: tuple[str, ...] = opt(("official", "eager", "compiled"), "what to compare")
-    prompts: int = opt(0, "prompts in a round; 0: 16 tiny, 10 sd15, 2 sdxl")
-    repeats: int = opt(3, "rounds of each side, of which the median counts")
+    prompts: int = opt(0, "prompts in a round; 0: 16 tiny, 10 sd15, 2 sdxl", least=0)
+    repeats: int = opt(3, "rounds of each side, of which the median counts", least=1)
     out: str = opt("", "the JSON file; empty: benchmarks/results/bench_MODEL_DEVICE.json")
 
 

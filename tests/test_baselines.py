@@ -256,6 +256,8 @@ def test_what_cannot_be_trained_is_refused(sd, pickscore, pictures, prompts, tmp
         call("baselines", "--method", "mapo", "--model", sd, "--out", tmp_path / "a")
     with pytest.raises(InputError, match="choose one of ddpo, d3po"):
         call("baselines", "--method", "dpo", "--model", sd, "--out", tmp_path / "b")
+    with pytest.raises(InputError, match="--clip_range -1.0: must be above 0"):
+        call("baselines", "--method", "ddpo", "--clip_range", -1)
     with pytest.raises(InputError, match="unknown option '--start'"):          # SPO's own options mean nothing here
         call("baselines", "--method", "ddpo", "--start", "win")
     folder = tmp_path / "ties"

@@ -1,5 +1,6 @@
 """diffusion.py and weights.py on small random checkpoints, against diffusers' pipelines on the same folders."""
 import json
+import math
 import pickle
 import shutil
 
@@ -124,6 +125,7 @@ def damaged(folder, tmp_path, change, part="unet/diffusion_pytorch_model.safeten
     (lambda w: w.pop("conv_in.bias"), "1 missing (conv_in.bias)"),
     (lambda w: w.update(extra=torch.ones(1)), "1 unexpected (extra)"),
     (lambda w: w.update({"conv_in.bias": torch.ones(9)}), "conv_in.bias is (9,), expected (8,)"),
+    (lambda w: w.update({"conv_in.bias": torch.ones(8, dtype=torch.int64)}), "conv_in.bias holds int64"),
     (lambda w: w["conv_in.weight"].view(-1)[5:6].fill_(float("nan")), "conv_in.weight holds NaN"),
     (lambda w: w["conv_in.weight"].view(-1)[:2].copy_(torch.tensor([float("inf"), -float("inf")])), "conv_in.weight holds NaN or infinity"),
 ])
@@ -159,6 +161,32 @@ def test_unsupported_configurations_are_refused(sd, tmp_path):
         load_pipeline(str(copy))
 
 
+@pytest.mark.parametrize("file, change", [(file, change) for file, changes in {
+    "unet/config.json": ([], 3, dict(sample_size="8"), dict(block_out_channels=[8]), dict(block_out_channels=[]), dict(layers_per_block=-1),
+                         dict(layers_per_block=10 ** 12), dict(norm_eps="x"), dict(attention_head_dim=3), dict(attention_head_dim=0), dict(norm_num_groups=5)),
+    "vae/config.json": ([], dict(scaling_factor="1"), dict(scaling_factor=math.nan), dict(force_upcast="no"), dict(block_out_channels=4)),
+    "text_encoder/config.json": ([], dict(hidden_size=[12]), dict(num_attention_heads=5), dict(hidden_act=[]), dict(layer_norm_eps=-1)),
+    "scheduler/scheduler_config.json": ("x", dict(beta_start="x"), dict(beta_end=2), dict(num_train_timesteps=10 ** 12), dict(steps_offset=1.5)),
+    "model_index.json": ([],), "tokenizer/tokenizer.json": (3,), "tokenizer/tokenizer_config.json": ("x",)}.items() for change in changes], ids=str)
+def test_wrong_values_in_any_configuration_are_one_line(sd, tmp_path, file, change):
+    copy = tmp_path / "copy"
+    shutil.copytree(sd, copy)
+    (copy / file).write_text(json.dumps(json.loads((copy / file).read_text()) | change if isinstance(change, dict) else change))
+    with pytest.raises(InputError, match=f"copy/{file.partition('/tok')[0]}") as caught:
+        load_pipeline(str(copy))
+    assert "\n" not in str(caught.value)
+
+
+def test_offline_is_named_only_where_it_is_meant(monkeypatch):
+    import huggingface_hub
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **k: 1 / 0)
+    for value in ("1", "True", "0", ""):
+        monkeypatch.setenv("HF_HUB_OFFLINE", value)
+        with pytest.raises(InputError) as caught:
+            load_pipeline("owner/no-such-repository-here")
+        assert ("HF_HUB_OFFLINE is set" in str(caught.value)) == (value in ("1", "True"))
+
+
 def test_truncated_file_and_foreign_names(sd, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(sd, copy)
@@ -166,8 +194,8 @@ def test_truncated_file_and_foreign_names(sd, tmp_path):
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(InputError, match="damaged or truncated"):
         load_pipeline(str(copy))
-    for source in (str(tmp_path / "nothing"), "./nothing", "not a name"):
-        with pytest.raises(InputError, match="nothing|not a name"):
+    for source in (str(tmp_path / "nothing"), "./nothing", "not a name", 300 * "a"):
+        with pytest.raises(InputError, match="nothing|not a name|aaa: neither"):
             load_pipeline(source)
     with pytest.raises(InputError, match="hub cache"):
         load_pipeline("owner/no-such-repository-here")
@@ -190,7 +218,9 @@ def test_pickles_load_as_data_and_never_run_code(tmp_path, capsys):
     (tmp_path / "plain.bin").write_bytes(pickle.dumps(Hostile()))
     torch.save({"a": {"b": torch.ones(1)}}, tmp_path / "nested.bin")
     (tmp_path / "empty.bin").write_bytes(b"")
-    for name in ("torch.bin", "legacy.bin", "plain.bin", "nested.bin", "empty.bin"):
+    torch.save({1: torch.ones(1)}, tmp_path / "numbered.bin")
+    torch.save({"a": torch.eye(2).to_sparse()}, tmp_path / "sparse.bin")
+    for name in ("torch.bin", "legacy.bin", "plain.bin", "nested.bin", "empty.bin", "numbered.bin", "sparse.bin"):
         with pytest.raises(InputError, match=name) as caught:
             read_weights(tmp_path / name)
         assert "\n" not in str(caught.value)
@@ -260,7 +290,7 @@ def test_fp16_variant_and_shards_load(sd, tmp_path):
         read_weights(copy / "unet/x.safetensors.index.json")
     for wrong in ([], {}, dict(weight_map=["a"]), dict(weight_map={"a": None})):
         (copy / "unet/x.safetensors.index.json").write_text(json.dumps(wrong))
-        with pytest.raises(InputError, match="no index of shards"):
+        with pytest.raises(InputError, match="no index of shards|no object"):
             read_weights(copy / "unet/x.safetensors.index.json")
 
 
@@ -379,6 +409,17 @@ def test_unet_and_vae_can_be_replaced(sd, sdxl, tmp_path):
     ours = load_pipeline(str(sd), unet=str(copy), vae=str(sdxl / "vae"))
     assert torch.equal(ours.unet.conv_in.bias, load_pipeline(str(sd)).unet.conv_in.bias + 1)
     assert torch.equal(ours.vae.decoder.conv_in.weight, load_pipeline(str(sdxl)).vae.decoder.conv_in.weight)
+    with pytest.raises(InputError, match="the UNet wants 20 numbers a token, the other parts have 12"):
+        load_pipeline(str(sd), unet=str(sdxl))
+    shutil.rmtree(copy)
+    copy = damaged(sd, tmp_path, lambda w: w.update({"conv_in.weight": torch.ones(8, 9, 3, 3)}))
+    (copy / "unet/config.json").write_text(json.dumps(json.loads((copy / "unet/config.json").read_text()) | dict(in_channels=9)))
+    with pytest.raises(InputError, match="the UNet wants 9 channels of a latent, the other parts have 4; .* inpaints"):
+        load_pipeline(str(copy))
+    shutil.copytree(sdxl, tmp_path / "xl")
+    (tmp_path / "xl/unet/config.json").write_text(json.dumps(json.loads((sdxl / "unet/config.json").read_text()) | dict(addition_time_embed_dim=3)))
+    with pytest.raises(InputError, match="the UNet wants 46 numbers of pooled text and sizes, the other parts have 28"):
+        load_pipeline(str(tmp_path / "xl"))
 
 
 def test_judges_load_from_folders(pickscore, spm):

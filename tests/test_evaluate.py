@@ -155,6 +155,10 @@ def test_folder_of_another_evaluation_is_refused(kind, trained, tmp_path, prompt
     prompts.write_text("\n".join(reversed(PROMPTS)))
     with pytest.raises(InputError, match="prompts_sha256"):
         call("evaluate", *kind)
+    for damage in ("{", "[]", "{}", '{"lora": 3}'):
+        (tmp_path / "e/protocol.json").write_text(damage)
+        with pytest.raises(InputError, match="e/protocol.json: not "):
+            call("evaluate", *kind)
     assert (tmp_path / "e/results.json").read_bytes() == report
 
 
@@ -422,15 +426,24 @@ def test_two_processes_evaluate_what_one_does(kind, trained, tmp_path):
 
 
 @pytest.mark.parametrize("words, says", [
-    (("--lora", "base"), "name=FILE"), (("--lora", "a=", "a="), "each name once"), (("--lora", "a/b="), "name=FILE"),
+    (("--lora", "base"), "name=FILE"), (("--lora", "a=", "a="), "each name once"), (("--lora", "a/b="), "name=FILE"), (("--lora", "..="), "name=FILE"), (("--lora", 300 * "ä" + "="), "at most 100"),
+    (("--prompt", "caf\udce9"), "--prompt, 'caf\\udce9', is no Unicode text"), (("--trace", 20_000 * "a"), "20,000 characters"),
     (("--lora", "a=nowhere.safetensors"), "nowhere.safetensors"), (("--metrics", "beauty"), "unknown metric 'beauty'"),
     (("--metrics", "hpsv2", "hpsv2"), "each metric once"), (("--metrics", "aesthetic-v1"), "aesthetic-v1=FILE"), (("--prompts", "geneval"), "geneval=FILE"),
     (("--resolution", "17"), "multiple of 2"), (("--images", "x", "--trace", "a red circle"), "leave out --trace"), (("--trace", "a red circle"), "Step-Aware_Preference_Models"),
-    (("--steps", "0"), "--steps 0"), (("--prompts", "none.txt"), "none.txt"), (("--metric", "pickscore"), "did you mean --metrics?")])
+    (("--steps", "0"), "--steps 0"), (("--batch", "0"), "--batch 0"), (("--images_per_prompt", "0"), "at least 1"), (("--prompts", "none.txt"), "none.txt"), (("--metric", "pickscore"), "did you mean --metrics?")])
 def test_mistakes_are_one_line(sd, prompts, tmp_path, words, says):
     with pytest.raises(InputError) as caught:
         call("evaluate", "--model", sd, "--prompts", prompts, "--dtype", "fp32", "--steps", 1, "--out", tmp_path / "e", *words)
     assert says in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_place_that_cannot_be_written_is_one_line(kind, sd, spm, tmp_path):
+    (tmp_path / "file").touch()
+    for words in ((), ("--prompt", "a red circle"), ("--trace", "a red circle", "--spm", spm)):
+        with pytest.raises(InputError, match="file/.*cannot be written") as caught:
+            call("evaluate", *kind, *words, "--out", tmp_path / "file")
+        assert "\n" not in str(caught.value)
 
 
 def test_one_prompt_for_every_candidate(sd, trained, tmp_path):

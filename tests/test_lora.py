@@ -1,6 +1,7 @@
 """lora.py against peft and diffusers' own LoRA loader."""
 import copy
 import json
+import math
 import re
 import shutil
 from types import SimpleNamespace
@@ -277,6 +278,10 @@ def without(weights: dict, *parts: str) -> dict:
     (lambda w: without(lora.to_kohya(w), "lora_down.weight"), f"{LAYER}.*lacks"),
     (lambda w: without(lora.to_kohya(w), "lora_up.weight"), f"{LAYER}.*lacks"),
     (lambda w: without(lora.to_kohya(w), "lora_down.weight", "lora_up.weight"), f"{LAYER}.*lacks"),
+    (lambda w: w | {f"unet.{LAYER}.lora_A.weight": torch.tensor(1.0)}, f"{LAYER}.*no matrix"),
+    (lambda w: w | {f"unet.{LAYER}.lora_A.weight": torch.ones(3, 8, dtype=torch.int64)}, f"{LAYER}.*int64"),
+    (lambda w: w | {f"unet.{LAYER}.lora_A.weight": torch.ones(0, 8), f"unet.{LAYER}.lora_B.weight": torch.ones(8, 0)}, f"{LAYER}.*empty"),
+    (lambda w: w | {f"unet.{LAYER}.alpha": torch.ones(2)}, "alpha.*not plain LoRA"), (lambda w: w | {f"unet.{LAYER}.alpha": torch.tensor(math.nan)}, "alpha.*non-finite"),
     (lambda w: {"emb_params": torch.ones(3)}, "emb_params"), (lambda w: {}, "no LoRA"),
 ])
 def test_other_files_are_refused_and_leave_the_model_alone(damage, message):
@@ -436,6 +441,14 @@ def test_a_single_file_is_merged_into_a_single_file(kind, request, tmp_path, mon
     assert before.keys() == after.keys() and 0 < sum(not torch.equal(v, after[k]) for k, v in before.items()) < len(before) / 2
     with pytest.raises(InputError, match="must end in .safetensors"):
         run("merge", tmp_path / "lora.safetensors", tmp_path / "folder")
+    for words in (("convert", tmp_path / "lora.safetensors", target / "a"), ("merge", tmp_path / "lora.safetensors", target / "a.safetensors")):
+        with pytest.raises(InputError, match="out.safetensors/a.*cannot be written"):
+            run(*words)
+    single = folder
+    with pytest.raises(InputError, match="out.safetensors/a: cannot be written"):
+        run("merge", tmp_path / "lora.safetensors", target / "a")
+    with pytest.raises(InputError, match="see --help"):
+        run("twist")
 
 
 @pytest.mark.parametrize("words, message", [

@@ -43,7 +43,7 @@ def test_hpsv2_is_four_styles_in_order(tmp_path):
         assert len(got.prompts) == 3200 and got.prompts[799:801] == ["anime 799", "concept-art 0"]
         assert all(p.startswith(g + " ") for p, g in zip(got.prompts, got.groups))
     (tmp_path / "benchmark/photo.json").unlink()
-    with pytest.raises(InputError, match="photo.json: not found"):
+    with pytest.raises(InputError, match="photo.json: cannot be read"):
         prompt_set(f"hpsv2={tmp_path}")
 
 
@@ -62,7 +62,8 @@ def test_pickapic_from_its_parquet(tmp_path):
 
 
 @pytest.mark.parametrize("text, says", [
-    ('{"tag": "colors", "prompt": "p"}', "line 1"), ('\n{"tag": "colors"', "line 2"), ("[1]", "line 1"),
+    ('{"tag": "colors", "prompt": "p"}', "line 1"), ('\n{"tag": "colors"', "line 2"), ("[1]", "line 1"), ("[" * 100_000, "line 1"),
+    ('{"tag": [1], "prompt": "p", "include": [{"class": "cat", "count": 1}]}', "line 1"),
     ('{"tag": "a", "prompt": "p", "include": [{"class": "cat"}]}', "line 1"), ('{"tag": "a", "prompt": "p", "include": [{"class": "cat", "count": 0}]}', "line 1")])
 def test_bad_metadata_names_its_line(text, says, tmp_path):
     (tmp_path / "m.jsonl").write_text(text)
@@ -80,6 +81,14 @@ def test_names_that_cannot_be_had(tmp_path):
         (tmp_path / "x.tsv").write_text(text)
         with pytest.raises(InputError, match="the column Prompt"):
             prompt_set(str(tmp_path / "x.tsv"))
+    (tmp_path / "x.tsv").write_text("Category\tPrompt\nx\ty\nz\n")
+    assert prompt_set(str(tmp_path / "x.tsv")).prompts == ["y"]
+    (tmp_path / "x.tsv").write_text("Prompt\n" + 200_000 * "a")
+    with pytest.raises(InputError, match="x.tsv: cannot be read"):
+        prompt_set(str(tmp_path / "x.tsv"))
+    (tmp_path / "x.tsv").write_text("Prompt\n" + 20_000 * "a")
+    with pytest.raises(InputError, match="x.tsv: prompt 1, .* has 20,000 characters"):
+        prompt_set(str(tmp_path / "x.tsv"))
     with pytest.raises(InputError, match="not a readable file of GenEval's metadata"):
         prompt_set(f"geneval={tmp_path}")
     for word in ("parti=nowhere.tsv", "nowhere.tsv", "nowhere.txt"):

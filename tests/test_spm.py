@@ -54,7 +54,8 @@ def test_pairs_are_read(pairs):
 @pytest.mark.parametrize("row, says", [
     ("{", "pairs.jsonl"), ("", "holds no pairs"), ('{"caption": "x"}', "line 1 lacks image_0, image_1, label_0"), ("[]", "line 1 lacks"),
     ('{"caption": "x", "image_0": "no.png", "image_1": "no.png", "label_0": 1}', "no.png"),
-    ('{"caption": null, "image_0": "a", "image_1": "a", "label_0": 1}', "line 1 has a caption that is no text"),
+    ("[" * 100_000, "cannot be read"), ('{"caption": "\\ud800", "image_0": "a", "image_1": "a", "label_0": 1}', "line 1, .* is no Unicode text"),
+    ('{"caption": "x", "image_0": "' + 300 * "a" + '", "image_1": "a", "label_0": 1}', "does not exist"), ('{"caption": null, "image_0": "a", "image_1": "a", "label_0": 1}', "line 1 has a caption that is no text"),
     ('{"caption": "x", "image_0": null, "image_1": "a", "label_0": 1}', "line 1 names the picture None"),
     ('{"caption": "x", "image_0": "../a", "image_1": "a", "label_0": 1}', "names the picture '../a'; it must be a file in this folder"),
     ('{"caption": "x", "image_0": "/etc/passwd", "image_1": "a", "label_0": 1}', "it must be a file in this folder"),
@@ -73,6 +74,12 @@ def test_pairs_that_are_wrong(tmp_path, row, says):
 def test_only_tiny_brings_its_own_pairs(sd, pickscore, tmp_path):
     with pytest.raises(InputError, match="--pairs"):
         call("spm_train", "--model", sd, "--pickscore", pickscore, "--out", tmp_path / "run")
+
+
+@pytest.mark.parametrize("words", ["--batch -4", "--micro_batch 0", "--save_every 0", "--validation -5", "--lr nan", f"--seed {10 ** 30}"])
+def test_numbers_that_no_run_could_use_are_refused(words):
+    with pytest.raises(InputError, match=f"^{words}: must be "):
+        call("spm_train", *words.split())
 
 
 def test_damaged_picture_is_named(pairs, tmp_path):
@@ -450,8 +457,9 @@ def test_too_many_unreadable_pictures_stop_the_run(kind, pairs, tmp_path):
     assert log_of(tmp_path / "run")[-1]["step"] == 5
 
 
-def test_pictures_of_every_kind(tmp_path):
+def test_pictures_of_every_kind(tmp_path, monkeypatch):
     """16-bit grey keeps its upper byte, transparency is white, CMYK is converted; what is no picture says so."""
+    asked = []
     ramp = (np.arange(100, dtype=np.uint16).reshape(10, 10) * 655)
     Image.fromarray(ramp).save(tmp_path / "grey16.png")
     assert np.array_equal(square(tmp_path / "grey16.png", 10)[0].numpy(), ramp >> 8)
@@ -466,9 +474,20 @@ def test_pictures_of_every_kind(tmp_path):
     header = struct.pack(">IIBBBBB", 40_000, 40_000, 8, 2, 0, 0, 0)
     (tmp_path / "huge.png").write_bytes(b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + b"IHDR" + header
                                         + struct.pack(">I", zlib.crc32(b"IHDR" + header)) + struct.pack(">I", 0) + b"IDAT" + struct.pack(">I", zlib.crc32(b"IDAT")))
-    for name, says in (("dot.png", "1 x 1 pixels"), ("text.png", "cannot identify"), ("huge.png", "exceeds limit")):
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (37, 95, 3), dtype=np.uint8))
+    noise.save(tmp_path / "noise.png")
+    whole = np.asarray(noise.resize((41, 16), Image.Resampling.LANCZOS))[:, 12:28]
+    assert np.abs(square(tmp_path / "noise.png", 16).permute(1, 2, 0).numpy().astype(int) - whole).max() <= 1
+    Image.new("RGB", (8, 30_000), "red").save(tmp_path / "long.png")
+    monkeypatch.setattr(Image.Image, "resize", lambda *a, resize=Image.Image.resize, **k: asked.append(a[1]) or resize(*a, **k))
+    assert square(tmp_path / "long.png", 512).shape == (3, 512, 512) and asked == [(512, 512)]
+    (tmp_path / "odd.dds").write_bytes(b"DDS " + struct.pack("<I", 124) + bytes(120))
+    for name, says in (("dot.png", "1 x 1 pixels"), ("text.png", "cannot identify"), ("huge.png", "exceeds limit"), ("odd.dds", ".")):
         with pytest.raises(UnreadablePicture, match=says):
             square(tmp_path / name, 16)
+    monkeypatch.setattr(Image.Image, "convert", lambda *a: torch.empty(1 << 60) if a[1] == "RGB" else a[0])
+    with pytest.raises(UnreadablePicture, match="allocate"):
+        square(tmp_path / "noise.png", 16)
 
 
 @pytest.mark.parametrize("broken", ["predicted_pixels", "pair_scores"])

@@ -25,6 +25,7 @@ from training import (
     permutation,
     read_prompts,
     run_script,
+    start_processes,
     write_atomic,
     write_json,
 )
@@ -45,6 +46,8 @@ class Options:
     names: tuple[str, ...] = opt(("a",), "several words")
     seed_or_none: int | None = opt(None, "a number or none")
     start: str = opt("random", "where from", ("random", "win"))
+    share: float = opt(0.5, "of it", above=0, most=1)
+    batch: int = opt(4, "at a time", least=1, below=9)
 
 
 PRESETS = {"sdxl": dict(steps=50, lr=1e-5), "tiny": dict(lr=0.5)}
@@ -73,7 +76,10 @@ def test_kinds_of_options():
 @pytest.mark.parametrize("words, says", [
     (("--step", "3"), "did you mean --steps?"), (("--checkpoint",), "did you mean --checkpointing?"), (("--zzz", "3"), "see --help"),
     (("--steps=x",), "--steps x"), (("--steps", "1.5"), "--steps 1.5"), (("--checkpointing", "maybe"), "true or false"),
-    (("--start", "lose"), "choose one of random, win"), (("--steps",), "--steps"), (("word",), "'word'")])
+    (("--start", "lose"), "choose one of random, win"), (("--steps",), "--steps"), (("word",), "'word'"),
+    (("--lr", "nan"), "--lr nan: must be finite"), (("--lr=-inf",), "finite"), (("--steps", "1" + 30 * "0"), "at most 18 digits"),
+    (("--steps", "9" * 5000), "whole number"), (("--share", "0"), "--share 0.0: must be above 0 and at most 1"), (("--share", "1.1"), "--share 1.1"),
+    (("--share", "nan"), "finite"), (("--batch", "0"), "must be at least 1 and below 9"), (("--batch", "9"), "--batch 9")])
 def test_mistakes_are_one_line_with_a_suggestion(words, says):
     with pytest.raises(InputError) as caught:
         parse(*words)
@@ -85,6 +91,7 @@ def test_help_shows_every_option_with_its_default(capsys):
         parse("--help")
     text = capsys.readouterr().out
     assert all(f"--{name}" in text for name in Options.__dataclass_fields__) and "100 % of it [0.0001; sdxl: 1e-05; tiny: 0.5]" in text and "one of random, win [random]" in text
+    assert "of it; above 0 and at most 1 [0.5]" in text
 
 
 def test_a_data_sets_name_may_hold_a_dot(monkeypatch):
@@ -153,7 +160,16 @@ def test_write_atomic_leaves_the_old_file_on_failure(tmp_path, error):
         write_atomic(path, lambda p: (_ for _ in ()).throw(KeyboardInterrupt))
     assert path.read_text() == "old" and len(list(tmp_path.iterdir())) == 1
     with pytest.raises(InputError, match="cannot be written"):
-        write_json(tmp_path / "no" / "such.json", 1)
+        write_json(path / "such.json", 1)
+    write_json(tmp_path / "new" / "folder" / "such.json", 1)
+    assert [p.name for p in (tmp_path / "new" / "folder").iterdir()] == ["such.json"]
+
+
+@pytest.mark.parametrize("device", ["foo", "cuda", "cuda:0", "cuda:", "meta"])
+def test_a_device_that_is_not_there_is_one_line(device, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(InputError, match=f"^--device {device}: must be cpu or cuda; process 0 of this machine finds 0 GPUs$"):
+        start_processes(device)
 
 
 @dataclass
@@ -394,7 +410,8 @@ def test_prompt_files(tmp_path):
 @pytest.mark.parametrize("name, content, says", [
     ("a.txt", b"  \n\n", "holds no prompts"), ("a.json", b"[]", "holds no prompts"), ("a.json", b"{\"caption\": \"x\"}", "expected a list"),
     ("a.json", b"[1]", "entry 1"), ("a.jsonl", b"{\"caption\": \"x\"}\n{\"text\": \"y\"}", "entry 2"), ("a.json", b"[", "not valid JSON"),
-    ("a.jsonl", b"x", "not valid JSONL"), ("a.txt", b"caf\xe9", "not UTF-8 (byte 3)"), ("none.txt", None, "cannot be read")])
+    ("a.jsonl", b"x", "not valid JSONL"),
+    ("a.json", b'["x", "y \\ud800"]', "prompt 2, 'y \\ud800', is no Unicode text: character 3"), (300 * "a" + ".txt", None, "cannot be read"), ("a.txt", b"caf\xe9", "not UTF-8 (byte 3)"), ("none.txt", None, "cannot be read")])
 def test_prompt_files_that_are_wrong(tmp_path, name, content, says):
     if content is not None:
         (tmp_path / name).write_bytes(content)
@@ -439,13 +456,15 @@ def test_any_bytes_are_prompts_or_one_line(tmp_path_factory, content, suffix):
 
 
 def test_fifty_megabytes_of_prompts(tmp_path):
-    """A million prompts are read and sampled; one line of 50 MB is one prompt, which the tokenizer will cut."""
+    """A million prompts are read and sampled; one line of 50 MB is no prompt."""
     many, one = tmp_path / "many.txt", tmp_path / "one.txt"
     many.write_text("".join(f"prompt number {i:08d} is this and a little more text\n" for i in range(1_000_000)))
     assert many.stat().st_size > 50e6
     assert len(set(read_prompts(str(many), sample=4000))) == 4000
-    one.write_text("word " * 10_000_000)
-    assert len(read_prompts(str(one))) == 1
+    one.write_text("a red circle\n" + "word " * 10_000_000)
+    with pytest.raises(InputError, match=r"one.txt: prompt 2, 'word .{0,40}'..., has 49,999,999 characters") as caught:
+        read_prompts(str(one))
+    assert len(str(caught.value)) < 300
 
 
 def test_a_folder_that_cannot_be_written_is_one_line(tmp_path, monkeypatch):
