@@ -133,7 +133,7 @@ def mapo_loss(win: torch.Tensor, lose: torch.Tensor, beta: float, snr: float = 0
 def denoising_errors(unet, schedule: ddim.Schedule, latents: torch.Tensor, noise: torch.Tensor, timestep: torch.Tensor,
                      cond: Conditioning) -> torch.Tensor:
     """Mean squared error of the network's output [N] on clean latents [N, C, H, W] noised to timesteps [N]; no guidance."""
-    alpha = schedule.alphas_cumprod.to(latents.device)[timestep].view(-1, 1, 1, 1)
+    alpha = ddim.alphas_at(schedule, timestep)
     target = noise if schedule.prediction_type == "epsilon" else alpha.sqrt() * noise - (1 - alpha).sqrt() * latents
     output = unet(ddim.add_noise(schedule, latents, noise, timestep), timestep, cond.prompt_embeds, cond.pooled, cond.time_ids)
     return (output.float() - target).square().mean(dim=(1, 2, 3))

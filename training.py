@@ -235,6 +235,11 @@ def upload(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
+def fill_up(rows: list, size: int) -> list:
+    """`rows` with its first one repeated up to `size`: a compiled network sees one shape only. Nobody reads what is computed for them."""
+    return rows + rows[:1] * (size - len(rows))
+
+
 def write_atomic(path: Path, write) -> None:
     """Call `write(temporary path)`, make it durable, and only then let it take the place of `path`."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")

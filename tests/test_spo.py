@@ -18,7 +18,7 @@ import report
 import spo_train
 from conftest import assert_close, assert_same_gradients, randomize, seeded
 from diffusion import encode_empty, encode_prompts, guided_noise, load_pipeline, negative
-from helpers import PROMPTS, call, log_of, shell
+from helpers import PROMPTS, NoWaiting, call, log_of, shell, unpinned
 from spo_train import Pairs, SPOConfig, choose_pair, cut_minibatches, pool_groups, spo_loss
 from training import Clock, Processes, generator
 from weights import InputError
@@ -694,6 +694,39 @@ def test_trace_marks_winner_loser_and_the_chosen():
     assert [frame(0, c) for c in range(3)] == [green, white, red] and [frame(1, c) for c in range(3)] == [grey, grey, white]
     assert [dot(0, c) for c in range(3)] == [white, blue, white] and [dot(1, c) for c in range(3)] == [white, white, blue]
     assert image.getpixel((64 + 6 + 128, 6 + 128)) == (128, 128, 128)
+
+
+# Without waiting for the device
+
+@pytest.mark.parametrize("j", [1, 2])
+def test_a_round_never_waits_for_the_device(request, parts, monkeypatch, j):
+    """Neither the walk nor a microbatch. The meta device stands for a GPU, where there is none."""
+    pipe, models, config, cond, uncond, text = parts
+    config, place = dataclasses.replace(config, j=j), "cuda" if torch.cuda.is_available() else "meta"
+    if place == "meta":
+        monkeypatch.setattr(spo_train, "upload", unpinned)
+    pipe.device = torch.device(place)
+    for module in (pipe.unet, pipe.vae, models.judge):
+        module.to(place)
+    losses = []
+    monkeypatch.setattr(spo_train, "train_minibatches", lambda *arguments: losses.append(arguments[4]) or {})
+    cond, uncond = (c.map(lambda v: v.to(place)) for c in (cond, uncond))
+
+    def round_(text: torch.Tensor) -> None:
+        pairs = spo_train.sample_pairs(pipe, models, cond, uncond, text, [generator(0, i) for i in range(len(PROMPTS))], config,
+                                       Clock(torch.device("cpu")))
+        every = dataclasses.replace(pairs, valid=torch.ones(pairs.valid.shape))
+        spo_train.train_on_pairs(pipe, models, None, every, cond, uncond.map(lambda v: v[:1]), config, ALONE, None, (0, 0))
+        losses.pop()(list(range(1, 6)))[0].sum().backward()
+
+    text = text.to(place)
+    round_(text)                                            # tables are copied to a device once
+    if place == "meta":
+        with NoWaiting():
+            return round_(text)
+    torch.cuda.set_sync_debug_mode("error")
+    request.addfinalizer(lambda: torch.cuda.set_sync_debug_mode("default"))
+    round_(text)
 
 
 # Compiled
