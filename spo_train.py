@@ -35,7 +35,6 @@ from diffusion import (
     TINY,
     Conditioning,
     Pipeline,
-    decode,
     encode_empty,
     encode_prompts,
     generate,
@@ -538,15 +537,14 @@ def prepare_policy(config: RunConfig, processes: Processes) -> tuple[Pipeline, M
     except ValueError as error:
         raise InputError(f"--targets {config.targets}: {error}") from None
     pipe.unet.checkpointing = config.checkpointing
-    models = Models(Counted(pipe.unet), lambda z: decode(pipe, z, config.decode_batch))
+    # Compiled beside, not inside, the pipeline: sample grids, whose batches have other shapes, are drawn with what was loaded.
+    unet, vae_decode = (torch.compile(f, dynamic=False) if config.compile else f for f in (pipe.unet, pipe.vae.decode))
+    models = Models(Counted(unet), lambda z: vae_decode(z.to(pipe.vae.post_quant_conv.weight.dtype)).float())
     if config.decoder:
         small = load_tiny_decoder(config.decoder, pipe, dtype)
         models.check, models.decode = models.decode, lambda z: small(z.to(dtype)).float()
         if config.compile:
             small.compile(dynamic=False)
-    if config.compile:
-        models.unet = Counted(torch.compile(pipe.unet, dynamic=False))
-        pipe.vae.decode = torch.compile(pipe.vae.decode, dynamic=False)
     return pipe, models
 
 

@@ -731,28 +731,21 @@ def test_a_round_never_waits_for_the_device(request, parts, monkeypatch, j):
 
 # Compiled
 
-def test_nothing_is_compiled_anew_after_the_first_round(sd, spm, prompts, tmp_path, monkeypatch):
-    """Rounds of three prompts, of three and of one, and whatever number of pairs: the same graphs serve, and train what eager does."""
-    made, after, compile_, round_ = [], [], torch.compile, spo_train.spo_round
-
-    def backend(graph, inputs):
-        made.append(graph)
-        return graph.forward
+def test_nothing_is_compiled_anew_after_the_first_round(sd, spm, prompts, tmp_path, monkeypatch, compilations):
+    """Rounds of three prompts, of three and of one, whatever number of pairs, grids: the same graphs serve, and train what eager does."""
+    after, round_ = [], spo_train.spo_round
 
     def counted(*arguments):
         stats = round_(*arguments)
-        after.append(len(made))
+        after.append(len(compilations))
         return stats
 
-    monkeypatch.setattr(torch, "compile", lambda f, **settings: compile_(f, backend=backend, **settings))
     monkeypatch.setattr(spo_train, "spo_round", counted)
-    torch._dynamo.reset()
     words = ("--model", sd, "--spm", spm, "--prompts", prompts, "--dtype", "fp32", "--steps", 4, "--k", 2, "--j", 2, "--prompts_per_round", 3,
-             "--pairs_per_step", 10, "--train_batch", 10, "--decode_batch", 4, "--threshold", 0.05, "--lr", "2e-3", "--grid_every", 0)
+             "--pairs_per_step", 10, "--train_batch", 10, "--decode_batch", 4, "--threshold", 0.05, "--lr", "2e-3", "--grid_every", 1)
     call("spo_train", *words, "--rounds", 3, "--compile", "--out", tmp_path / "compiled")
     rows = log_of(tmp_path / "compiled")
-    assert len({row["pairs"] for row in rows}) > 1 and after[0] >= 6 and set(after) == {after[0]}
-    torch._dynamo.reset()
+    assert len({row["pairs"] for row in rows}) > 1 and after[0] >= 6 and set(after) == {after[0]} == {len(compilations)}
     call("spo_train", *words, "--rounds", 3, "--out", tmp_path / "eager")
     for ours, theirs in zip(rows, log_of(tmp_path / "eager"), strict=True):        # but for filled-up rows, which are evaluations too
         assert ours.pop("evaluations") >= theirs.pop("evaluations") and ours == pytest.approx(theirs, rel=1e-3, abs=1e-4)
