@@ -30,7 +30,7 @@ import spo_train
 from diffusion import Conditioning, Pipeline, encode_empty, encode_prompts, guided_noise, negative
 from spm_train import encode_pairs, readable, stack_pictures
 from spo_train import Models, RunConfig, SPOConfig, prepare, prepare_policy, run_rounds, sample_round, spo_round, train_minibatches
-from training import Clock, Processes, Run, generator, opt, parse_options, run_script, start_processes
+from training import Clock, Processes, Run, fill_up, generator, opt, parse_options, run_script, start_processes, upload
 from weights import InputError
 
 METHODS = {         # where each starts from unless the command line says otherwise
@@ -99,17 +99,17 @@ def ddpo_round(pipe: Pipeline, models: Models, prompts: list[str], empty: Condit
 
     def loss_of(part: list[int]) -> torch.Tensor:
         """Slots (prompt, step) -> [4, n]; the two samples of a slot are averaged."""
-        prompt, step = [s // count for s in part] * 2, [s % count for s in part] * 2
-        which = [0] * len(part) + [1] * len(part)
-        t, x_t = torch.tensor([timesteps[i] for i in step], device=pipe.device), pairs.x_t[prompt, step, which]
-        c = cond.map(lambda v: v[prompt])
+        slots = fill_up(part, config.train_batch if config.compile else 0)
+        index = [(s // count, s % count, which, timesteps[s % count]) for which in (0, 1) for s in slots]
+        prompt, step, which, t = upload(torch.tensor(index).t(), pipe.device)
+        x_t, c = pairs.x_t[prompt, step, which], cond.map(lambda v: v[prompt])
         noise_pred = guided_noise(models.unet, x_t, t, c, negative(pipe, c, empty), config.guidance_scale)
         mean, std = ddim.step_gaussian(pipe.schedule, x_t, noise_pred, t, t - stride, config.eta)
         log_ratio = ddim.log_prob(pairs.x_next[prompt, step, which], mean, std) - pairs.log_prob[prompt, step, which]
         advantage = gain[prompt, which]
         rows = [ddpo_loss(log_ratio, advantage, config.clip_range), advantage * log_ratio.detach(), log_ratio.detach().exp(),
                 ((log_ratio.detach().exp() - 1).abs() > config.clip_range).float()]
-        return torch.stack(rows).unflatten(1, (2, len(part))).mean(1)
+        return torch.stack(rows).unflatten(1, (2, len(slots))).mean(1)[:, :len(part)]
 
     faults = spo_train.report_faults(pairs, texts, [list(range(count))], timesteps, key) if processes.main else 0
     stats = train_minibatches(
@@ -133,7 +133,7 @@ def mapo_loss(win: torch.Tensor, lose: torch.Tensor, beta: float, snr: float = 0
 def denoising_errors(unet, schedule: ddim.Schedule, latents: torch.Tensor, noise: torch.Tensor, timestep: torch.Tensor,
                      cond: Conditioning) -> torch.Tensor:
     """Mean squared error of the network's output [N] on clean latents [N, C, H, W] noised to timesteps [N]; no guidance."""
-    alpha = schedule.alphas_cumprod.to(latents.device)[timestep].view(-1, 1, 1, 1)
+    alpha = ddim.alphas_at(schedule, timestep)
     target = noise if schedule.prediction_type == "epsilon" else alpha.sqrt() * noise - (1 - alpha).sqrt() * latents
     output = unet(ddim.add_noise(schedule, latents, noise, timestep), timestep, cond.prompt_embeds, cond.pooled, cond.time_ids)
     return (output.float() - target).square().mean(dim=(1, 2, 3))
@@ -145,17 +145,18 @@ def offline_round(pipe: Pipeline, models: Models, data: preference_pairs.Pairs, 
     names = ("loss", "margin", "accuracy", "error_win", "error_lose")
 
     def loss_of(part: list[int]) -> torch.Tensor:
-        rows = [used[indices[i]] for i in part]
-        images, seen = stack_pictures([readable(data, i) for i in rows], pipe.side(config.resolution))
+        size = config.train_batch if config.compile else 0
+        rows = fill_up([used[indices[i]] for i in part], size)
+        images, seen = stack_pictures(fill_up([readable(data, i) for i in rows[:len(part)]], size), pipe.side(config.resolution))
         generators = [generator(config.seed, "noise", key[0], i) for i in rows]
         last = len(pipe.schedule.alphas_cumprod)
-        t = torch.stack([torch.randint(last, (1,), generator=g) for g in generators]).to(pipe.device)       # [N, 1]
+        t = upload(torch.stack([torch.randint(last, (1,), generator=g) for g in generators]), pipe.device)       # [N, 1]
         mean, std = (m.flatten(0, 1).float() for m in encode_pairs(pipe, images).unbind(1))                 # [2 N, C, H, W] each
-        draws = torch.stack([torch.randn(3, *mean.shape[1:], generator=g) for g in generators]).to(pipe.device)
+        draws = upload(torch.stack([torch.randn(3, *mean.shape[1:], generator=g) for g in generators]), pipe.device)
         latents = (mean + std * draws[:, 1:].flatten(0, 1)) * pipe.vae.config.scaling_factor
         noise, t = draws[:, :1].expand(-1, 2, *mean.shape[1:]).flatten(0, 1), t.expand(-1, 2).flatten()
         cond = encode_prompts(pipe, [data.captions[i] for i in rows], config.resolution or None).map(lambda v: v.repeat_interleave(2, 0))
-        label = data.label[rows].to(pipe.device)
+        label = upload(data.label[rows], pipe.device)
         order = torch.stack([torch.where(label > 0.5, 0, 1), torch.where(label > 0.5, 1, 0)], 1)            # [N, 2]: winner, loser
 
         def errors() -> torch.Tensor:                                                                       # [2, N]
@@ -168,7 +169,8 @@ def offline_round(pipe: Pipeline, models: Models, data: preference_pairs.Pairs, 
             with torch.no_grad(), lora.disabled(pipe.unet):
                 win_ref, lose_ref = errors()
             margin, loss = (lose - lose_ref) - (win - win_ref), diffusion_dpo_loss(win, lose, win_ref, lose_ref, config.beta)
-        return torch.stack([loss, margin.detach(), (margin > 0).float(), win.detach(), lose.detach()]) * seen.to(pipe.device)
+        values = torch.stack([loss, margin.detach(), (margin > 0).float(), win.detach(), lose.detach()])
+        return (values * upload(seen, pipe.device))[:, :len(part)]
 
     stats = train_minibatches(pipe, optimizer, list(range(len(indices))), names, loss_of,
                               lambda i: f"the pair of caption {data.captions[used[indices[i]]]!r}", config, processes, clock, key, bad)

@@ -11,6 +11,7 @@ Parameter names equal the official files' (transformers layout; the SPM files ad
 
 Shapes: N texts or pictures, L tokens, D width, P width of the shared space.
 """
+import functools
 import math
 from dataclasses import dataclass, field, fields
 
@@ -290,6 +291,12 @@ def make_step_aware(clip: CLIP) -> CLIP:
     return spm
 
 
+@functools.lru_cache
+def _statistics(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """MEAN and STD on a device, [1, 3, 1, 1], copied there once: a copy waits for all that a GPU was given before."""
+    return tuple(torch.tensor(v, device=device).view(1, 3, 1, 1) for v in (MEAN, STD))
+
+
 def preprocess_decoded(images: torch.Tensor, size: int, clamp_first: bool = False, antialias: bool = False) -> torch.Tensor:
     """What the SPM sees: decoded pictures [N, 3, H, W] in about [-1, 1] -> normalised pixels [N, 3, size, size], fp32.
 
@@ -307,7 +314,7 @@ def preprocess_decoded(images: torch.Tensor, size: int, clamp_first: bool = Fals
         images = F.interpolate(images, target, mode="bicubic", align_corners=False, antialias=antialias)
         top, left = (target[0] - size) // 2, (target[1] - size) // 2
         images = images[..., top:top + size, left:left + size]
-    mean, std = (torch.tensor(v, device=images.device).view(1, 3, 1, 1) for v in (MEAN, STD))
+    mean, std = _statistics(images.device)
     return ((images / 2 + 0.5).clamp(0, 1) - mean) / std
 
 

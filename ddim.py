@@ -5,6 +5,7 @@ SPO needs p_theta(x_{t-1} | x_t, c) as a distribution that can be sampled many t
 
 Shapes: N samples, C H W latent. Timesteps are integers 0..999; alphas_cumprod[t] falls from 0.9991 to 0.0047.
 """
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -58,9 +59,20 @@ class Schedule:
         return float(self.alphas_cumprod[timestep]) if timestep >= 0 else self.final_alpha_cumprod
 
 
+@functools.lru_cache(maxsize=8)
+def _copy(table: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """alphas_cumprod on a device, copied there once: a copy waits for all that a GPU was given before."""
+    return table.to(device)
+
+
+def alphas_at(schedule: Schedule, timestep: torch.Tensor) -> torch.Tensor:
+    """alphas_cumprod at timesteps [N] in 0..999, on their device -> [N, 1, 1, 1]."""
+    return _copy(schedule.alphas_cumprod, timestep.device)[timestep].view(-1, 1, 1, 1)
+
+
 def add_noise(schedule: Schedule, latents: torch.Tensor, noise: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
     """q(x_t | x_0): clean latents and noise [N, C, H, W], timesteps [N] -> x_t."""
-    alpha = schedule.alphas_cumprod.to(latents.device)[timestep].view(-1, 1, 1, 1)
+    alpha = alphas_at(schedule, timestep)
     return alpha.sqrt() * latents.float() + (1 - alpha).sqrt() * noise.float()
 
 
@@ -81,10 +93,7 @@ def predict_x0_eps(schedule: Schedule, latents: torch.Tensor, noise_pred: torch.
 
 def predict_x0(schedule: Schedule, latents: torch.Tensor, noise_pred: torch.Tensor, timestep: torch.Tensor | int) -> torch.Tensor:
     """Predicted clean latent at a timestep, one number for all samples or [N]."""
-    if isinstance(timestep, int):
-        alpha = schedule.alpha(timestep)
-    else:
-        alpha = schedule.alphas_cumprod.to(latents.device)[timestep].view(-1, 1, 1, 1)
+    alpha = schedule.alpha(timestep) if isinstance(timestep, int) else alphas_at(schedule, timestep)
     return predict_x0_eps(schedule, latents, noise_pred, alpha)[0]
 
 
@@ -95,7 +104,7 @@ def step_gaussian(schedule: Schedule, latents: torch.Tensor, noise_pred: torch.T
     `timestep` and `previous` (the next smaller timestep; negative behind the last step) are numbers, or [N] each.
     With eta = 1 sigma runs from 0.644 at t = 951 to 0.0206 at t = 1 (20 steps): the last step is stochastic too.
     """
-    alpha, alpha_prev = (_alphas(schedule, t, latents.device) for t in (timestep, previous))
+    alpha, alpha_prev = (_alphas(schedule, t) for t in (timestep, previous))
     x0, eps = predict_x0_eps(schedule, latents, noise_pred, alpha)
     variance = (1 - alpha_prev) / (1 - alpha) * (1 - alpha / alpha_prev)          # DDIM, Eq. 16, at eta = 1
     std = eta * variance.sqrt()
@@ -103,13 +112,11 @@ def step_gaussian(schedule: Schedule, latents: torch.Tensor, noise_pred: torch.T
     return mean, std
 
 
-def _alphas(schedule: Schedule, timestep: torch.Tensor | int, device: torch.device) -> torch.Tensor:
+def _alphas(schedule: Schedule, timestep: torch.Tensor | int) -> torch.Tensor:
     """alphas_cumprod of one number (0-d, on the CPU: copying it to a GPU would wait for the GPU) or of [N] timesteps ([N, 1, 1, 1])."""
     if isinstance(timestep, int):
         return torch.tensor(schedule.alpha(timestep), dtype=torch.float32)
-    timestep = timestep.to(device)
-    alphas = schedule.alphas_cumprod.to(device)[timestep.clamp(min=0)]
-    return torch.where(timestep >= 0, alphas, torch.full_like(alphas, schedule.final_alpha_cumprod)).view(-1, 1, 1, 1)
+    return torch.where(timestep.view(-1, 1, 1, 1) >= 0, alphas_at(schedule, timestep.clamp(min=0)), schedule.final_alpha_cumprod)
 
 
 def log_prob(sample: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:

@@ -42,16 +42,20 @@ from diffusion import (
 from pairs import Pairs, UnreadablePicture, epoch_order, hold_out, load_pairs, world_pairs
 from training import (
     TOO_MANY,
+    Clock,
     Processes,
     Run,
     check_preset,
+    fill_up,
     fingerprint,
     generator,
     learning_rate,
     opt,
     parse_options,
+    profiled,
     run_script,
     start_processes,
+    upload,
     warn,
     write_atomic,
     write_json,
@@ -99,6 +103,7 @@ class SPMConfig:
     cache_latents: bool = opt(False, "keep encoded pictures in the run folder's latents.bin (SD-1.5, bf16: 13 GB for 100,000 pairs); with "
                                "human labels a pair's pictures are then read once")
     compile: bool = opt(False, "torch.compile the UNet, the VAE and the CLIPs")
+    profile: bool = opt(False, "write what the second step spends its time on: profile.json (for Perfetto), profile.txt")
     save_every: int = opt(500, "steps between checkpoints; the last two stay, and that of the highest mean accuracy (SPM: best/)", least=1)
 
 
@@ -109,7 +114,7 @@ PRESETS = {
     "sd15": dict(),
     "sdxl": dict(vae=SDXL_VAE, lr=1e-6, steps=7000, labels="pickscore", micro_batch=4),
 }
-FREE = ("out", "preset", "device", "micro_batch", "cache_latents", "compile", "save_every", "max_unreadable")
+FREE = ("out", "preset", "device", "micro_batch", "cache_latents", "compile", "profile", "save_every", "max_unreadable")
 
 
 def readable(pairs: Pairs, i: int) -> torch.Tensor | str:
@@ -130,9 +135,9 @@ def stack_pictures(got: list[torch.Tensor | str | None], side: int) -> tuple[tor
 @torch.no_grad()
 def relabel(clip: CLIP, images: torch.Tensor, text: torch.Tensor, threshold: float = 0.1) -> torch.Tensor:
     """PickScore's own opinion of clean pairs [N, 2, 3, H, W] uint8 -> 1, 0, or 0.5 if its softmax differs by at most 0.1."""
-    pixels = preprocess_decoded(images.flatten(0, 1).to(text.device) / 127.5 - 1, clip.config.vision.image_size, antialias=True)
-    scores = clip.score(clip.image_features(pixels), text.repeat_interleave(2, 0)).view(-1, 2)
-    gap = scores.softmax(1) @ torch.tensor([1.0, -1.0], device=text.device)
+    pixels = preprocess_decoded(upload(images, text.device).flatten(0, 1) / 127.5 - 1, clip.config.vision.image_size, antialias=True)
+    first, second = clip.score(clip.image_features(pixels), text.repeat_interleave(2, 0)).view(-1, 2).softmax(1).unbind(1)
+    gap = first - second
     return torch.where(gap.abs() <= threshold, 0.5, (gap > 0).float())
 
 
@@ -140,7 +145,7 @@ def relabel(clip: CLIP, images: torch.Tensor, text: torch.Tensor, threshold: flo
 def encode_pairs(pipe: Pipeline, images: torch.Tensor) -> torch.Tensor:
     """Pictures of N pairs [N, 2, 3, H, W] uint8 -> [N, 2, 2, C, h, w]: mean and standard deviation of both unscaled latents."""
     vae = pipe.vae.quant_conv.weight
-    moments = pipe.vae.moments(images.flatten(0, 1).to(vae.device, vae.dtype) / 127.5 - 1)                    # [2 N, C, h, w] each
+    moments = pipe.vae.moments(upload(images, vae.device).flatten(0, 1).to(vae.dtype) / 127.5 - 1)            # [2 N, C, h, w] each
     return torch.stack([m.unflatten(0, (-1, 2)) for m in moments], 1).contiguous()
 
 
@@ -165,11 +170,12 @@ def is_encoded(latents: torch.Tensor, i: int) -> bool:
     return bool(latents[i, 1].all())
 
 
-def cached_pairs(pipe: Pipeline, latents: torch.Tensor, index: list[int], images: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
-    """encode_pairs of the pairs `index`; those that `latents` lacks are encoded and, where `seen`, written there."""
-    moments, new = latents[index].to(pipe.device), [n for n, i in enumerate(index) if not is_encoded(latents, i)]
+def cached_pairs(pipe: Pipeline, latents: torch.Tensor, index: list[int], images: torch.Tensor, seen: torch.Tensor,
+                 size: int = 0) -> torch.Tensor:
+    """encode_pairs of the pairs `index`; those that `latents` lacks are encoded, filled up to `size`, and, where `seen`, written there."""
+    moments, new = upload(latents[index], pipe.device), [n for n, i in enumerate(index) if not is_encoded(latents, i)]
     if new:
-        moments[new] = encode_pairs(pipe, images[new])
+        moments[new] = encode_pairs(pipe, images[fill_up(new, size)])[:len(new)]
         for n in new:
             if seen[n]:
                 latents[index[n], 0], latents[index[n], 1] = moments[n].cpu()
@@ -184,10 +190,10 @@ def predicted_pixels(pipe: Pipeline, moments: torch.Tensor, index: list[int], ti
     Both pictures of a pair get the same noise (section 4.2), keyed by the pair's number in `index`.
     """
     mean, std = (m.flatten(0, 1).float() * pipe.vae.config.scaling_factor for m in moments.unbind(1))         # [2 N, C, H, W] each
-    draws = torch.stack([torch.randn(3, *mean.shape[1:], generator=generator(*key, i)) for i in index]).to(pipe.device)
+    draws = upload(torch.stack([torch.randn(3, *mean.shape[1:], generator=generator(*key, i)) for i in index]), pipe.device)
     latents = mean + std * draws[:, 1:].flatten(0, 1)
     noise = draws[:, :1].expand(-1, 2, *mean.shape[1:]).flatten(0, 1)
-    t = timestep.to(pipe.device).repeat_interleave(2)
+    t = upload(timestep, pipe.device).repeat_interleave(2)
     x_t = ddim.add_noise(pipe.schedule, latents, noise, t)
     both = cond.map(lambda v: v.repeat_interleave(2, 0))
     noise_pred = guided_noise(pipe.unet, x_t, t, both, negative(pipe, both, empty), guidance_scale)
@@ -199,9 +205,14 @@ def pair_scores(clip: CLIP, pixels: torch.Tensor, timestep: torch.Tensor, ids: t
                 dtype: torch.dtype) -> torch.Tensor:
     """Scores [N, 2] of pairs whose pixels are [2 N, 3, S, S]."""
     with torch.autocast(pixels.device.type, dtype=dtype, enabled=dtype != torch.float32):
-        images = clip.image_features(pixels, timestep.to(pixels.device).repeat_interleave(2))
+        images = clip.image_features(pixels, upload(timestep, pixels.device).repeat_interleave(2))
         text = clip.text_features(ids).repeat_interleave(2, 0)
     return clip.score(images, text).view(-1, 2)
+
+
+def whole_batch(config: SPMConfig, processes: Processes) -> int:
+    """To how many pairs microbatches are filled up; 0: to none, since nothing is compiled."""
+    return min(config.micro_batch, -(-config.batch // processes.world)) if config.compile else 0
 
 
 @torch.no_grad()
@@ -212,22 +223,22 @@ def accuracy_table(pipe: Pipeline, models: dict[str, CLIP], pairs: Pairs, labels
     {model: {t: [accuracy, standard error, pairs, paired difference from the first model, its standard error]}}
     Every model sees the same inputs, so the paired error of a difference is smaller than two errors together.
     """
-    size, chunk = next(iter(models.values())).config.vision.image_size, 2 * config.micro_batch
+    size, whole = next(iter(models.values())).config.vision.image_size, whole_batch(config, processes)
     hits, counted = torch.zeros(len(REPORT_AT), len(models), len(index), device=pipe.device), torch.zeros(len(index), device=pipe.device)
-    mine = processes.share(len(index))
+    mine, chunk = processes.share(len(index)), whole or 2 * config.micro_batch
     for begin in range(0, len(mine), chunk):
         place = mine[begin:begin + chunk]
-        part = [index[i] for i in place]
-        images, seen = stack_pictures([readable(pairs, i) for i in part], pipe.side(config.resolution))
+        n, part = len(place), fill_up([index[i] for i in place], whole)
+        images, seen = stack_pictures(fill_up([readable(pairs, i) for i in part[:n]], whole), pipe.side(config.resolution))
         label = labels_of(part, images)
-        counted[place] = ((label != 0.5) & seen.to(pipe.device)).float()
+        counted[place] = ((label != 0.5) & seen.to(pipe.device)).float()[:n]
         cond, moments = encode_prompts(pipe, [pairs.captions[i] for i in part], config.resolution or None), encode_pairs(pipe, images)
         for row, t in enumerate(REPORT_AT):
             steps = torch.full((len(part),), t)
             pixels = predicted_pixels(pipe, moments, part, steps, cond, empty, config.guidance_scale, (config.seed, "report", t), size)
             for m, clip in enumerate(models.values()):
                 scores = pair_scores(clip, pixels, steps, ids[part].to(pipe.device), torch.float32)
-                hits[row, m, place] = ((scores[:, 0] > scores[:, 1]) == (label > 0.5)).float()
+                hits[row, m, place] = ((scores[:, 0] > scores[:, 1]) == (label > 0.5)).float()[:n]
     processes.sum([hits, counted])
     hits, out = hits[:, :, counted > 0], {name: {} for name in models}
     n = max(hits.shape[-1], 1)
@@ -303,11 +314,11 @@ def build_models(pickscore: CLIP, config: SPMConfig, processes: Processes) -> tu
 
 
 def compile_all(pipe: Pipeline, models: dict[str, CLIP]) -> None:
-    """torch.compile for whatever the loop calls."""
+    """torch.compile for whatever the loop calls, each for one shape."""
     for module, *methods in ((pipe.unet, "forward"), (pipe.vae, "moments", "decode"),
                              *((clip, "image_features", "text_features") for clip in models.values())):
         for name in methods:
-            setattr(module, name, torch.compile(getattr(module, name)))
+            setattr(module, name, torch.compile(getattr(module, name), dynamic=False))
 
 
 def batches(pairs: Pairs, used: set[int], needed, config: SPMConfig, processes: Processes, begin: int):
@@ -348,30 +359,36 @@ class Gradients:
 
 def backward(pipe: Pipeline, models: dict[str, CLIP], pairs: Pairs, ids: torch.Tensor, labels_of, latents: torch.Tensor | None,
              empty: Conditioning | None, batch: list[int], timesteps: torch.Tensor, pictures: list[Future], config: SPMConfig,
-             processes: Processes, step: int) -> Gradients:
+             processes: Processes, step: int, clock: Clock) -> Gradients:
     """Eq. 3 on this process's share of `batch`, whose pair n is noised to `timesteps[n]`; gradients add up in the models."""
     mine, side = list(range(processes.rank, len(batch), processes.world)), pipe.side(config.resolution)
     size, dtype = next(iter(models.values())).config.vision.image_size, DTYPES[config.dtype]
     total_weight, out = float(pairs.weight[batch].sum()), Gradients(torch.zeros(2 * len(models), device=pipe.device), [], {})
+    whole = whole_batch(config, processes)
     for start in range(0, len(mine), config.micro_batch):
-        rows = mine[start:start + config.micro_batch]
+        n = len(mine[start:start + config.micro_batch])
+        rows = fill_up(mine[start:start + n], whole)                # of what follows only the first n count
         index, t = [batch[r] for r in rows], timesteps[rows]
-        got = [p.result() for p in pictures[start:start + config.micro_batch]]
-        out.broken |= {i: g for i, g in zip(index, got) if isinstance(g, str)}
-        images, seen = stack_pictures(got, side)
-        cond = encode_prompts(pipe, [pairs.captions[i] for i in index], side)
-        moments = encode_pairs(pipe, images) if latents is None else cached_pairs(pipe, latents, index, images, seen)
-        pixels = predicted_pixels(pipe, moments, index, t, cond, empty, config.guidance_scale, (config.seed, "noise", step), size)
-        target, w = labels_of(index, images), (pairs.weight[index] * seen).to(pipe.device)
-        drawn = judged = torch.isfinite(pixels).reshape(len(rows), -1).all(1)          # [N]
-        for m, clip in enumerate(models.values()):
-            scores = pair_scores(clip, pixels, t, ids[index].to(pipe.device), dtype)
-            each = preference_loss(scores[:, 0], scores[:, 1], target)                                        # Eq. 3
-            loss = (each * w).sum() / total_weight
-            loss.backward()
-            judged = judged & torch.isfinite(each.detach())
-            out.stats[2 * m] += loss.detach()
-            out.stats[2 * m + 1] += ((scores[:, 0] > scores[:, 1]).float() == target).float().sum() / len(batch)
+        with clock("reading"):
+            got = fill_up([p.result() for p in pictures[start:start + n]], whole)
+            out.broken |= {i: g for i, g in zip(index, got) if isinstance(g, str)}
+            images, seen = stack_pictures(got, side)
+        with clock("encoding"):
+            cond = encode_prompts(pipe, [pairs.captions[i] for i in index], side)
+            moments = encode_pairs(pipe, images) if latents is None else cached_pairs(pipe, latents, index, images, seen, whole)
+        with clock("predicting"):
+            pixels = predicted_pixels(pipe, moments, index, t, cond, empty, config.guidance_scale, (config.seed, "noise", step), size)
+        with clock("training"):
+            target, w = labels_of(index[:n], images[:n]), upload((pairs.weight[index] * seen)[:n], pipe.device)
+            drawn = judged = torch.isfinite(pixels[:2 * n]).reshape(n, -1).all(1)          # [n]
+            for m, clip in enumerate(models.values()):
+                scores = pair_scores(clip, pixels, t, upload(ids[index], pipe.device), dtype)[:n]
+                each = preference_loss(scores[:, 0], scores[:, 1], target)                                    # Eq. 3
+                loss = (each * w).sum() / total_weight
+                loss.backward()
+                judged = judged & torch.isfinite(each.detach())
+                out.stats[2 * m] += loss.detach()
+                out.stats[2 * m + 1] += ((scores[:, 0] > scores[:, 1]).float() == target).float().sum() / len(batch)
         out.finite.append(torch.stack([drawn, judged]))
     return out
 
@@ -401,8 +418,8 @@ def main() -> None:
     def labels_of(index: list[int], images: torch.Tensor) -> torch.Tensor:
         """[N] of these pairs, on the device: people's, or PickScore's opinion of the clean pictures."""
         if config.labels == "human":
-            return pairs.label[index].to(pipe.device)
-        return relabel(pickscore, images, pickscore.text_features(ids[index].to(pipe.device)))
+            return upload(pairs.label[index], pipe.device)
+        return relabel(pickscore, images, pickscore.text_features(upload(ids[index], pipe.device)))
 
     held, used = hold_out(pairs, config.validation, config.seed)
     models, optimizer = build_models(pickscore, config, processes)
@@ -427,11 +444,14 @@ def main() -> None:
         """Pair i's pictures as `readable` gives them, or None where its latents will do."""
         return None if latents is not None and config.labels == "human" and is_encoded(latents, i) else readable(pairs, i)
 
+    first = 0.0
     progress = tqdm(total=config.steps, initial=begin, desc="spm", unit="step", disable=not processes.main)
     for step, batch, pictures in batches(pairs, used, needed, config, processes, begin):
-        started = time.perf_counter()
+        started, clock = time.perf_counter(), Clock(pipe.device)
         timesteps = torch.randint(0, 1000, (len(batch),), generator=generator(config.seed, "timestep", step))     # t ~ U{0..999}
-        found = backward(pipe, models, pairs, ids, labels_of, latents, empty, batch, timesteps, pictures, config, processes, step)
+        with profiled(run.folder, pipe.device, config.profile and processes.main and step == min(begin + 1, config.steps - 1)):
+            found = backward(pipe, models, pairs, ids, labels_of, latents, empty, batch, timesteps, pictures, config, processes, step,
+                             clock)
         for p in parameters:
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
         stats, broken = found.stats, torch.tensor([float(len(found.broken))], device=pipe.device)
@@ -453,9 +473,14 @@ def main() -> None:
         done, seconds = step + 1, time.perf_counter() - started
         run.log(dict(step=done, epoch=step // max(1, len(used) // config.batch), loss=float(stats[0]) if sound else None,
                      accuracy=float(stats[1]), grad_norm=norms[0] if sound else None, lr=lr, skipped=skipped, unreadable=len(unreadable),
-                     pairs_per_second=len(batch) / seconds, eta_minutes=(config.steps - done) * seconds / 60))
+                     pairs_per_second=len(batch) / seconds, seconds={k: round(v, 3) for k, v in clock.seconds().items()},
+                     eta_minutes=(config.steps - done) * seconds / 60))
         progress.set_postfix(loss=f"{float(stats[0]):.3f}", pairs_per_second=f"{len(batch) / seconds:.1f}", refresh=False)
         progress.update()
+        if config.compile and processes.main and step < begin + 2:
+            first = seconds if step == begin else first
+            if step > begin:
+                tqdm.write(f"compiling took about {max(first - seconds, 0):.0f} s (the first step less the second)")
         seen_so_far = min(done * config.batch, len(used))
         spoilt = len(unreadable) > max(3, config.max_unreadable * seen_so_far)
         ending = processes.any(processes.stop) or bad >= TOO_MANY or spoilt
@@ -481,6 +506,8 @@ def main() -> None:
     progress.close()
     for clip in models.values():
         clip.requires_grad_(False)
+        for name in ("image_features", "text_features"):        # as PickScore's, which is not compiled
+            vars(clip).pop(name, None)
     table = accuracy_table(pipe, {"PickScore": pickscore, **models}, pairs, labels_of, held, config, empty, ids, processes)
     if processes.main:
         for name, clip in models.items():

@@ -35,7 +35,6 @@ from diffusion import (
     TINY,
     Conditioning,
     Pipeline,
-    decode,
     encode_empty,
     encode_prompts,
     generate,
@@ -54,6 +53,7 @@ from training import (
     Run,
     Stopped,
     check_preset,
+    fill_up,
     fingerprint,
     generator,
     opt,
@@ -332,12 +332,14 @@ def pair_log_ratios(unet, model: torch.nn.Module, schedule: ddim.Schedule, x_t: 
     reference forward give both ratios; the official code runs four. `model` is the UNet that carries the LoRA,
     `unet` what to call (it, or it compiled); forwards are filled up to `size` rows.
     """
-    apart = [i for i, s in enumerate(shared) if not s]
-    rows = fill_up(list(range(len(shared))) + apart, size)              # the winners' x_t, then losers' that differ
-    lose_row = list(range(len(shared)))
+    n, apart = len(shared), [i for i, s in enumerate(shared) if not s]
+    rows = fill_up(list(range(n)) + apart, size)                        # the winners' x_t, then losers' that differ
+    lose_row = list(range(n))
     for place, i in enumerate(apart):
-        lose_row[i] = len(shared) + place
-    latents = torch.cat([x_t[:, 0], x_t[apart, 1], x_t[:1, 0].expand(len(rows) - len(shared) - len(apart), *x_t.shape[2:])])
+        lose_row[i] = n + place
+    spare = len(rows) - n - len(apart)
+    rows, lose_row = upload(torch.tensor(rows + lose_row), x_t.device).split([len(rows), n])     # a list as an index would wait for the GPU
+    latents = torch.cat([x_t[:, 0], x_t[rows[n:n + len(apart)], 1], x_t[:1, 0].expand(spare, *x_t.shape[2:])])
     t, t_prev = timestep[rows], previous[rows]
     c, u = cond.map(lambda v: v[rows]), uncond.map(lambda v: v[rows])
     noise_pred = guided_noise(unet, latents, t, c, u, guidance_scale)
@@ -346,10 +348,10 @@ def pair_log_ratios(unet, model: torch.nn.Module, schedule: ddim.Schedule, x_t: 
     mean, std = ddim.step_gaussian(schedule, latents, noise_pred, t, t_prev, eta)
     mean_ref, _ = ddim.step_gaussian(schedule, latents, noise_ref, t, t_prev, eta)
 
-    def ratio(sample: torch.Tensor, index: list[int]) -> torch.Tensor:
+    def ratio(sample: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
         return ddim.log_prob(sample, mean[index], std[index]) - ddim.log_prob(sample, mean_ref[index], std[index])
 
-    return ratio(x_next[:, 0], rows[:len(shared)]), ratio(x_next[:, 1], lose_row)
+    return ratio(x_next[:, 0], rows[:n]), ratio(x_next[:, 1], lose_row)
 
 
 def spo_loss(win: torch.Tensor, lose: torch.Tensor, beta: float, clamp: float) -> torch.Tensor:
@@ -367,11 +369,6 @@ def cut_minibatches(slots: list[int], size: int, *key) -> list[list[int]]:
     order = [slots[i] for i in permutation(len(slots), *key)]
     count = max(1, round(len(order) / size)) if order else 0
     return [order[len(order) * i // count: len(order) * (i + 1) // count] for i in range(count)]
-
-
-def fill_up(rows: list, size: int) -> list:
-    """`rows` with its first one repeated up to `size`: a compiled network sees one shape only. Nobody reads what is computed for them."""
-    return rows + rows[:1] * (size - len(rows))
 
 
 def train_minibatches(pipe: Pipeline, optimizer: torch.optim.Optimizer, slots: list[int], names: tuple[str, ...], loss_of, place_of,
@@ -432,12 +429,12 @@ def train_on_pairs(pipe: Pipeline, models: Models, optimizer: torch.optim.Optimi
     size = config.train_batch * (1 if all(first) else 2) if config.compile else 0
 
     def loss_of(part: list[int]) -> torch.Tensor:
-        prompt, slot = [s // count for s in part], [s % count for s in part]
-        t = upload(torch.tensor([timesteps[steps[s]] for s in slot]), pipe.device)
+        places = [s % count for s in part]
+        prompt, slot, t = upload(torch.tensor([[s // count for s in part], places, [timesteps[steps[s]] for s in places]]), pipe.device)
         c = cond.map(lambda v: v[prompt])
         win, lose = pair_log_ratios(
             models.unet, pipe.unet, pipe.schedule, pairs.x_t[prompt, slot], pairs.x_next[prompt, slot], t, t - stride,
-            [first[s] for s in slot], c, negative(pipe, c, empty), config.guidance_scale, config.eta, size)
+            [first[s] for s in places], c, negative(pipe, c, empty), config.guidance_scale, config.eta, size)
         loss = spo_loss(win, lose, config.beta, config.clamp)
         with torch.no_grad():
             outside = [((r.exp() - 1).abs() > (config.clamp or math.inf)).float() for r in (win, lose)]
@@ -533,15 +530,14 @@ def prepare_policy(config: RunConfig, processes: Processes) -> tuple[Pipeline, M
     except ValueError as error:
         raise InputError(f"--targets {config.targets}: {error}") from None
     pipe.unet.checkpointing = config.checkpointing
-    models = Models(Counted(pipe.unet), lambda z: decode(pipe, z, config.decode_batch))
+    # Compiled beside, not inside, the pipeline: sample grids, whose batches have other shapes, are drawn with what was loaded.
+    unet, vae_decode = (torch.compile(f, dynamic=False) if config.compile else f for f in (pipe.unet, pipe.vae.decode))
+    models = Models(Counted(unet), lambda z: vae_decode(z.to(pipe.vae.post_quant_conv.weight.dtype)).float())
     if config.decoder:
         small = load_tiny_decoder(config.decoder, pipe, dtype)
         models.check, models.decode = models.decode, lambda z: small(z.to(dtype)).float()
         if config.compile:
             small.compile(dynamic=False)
-    if config.compile:
-        models.unet = Counted(torch.compile(pipe.unet, dynamic=False))
-        pipe.vae.decode = torch.compile(pipe.vae.decode, dynamic=False)
     return pipe, models
 
 
@@ -578,8 +574,10 @@ def sample_round(pipe: Pipeline, models: Models, prompts: list[str], indices: li
         for begin in range(0, len(mine), config.sample_batch):
             rows = list(range(begin, min(begin + config.sample_batch, len(mine))))
             whole_rows = fill_up(rows, size)
-            cond, generators = conds.map(lambda v: v[whole_rows]), [generator(config.seed, "pool", epoch, mine[i]) for i in whole_rows]
-            part = sample_pairs(pipe, models, cond, negative(pipe, cond, empty), text[whole_rows], generators, config, clock)
+            generators = [generator(config.seed, "pool", epoch, mine[i]) for i in whole_rows]
+            index = upload(torch.tensor(whole_rows), pipe.device)
+            cond = conds.map(lambda v: v[index])
+            part = sample_pairs(pipe, models, cond, negative(pipe, cond, empty), text[index], generators, config, clock)
             parts.append(Pairs(*(getattr(part, f.name)[:len(rows)] for f in dataclasses.fields(Pairs))))
 
     processes.droppable(sample)                 # until the exchange nothing has changed: whoever is told to stop need not finish

@@ -289,6 +289,11 @@ def upload(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
+def fill_up(rows: list, size: int) -> list:
+    """`rows` with its first one repeated up to `size`: a compiled network sees one shape only. Nobody reads what is computed for them."""
+    return rows + rows[:1] * (size - len(rows))
+
+
 @contextlib.contextmanager
 def writing(path: Path):
     """What inside fails for want of space or of permission becomes an InputError of one line that names `path`."""

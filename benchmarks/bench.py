@@ -3,12 +3,14 @@
     python benchmarks/bench.py                          # the embedded tiny model; a few minutes on a CPU, most of them compiling
     python benchmarks/bench.py --model sd15             # full size, random weights, one GPU; or sdxl
     python benchmarks/bench.py --sides official eager   # without compiling
+    python benchmarks/bench.py --settings               # instead: peak memory and speed of this program's settings; any --model
 
 Sides:
     official    diffusers' UNet with peft's LoRA, a second UNet as reference, four forwards per pair; diffusers' VAE; fp16 under
                 autocast on a GPU, fp32 on a CPU
     eager       this program
     compiled    this program with --compile
+    taesd       the same with --decoder taesd, random weights in its layout; SD-1.5 and SDXL only
 All walk down the same number of trajectories with the same batches, decode and score the same candidates with one SPM, and train
 on every pair. Before it measures, the program checks that both recipes give the same loss on the same pairs and weights.
 Needs requirements-dev.txt. Writes benchmarks/results/bench_MODEL_DEVICE.json.
@@ -16,7 +18,9 @@ Needs requirements-dev.txt. Writes benchmarks/results/bench_MODEL_DEVICE.json.
 import contextlib
 import dataclasses
 import json
+import multiprocessing
 import platform
+import resource
 import statistics
 import sys
 import time
@@ -36,11 +40,12 @@ import lora  # noqa: E402
 from clip_spm import CLIP, clip_h, preprocess_decoded  # noqa: E402
 from conftest import sd15_shaped, sdxl_shaped  # noqa: E402
 from diffusion import DTYPES, Conditioning, Pipeline, decode, encode_prompts, guided_noise, load_clip, load_pipeline, negative  # noqa: E402
-from spo_train import PRESETS, Counted, Models, Pairs, SPOConfig, judge_features, pair_log_ratios, sample_pairs, spo_loss, train_on_pairs  # noqa: E402
+from spo_train import LOW, PRESETS, Counted, Models, Pairs, SPOConfig, judge_features  # noqa: E402
+from spo_train import pair_log_ratios, sample_pairs, spo_loss, train_on_pairs  # noqa: E402
 from test_unet import SD15_FULL, SDXL_FULL  # noqa: E402
 from training import Clock, Processes, generator, opt, parse_options, read_prompts, run_script, write_json  # noqa: E402
 from unet import UNet, UNetConfig  # noqa: E402
-from vae import VAE, VAEConfig  # noqa: E402
+from vae import VAE, TinyDecoder, TinyDecoderConfig, VAEConfig  # noqa: E402
 
 PHASES = ("sampling", "decoding", "scoring", "training")
 
@@ -49,10 +54,11 @@ PHASES = ("sampling", "decoding", "scoring", "training")
 class BenchConfig:
     """Every option."""
     model: str = opt("tiny", "tiny, or sd15 or sdxl at full size with random weights (a GPU)", ("tiny", "sd15", "sdxl"))
-    sides: tuple[str, ...] = opt(("official", "eager", "compiled"), "what to compare")
+    sides: tuple[str, ...] = opt(("official", "eager", "compiled", "taesd"), "what to compare")
+    settings: bool = opt(False, "a table of settings instead, each in a process of its own: peak memory, seconds per prompt")
     prompts: int = opt(0, "prompts in a round; 0: 16 tiny, 10 sd15, 2 sdxl", least=0)
     repeats: int = opt(3, "rounds of each side, of which the median counts", least=1)
-    out: str = opt("", "the JSON file; empty: benchmarks/results/bench_MODEL_DEVICE.json")
+    out: str = opt("", "the JSON file; empty: benchmarks/results/bench_MODEL_DEVICE.json, or settings_...")
 
 
 @dataclass
@@ -85,6 +91,7 @@ def full_parts(model: str, device: torch.device) -> tuple[Pipeline, CLIP, Condit
         torch.set_default_dtype(torch.float32)
     for module in (unet, vae, judge):
         module.requires_grad_(False).eval()
+    vae.to(memory_format=torch.channels_last)                                       # as it is loaded
     tables = torch.linspace(0.00085 ** 0.5, 0.012 ** 0.5, 1000).square()
     pipe = Pipeline(model, [], [], unet, vae, ddim.Schedule((1 - tables).cumprod(0), 0.9991), device=device)
     wide, n = unet.config.cross_attention_dim, 16
@@ -170,20 +177,71 @@ def pool_timesteps(pipe: Pipeline, config: SPOConfig) -> list[int]:
     return [t for t in pipe.schedule.timesteps(config.steps) if config.t_min <= t <= config.t_max]
 
 
-def our_side(pipe: Pipeline, judge: CLIP, cond: Conditioning, uncond: Conditioning, config: SPOConfig, compiled: bool) -> Side:
-    """This program's own functions."""
+def our_side(pipe: Pipeline, judge: CLIP, cond: Conditioning, uncond: Conditioning, config: SPOConfig, compiled: bool,
+             small: TinyDecoder | None = None) -> Side:
+    """This program's own functions; pictures by the VAE or by a `small` decoder."""
     config = dataclasses.replace(config, compile=compiled, lr=1e-6)
     build = (lambda f: torch.compile(f, dynamic=False)) if compiled else (lambda f: f)
-    vae_decode, unet, features = build(pipe.vae.decode), build(pipe.unet), build(judge.image_features)
+    draw, unet, features = build(small or pipe.vae.decode), build(pipe.unet), build(judge.image_features)
     dtype = pipe.vae.post_quant_conv.weight.dtype
     optimizer = torch.optim.AdamW(lora.parameters(pipe.unet), lr=1e-6)
-    models = Models(Counted(unet), lambda z: vae_decode(z.to(dtype)).float(), judge, features)
+    models = Models(Counted(unet), lambda z: draw(z.to(dtype)).float(), judge, features)
 
     def train(pairs: Pairs, clock: Clock) -> None:
         empty = None if pipe.zero_negative else uncond.map(lambda v: v[:1])
         train_on_pairs(pipe, models, optimizer, pairs, cond, empty, config, Processes(0, 1, pipe.device), clock, (0, 0))
 
-    return Side(models, train, [pipe.unet, pipe.vae])
+    return Side(models, train, [pipe.unet, small or pipe.vae])
+
+
+def one_round(pipe: Pipeline, side: Side, cond: Conditioning, uncond: Conditioning, text: torch.Tensor, seed: int, config: SPOConfig,
+              clock: Clock) -> None:
+    """Sample the prompts, `sample_batch` at a time, and train on all their pairs."""
+    parts = []
+    for begin in range(0, len(text), config.sample_batch):
+        rows = slice(begin, begin + config.sample_batch)
+        c, u = (v.map(lambda w, rows=rows: w[rows]) for v in (cond, uncond))
+        generators = [generator(seed, "bench", i) for i in range(len(text))[rows]]
+        parts.append(sample_pairs(pipe, side.models, c, u, text[rows], generators, config, clock))
+    pairs = Pairs(*(torch.cat([getattr(part, f.name) for part in parts]) for f in dataclasses.fields(Pairs)))
+    pairs.valid[:] = True
+    side.train(pairs, clock)
+
+
+def measure(model: str, changes: dict, prompts: int, repeats: int) -> tuple[int, float] | None:
+    """Rounds of one setting, alone in a process: (peak bytes, of the card or else of the process; seconds a prompt); None if too large."""
+    device, seconds = torch.device("cuda" if torch.cuda.is_available() else "cpu"), []
+    pipe, judge, cond, uncond, text, config = tiny_parts(device) if model == "tiny" else full_parts(model, device)
+    cond, uncond, text = cond.map(lambda v: v[:prompts]), uncond.map(lambda v: v[:prompts]), text[:prompts]
+    config = dataclasses.replace(config, threshold=-1.0, **changes)
+    lora.add(pipe.unet, config.rank)
+    pipe.unet.checkpointing = config.checkpointing
+    side = our_side(pipe, judge, cond, uncond, config, compiled=False)
+    try:
+        for repeat in range(repeats + 1):
+            begin = time.perf_counter()
+            one_round(pipe, side, cond, uncond, text, repeat, config, Clock(device))
+            wait(device)
+            seconds.append(time.perf_counter() - begin)
+    except torch.cuda.OutOfMemoryError:
+        return None
+    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return peak, statistics.median(seconds[1:]) / prompts
+
+
+def compare_settings(given: BenchConfig, prompts: int, head: dict, path: Path) -> None:
+    """The table of settings. Low memory also moves the text encoders off the card, which are no part of this measurement."""
+    batches = {f"batches of {n}": dict(sample_batch=n, train_batch=n, decode_batch=n) for n in (8, 4, 1)}
+    rows = {"normal": {}, "--checkpointing": dict(checkpointing=True), **batches, "--memory low": LOW.get(given.model, LOW[""])}
+    lines, head["settings"] = ["| setting | peak memory | s / prompt |", "|---|---|---|"], {}
+    for name, changes in rows.items():
+        with multiprocessing.get_context("spawn").Pool(1) as process:
+            found = process.apply(measure, (given.model, changes, prompts, given.repeats))
+        head["settings"][name] = dict(changes, peak_bytes=found and found[0], seconds_per_prompt=found and found[1])
+        lines.append(f"| {name} | {found[0] / 1e9:.2f} GB | {found[1]:.3f} |" if found else f"| {name} | does not fit | |")
+        print(lines[-1], flush=True)
+    write_json(path, head)
+    print("\n".join(lines), path, sep="\n")
 
 
 def flops_of(function) -> float:
@@ -219,6 +277,14 @@ def main() -> None:
     given = parse_options(BenchConfig, {}, description=__doc__)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     prompts = given.prompts or {"tiny": 16, "sd15": 10, "sdxl": 2}[given.model]
+    name = f"{'settings' if given.settings else 'bench'}_{given.model}_{'gpu' if device.type == 'cuda' else 'cpu'}.json"
+    path = Path(given.out or ROOT / "benchmarks/results" / name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    head = dict(date=time.strftime("%Y-%m-%d"), device=torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or
+                platform.machine(), threads=torch.get_num_threads(), torch=torch.__version__, model=given.model, prompts=prompts,
+                repeats=given.repeats)
+    if given.settings:
+        return compare_settings(given, prompts, head, path)
     if given.model == "tiny":
         pipe, judge, cond, uncond, text, config = tiny_parts(device)
         unet_json, vae_json = (json.loads((ROOT / f"tiny/model/{part}/config.json").read_text()) for part in ("unet", "vae"))
@@ -242,6 +308,12 @@ def main() -> None:
     for name in ("eager", "compiled"):
         if name in given.sides:
             sides[name] = our_side(pipe, judge, cond, uncond, config, name == "compiled")
+    small = None
+    if "taesd" in given.sides and given.model == "tiny":
+        print("taesd: knows the latents of SD-1.5 and SDXL, not those of tiny; left out", flush=True)
+    elif "taesd" in given.sides:
+        small = TinyDecoder(TinyDecoderConfig()).to(device, pipe.vae.post_quant_conv.weight.dtype, memory_format=torch.channels_last)
+        sides["taesd"] = our_side(pipe, judge, cond, uncond, config, True, small.requires_grad_(False))
     modules = {id(m): m for side in sides.values() for m in side.modules}
 
     def run(side: Side, seed: int) -> tuple[dict[str, float], float, int | None]:
@@ -251,14 +323,12 @@ def main() -> None:
         if device.type == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
-        clock, generators = Clock(device), [generator(seed, "bench", i) for i in range(prompts)]
+        clock = Clock(device)
         cast = torch.autocast("cuda", torch.float16) if side.autocast else contextlib.nullcontext()
         wait(device)
         begin = time.perf_counter()
         with cast:
-            pairs = sample_pairs(pipe, side.models, cond, uncond, text, generators, config, clock)
-            pairs.valid[:] = True
-            side.train(pairs, clock)
+            one_round(pipe, side, cond, uncond, text, seed, config, clock)
         wait(device)
         return clock.seconds(), time.perf_counter() - begin, torch.cuda.max_memory_allocated() if device.type == "cuda" else None
 
@@ -305,16 +375,15 @@ def main() -> None:
         unet_flops = flops_of(lambda: pipe.unet(one, t, c.prompt_embeds, c.pooled, c.time_ids))
         picture = decode(pipe, one)
         decode_flops = flops_of(lambda: decode(pipe, one))
+        small_flops = flops_of(lambda: small(one.to(dtype))) if small else None
         pixels = preprocess_decoded(picture, judge.config.vision.image_size)
         judge_flops = flops_of(lambda: judge.image_features(pixels, t))
     # Per prompt: forwards to walk; then per pair forward and backward of the policy (frozen weights need no gradient: about one
     # forward more) and the reference's forward, with the guidance's two sides, once where winner and loser share x_t.
     top = ceiling(device, dtype)
-    record = dict(date=time.strftime("%Y-%m-%d"), device=torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or
-                  platform.machine(), threads=torch.get_num_threads(), torch=torch.__version__, diffusers=diffusers.__version__,
-                  peft=peft.__version__, model=given.model, prompts=prompts, repeats=given.repeats, k=config.k, j=config.j,
-                  train_batch=config.train_batch, ceiling_tflops=top, loss_difference=difference, unet_flops=unet_flops,
-                  decode_flops=decode_flops, judge_flops=judge_flops, sides={})
+    record = dict(head, diffusers=diffusers.__version__, peft=peft.__version__, k=config.k, j=config.j, train_batch=config.train_batch,
+                  ceiling_tflops=top, loss_difference=difference, unet_flops=unet_flops, decode_flops=decode_flops,
+                  small_decode_flops=small_flops, judge_flops=judge_flops, sides={})
     early = sum(t > config.t_max for t in pipe.schedule.timesteps(config.steps))
     end = pool_timesteps(pipe, config)[-1] == pipe.schedule.timesteps(config.steps)[-1]
     walk = 2 * (early + 1 + config.k * (slots - end))
@@ -324,7 +393,8 @@ def main() -> None:
         total = statistics.median(r[1] for r in times[name]) / prompts
         phases = {p: statistics.median(r[0].get(p, 0.0) for r in times[name]) / prompts for p in PHASES}
         visits = 2 * slots if name == "official" else 2 * slots - groups        # x_t's per prompt; a group's first one is shared
-        flops = walk * unet_flops + groups * config.k * (decode_flops + judge_flops) + visits * 2 * 3 * unet_flops
+        drawn = small_flops if name == "taesd" else decode_flops
+        flops = walk * unet_flops + groups * config.k * (drawn + judge_flops) + visits * 2 * 3 * unet_flops
         memory = max((r[2] for r in times[name] if r[2]), default=None)
         record["sides"][name] = dict(seconds_per_prompt=total, phases=phases, peak_bytes=memory, tflop_per_prompt=flops / 1e12,
                                      tflops=flops / total / 1e12, share_of_ceiling=flops / total / 1e12 / top,
@@ -339,8 +409,6 @@ def main() -> None:
             row["speedup"] = base["seconds_per_prompt"] / row["seconds_per_prompt"]
             row["memory_ratio"] = row["peak_bytes"] / base["peak_bytes"] if base["peak_bytes"] else None
         lines.append("\nfaster than the official recipe: " + ", ".join(f"{n} {record['sides'][n]['speedup']:.2f} x" for n in sides))
-    path = Path(given.out or ROOT / f"benchmarks/results/bench_{given.model}_{'gpu' if device.type == 'cuda' else 'cpu'}.json")
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, record)
     print("\n".join(lines))
     print(path)

@@ -112,6 +112,20 @@ def spm(tmp_path_factory, pickscore):
 
 
 @pytest.fixture
+def compilations(monkeypatch):
+    """What torch.compile has compiled since the start of the test, in a list; traced only, which spares the compiler."""
+    made, compile_ = [], torch.compile
+
+    def backend(graph, inputs):
+        made.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, "compile", lambda f, **settings: compile_(f, backend=backend, **settings))
+    return made
+
+
+@pytest.fixture
 def prompts(tmp_path):
     """Seven prompts in a file: no batch size divides them."""
     import helpers

@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 
 import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 import clip_spm
 import spm_train
@@ -82,6 +84,29 @@ def write_spm(folder: Path, pickscore: Path) -> Path:
                 p.add_(0.1 * torch.randn(p.shape, generator=seeded(i)))
     spm_train.save_spm(spm, folder)
     return folder
+
+
+class NoWaiting(TorchFunctionMode):
+    """The meta device in a GPU's place: AssertionError for whatever a GPU would be waited for.
+
+    By itself that device refuses .item(), bool(), nonzero and masks, which need its numbers. This adds what sends it numbers that do not
+    lie in pinned memory: a CPU tensor (but a 0-d one, which travels as an argument) and a list, be it an index or a tensor to be.
+    """
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        out = function(*args, **kwargs)
+        name, tensors = function.__name__, [v for v in tree_leaves((args, kwargs, out)) if isinstance(v, torch.Tensor)]
+        if any(v.is_meta for v in tensors):
+            index = tree_leaves(args[1], is_leaf=lambda v: isinstance(v, list)) if name in ("__getitem__", "__setitem__") else []
+            sent = [v for v in tensors if not v.is_meta and (v.ndim or name in ("as_tensor", "to", "copy_"))]
+            assert not sent and name != "tensor" and not any(isinstance(i, list) for i in index), f"{name} waits for the device"
+        return out
+
+
+def unpinned(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """In place of training.upload where the device is `meta`: what travels without waiting."""
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
 
 
 def environment() -> dict[str, str]:

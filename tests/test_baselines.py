@@ -17,7 +17,7 @@ from baselines import BaselineConfig, advantages, d3po_as_spo, ddpo_loss, denois
 from conftest import assert_close, seeded
 from diffusion import encode_empty, encode_prompts, guided_noise, load_pipeline, negative
 from evaluate import wear
-from helpers import PROMPTS, call, log_of, shell
+from helpers import PROMPTS, NoWaiting, call, log_of, shell, unpinned
 from pairs import load_pairs
 from spo_train import Counted, SPOConfig
 from test_distributed import LORA, assert_same_run
@@ -225,6 +225,49 @@ def test_offline_methods_learn_their_pairs(sd, pickscore, pictures, tmp_path, me
          "--rounds", 12, "--epochs", 12, "--lr", "5e-3")
     assert all(r["pairs"] == 4 for r in log_of(tmp_path / "run"))              # six pairs, two of them ties
     assert margin(sd, pictures, str(tmp_path / "run" / LORA)) > margin(sd, pictures, "") + 1e-4
+
+
+def test_a_microbatch_of_ddpo_never_waits_for_the_device(sd, pickscore, monkeypatch):
+    """The meta device stands for a GPU."""
+    pipe, models, pairs, cond, config = walked(sd, pickscore)
+    meta, empty, losses = torch.device("meta"), encode_empty(pipe), []
+    moved = {name: getattr(pairs, name).to(meta) for name in ("x_t", "x_next", "log_prob")}
+    pairs, cond, empty = dataclasses.replace(pairs, **moved, fault=torch.ones(3, 1)), *(c.map(lambda v: v.to(meta)) for c in (cond, empty))
+    pipe.device = pipe.unet.to(meta).conv_in.weight.device
+    for name, stub in dict(upload=unpinned, sample_round=lambda *inputs: (pairs, cond),
+                           train_minibatches=lambda *inputs: losses.append(inputs[4]) or dict(in_a_row=0)).items():
+        monkeypatch.setattr(baselines, name, stub)
+    baselines.ddpo_round(pipe, models, PROMPTS, empty, config, Processes(1, 2, meta), None, [0, 2, 5], (0, 0), None, 0)
+    losses[0]([0, 4, 5])                                    # the table of the schedule is copied to a device once
+    with NoWaiting():
+        losses[0]([1, 7, 3])[0].sum().backward()
+
+
+@pytest.mark.parametrize("method", ["ddpo", "mapo"])
+def test_a_compiled_run_sees_one_shape_and_trains_the_same(sd, pickscore, pictures, prompts, tmp_path, monkeypatch, method):
+    """Minibatches of five slots and fewer, rounds of three and of one: filled up, so that the first round's graphs serve. Grids, too."""
+    round_, shapes, after = (baselines.offline_round if method in baselines.OFFLINE else baselines.ddpo_round), set(), []
+
+    def traced(function, **settings):
+        def call(*inputs):
+            shapes.add((function, torch.is_grad_enabled(), *(x.shape for x in inputs if x is not None)))
+            return function(*inputs)
+        return call
+
+    def counted(*arguments):
+        stats = round_(*arguments)
+        after.append(len(shapes))
+        return stats
+
+    monkeypatch.setattr(torch, "compile", traced)
+    monkeypatch.setattr(baselines, round_.__name__, counted)
+    words = ("--model", sd, *options(method, pickscore, pictures, prompts), *WORDS, "--rounds", 3, "--pairs_per_step", 8, "--train_batch", 5)
+    call("baselines", *words, "--out", tmp_path / "compiled", "--compile", "--grid_every", 1)
+    assert len(after) == 3 and after[0] > 0 and set(after) == {len(shapes)}
+    call("baselines", *words, "--out", tmp_path / "eager")
+    for ours, theirs in zip(log_of(tmp_path / "compiled"), log_of(tmp_path / "eager"), strict=True):
+        assert ours.pop("evaluations") > theirs.pop("evaluations") and (ours["score"] is None) == (theirs["score"] is None)
+        assert {k: v or 0 for k, v in ours.items()} == pytest.approx({k: v or 0 for k, v in theirs.items()}, rel=1e-3, abs=1e-4)
 
 
 @pytest.mark.parametrize("method", ["ddpo", "mapo"])

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+import gentle
 import spm_train
 from clip_spm import make_step_aware
 from conftest import assert_close, seeded
@@ -389,18 +390,39 @@ def test_a_cache_that_does_not_fit_is_one_line(sd, tmp_path, monkeypatch):
         open_latents(tmp_path, pipe, 16, 3)
 
 
-def test_compiling_changes_nothing(kind, tmp_path, monkeypatch):
-    """UNet, VAE and both CLIPs go through torch.compile; traced only here, which spares the compiler."""
-    made, plain = [], torch.compile
-    monkeypatch.setattr(torch, "compile", lambda function: made.append(function.__qualname__) or plain(function, backend="eager"))
-    words = ("spm_train", *kind, "--steps", 1, "--batch", 4, "--validation", 4)
+def test_compiling_changes_nothing_and_happens_once(kind, tmp_path, monkeypatch, compilations):
+    """Microbatches of four and two pairs, and of any number that the cache lacks; the table's end: the first step's graphs serve."""
+    made, plain, backward = [], torch.compile, spm_train.backward
+    monkeypatch.setattr(torch.optim, "AdamW", gentle.adamw)
+    monkeypatch.setattr(torch, "compile", lambda function, **settings: made.append(function.__qualname__) or plain(function, **settings))
+
+    def counted(*arguments):
+        found = backward(*arguments)
+        after.append(len(compilations))
+        return found
+
+    monkeypatch.setattr(spm_train, "backward", counted)
+    words, after = ("spm_train", *kind, "--steps", 3, "--batch", 6, "--save_every", 100, "--cache_latents"), []
     call(*words, "--out", tmp_path / "plain")
-    assert not made
-    call(*words, "--out", tmp_path / "compiled", "--compile")
+    assert not made and after.pop() == 0
+    after.clear()
+    printed = call(*words, "--out", tmp_path / "compiled", "--compile")
     assert made == ["UNet.forward", "VAE.moments", "VAE.decode"] + ["CLIP.image_features", "CLIP.text_features"] * 2
+    assert len(after) == 3 and after[0] >= 6 and set(after) == {len(compilations)}
+    assert "compiling took about" in printed
     assert_same_models(tmp_path / "compiled", tmp_path / "plain", 1e-4)
     for a, b in zip(log_of(tmp_path / "compiled"), log_of(tmp_path / "plain"), strict=True):
-        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5) and a["accuracy"] == b["accuracy"]
+    assert (tmp_path / "compiled/results.json").read_text() == (tmp_path / "plain/results.json").read_text()
+
+
+def test_seconds_of_each_step_are_logged_and_one_can_be_profiled(kind, tmp_path):
+    call("spm_train", *kind, "--steps", 2, "--out", tmp_path / "run", "--profile")
+    for row in log_of(tmp_path / "run", timing=True):
+        assert set(row["seconds"]) == {"reading", "encoding", "predicting", "training"} and row["pairs_per_second"] > 0
+        assert 0 < sum(row["seconds"].values()) < 6 / row["pairs_per_second"]
+    events = json.loads((tmp_path / "run/profile.json").read_text())["traceEvents"]
+    assert sum(e.get("name") == "aten::conv2d" for e in events) > 10 and "aten::" in (tmp_path / "run/profile.txt").read_text()
 
 
 def damaged_copy(pairs, folder, numbers):

@@ -18,7 +18,7 @@ import report
 import spo_train
 from conftest import assert_close, assert_same_gradients, randomize, seeded
 from diffusion import encode_empty, encode_prompts, guided_noise, load_pipeline, negative
-from helpers import PROMPTS, call, log_of, shell
+from helpers import PROMPTS, NoWaiting, call, log_of, shell, unpinned
 from spo_train import Pairs, SPOConfig, choose_pair, cut_minibatches, pool_groups, spo_loss
 from training import Clock, Processes, generator
 from weights import InputError
@@ -731,30 +731,56 @@ def test_trace_marks_winner_loser_and_the_chosen():
     assert image.getpixel((64 + 6 + 128, 6 + 128)) == (128, 128, 128)
 
 
+# Without waiting for the device
+
+@pytest.mark.parametrize("j", [1, 2])
+def test_a_round_never_waits_for_the_device(request, parts, monkeypatch, j):
+    """Neither the walk nor a microbatch. The meta device stands for a GPU, where there is none."""
+    pipe, models, config, cond, uncond, text = parts
+    config, place = dataclasses.replace(config, j=j), "cuda" if torch.cuda.is_available() else "meta"
+    if place == "meta":
+        monkeypatch.setattr(spo_train, "upload", unpinned)
+    pipe.device = torch.device(place)
+    for module in (pipe.unet, pipe.vae, models.judge):
+        module.to(place)
+    losses = []
+    monkeypatch.setattr(spo_train, "train_minibatches", lambda *arguments: losses.append(arguments[4]) or {})
+    cond, uncond = (c.map(lambda v: v.to(place)) for c in (cond, uncond))
+
+    def round_(text: torch.Tensor) -> None:
+        pairs = spo_train.sample_pairs(pipe, models, cond, uncond, text, [generator(0, i) for i in range(len(PROMPTS))], config,
+                                       Clock(torch.device("cpu")))
+        every = dataclasses.replace(pairs, valid=torch.ones(pairs.valid.shape))
+        spo_train.train_on_pairs(pipe, models, None, every, cond, uncond.map(lambda v: v[:1]), config, ALONE, None, (0, 0))
+        losses.pop()(list(range(1, 6)))[0].sum().backward()
+
+    text = text.to(place)
+    round_(text)                                            # tables are copied to a device once
+    if place == "meta":
+        with NoWaiting():
+            return round_(text)
+    torch.cuda.set_sync_debug_mode("error")
+    request.addfinalizer(lambda: torch.cuda.set_sync_debug_mode("default"))
+    round_(text)
+
+
 # Compiled
 
-def test_nothing_is_compiled_anew_after_the_first_round(sd, spm, prompts, tmp_path, monkeypatch):
-    """Rounds of three prompts, of three and of one, and whatever number of pairs: the same graphs serve, and train what eager does."""
-    made, after, compile_, round_ = [], [], torch.compile, spo_train.spo_round
-
-    def backend(graph, inputs):
-        made.append(graph)
-        return graph.forward
+def test_nothing_is_compiled_anew_after_the_first_round(sd, spm, prompts, tmp_path, monkeypatch, compilations):
+    """Rounds of three prompts, of three and of one, whatever number of pairs, grids: the same graphs serve, and train what eager does."""
+    after, round_ = [], spo_train.spo_round
 
     def counted(*arguments):
         stats = round_(*arguments)
-        after.append(len(made))
+        after.append(len(compilations))
         return stats
 
-    monkeypatch.setattr(torch, "compile", lambda f, **settings: compile_(f, backend=backend, **settings))
     monkeypatch.setattr(spo_train, "spo_round", counted)
-    torch._dynamo.reset()
     words = ("--model", sd, "--spm", spm, "--prompts", prompts, "--dtype", "fp32", "--steps", 4, "--k", 2, "--j", 2, "--prompts_per_round", 3,
-             "--pairs_per_step", 10, "--train_batch", 10, "--decode_batch", 4, "--threshold", 0.05, "--lr", "2e-3", "--grid_every", 0)
+             "--pairs_per_step", 10, "--train_batch", 10, "--decode_batch", 4, "--threshold", 0.05, "--lr", "2e-3", "--grid_every", 1)
     call("spo_train", *words, "--rounds", 3, "--compile", "--out", tmp_path / "compiled")
     rows = log_of(tmp_path / "compiled")
-    assert len({row["pairs"] for row in rows}) > 1 and after[0] >= 6 and set(after) == {after[0]}
-    torch._dynamo.reset()
+    assert len({row["pairs"] for row in rows}) > 1 and after[0] >= 6 and set(after) == {after[0]} == {len(compilations)}
     call("spo_train", *words, "--rounds", 3, "--out", tmp_path / "eager")
     for ours, theirs in zip(rows, log_of(tmp_path / "eager"), strict=True):        # but for filled-up rows, which are evaluations too
         assert ours.pop("evaluations") >= theirs.pop("evaluations") and ours == pytest.approx(theirs, rel=1e-3, abs=1e-4)
