@@ -396,11 +396,8 @@ class Run:
         """Append one JSON line to log.jsonl."""
         if self.processes.main:
             line = json.dumps({k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in record.items()})
-            try:
-                with open(self.log_file, "a") as handle:
-                    handle.write(line + "\n")
-            except OSError as error:
-                raise InputError(f"{self.log_file}: cannot be written ({error.strerror}); what was saved before is untouched") from None
+            with writing(self.log_file), open(self.log_file, "a") as handle:
+                handle.write(line + "\n")
 
     def read_log(self) -> list[dict]:
         """The records of log.jsonl so far."""
@@ -550,8 +547,9 @@ def read_prompts(source: str, sample: int = 0, seed: int = 0, distinct: bool = T
     Parquet may also be a folder or a hub data set (`owner/name[/file.parquet]`), each caption once if `distinct`. `sample` > 0
     keeps that many, drawn by `seed`. Raises InputError that names the file, the line and what is wrong.
     """
-    prompts = [checked_prompt(p, f"{source}: prompt {i + 1}") for i, p in enumerate(_read_prompts(source, distinct))]
-    return [prompts[i] for i in permutation(len(prompts), seed, "prompts")[:sample]] if sample else prompts
+    prompts = _read_prompts(source, distinct)
+    chosen = permutation(len(prompts), seed, "prompts")[:sample] if sample else range(len(prompts))
+    return [checked_prompt(prompts[i], f"{source}: prompt {i + 1}") for i in chosen]
 
 
 def _read_captions(source: str, path: Path, distinct: bool) -> list[str]:
