@@ -712,7 +712,8 @@ def run_rounds(config: RunConfig, run: Run, processes: Processes, prompts: list[
         if processes.main and config.grid_every and (done % config.grid_every == 0 or done == total):
             images = generate(pipe, preview, list(range(len(preview))), min(config.sample_batch, config.decode_batch), steps=config.steps,
                               guidance_scale=config.guidance_scale, resolution=config.resolution or None)
-            write_atomic(run.folder / f"samples-{done:05d}.png", lambda p, picture=grid(images, 8): picture.save(p, "PNG"))
+            picture = grid(images, 8)
+            write_atomic(run.folder / f"samples-{done:05d}.png", functools.partial(picture.save, format="PNG"))
         processes.barrier()
         if ending:
             break

@@ -14,8 +14,27 @@ from safetensors.torch import load_file, save_file
 
 import diffusion
 from conftest import FACTS, assert_close
-from diffusion import _tokenizer, decode, encode_empty, encode_prompts, generate, generate_latents, grid, load_clip, load_pipeline, negative, to_pil
+from clip_spm import CLIP, CLIPConfig
+from ddim import Schedule
+from diffusion import (
+    SINGLE_UNETS,
+    _tokenizer,
+    build,
+    decode,
+    encode_empty,
+    encode_prompts,
+    generate,
+    generate_latents,
+    grid,
+    load_clip,
+    load_pipeline,
+    negative,
+    read_config,
+    to_pil,
+)
 from helpers import PROMPTS
+from unet import UNet, UNetConfig
+from vae import VAE, VAEConfig
 from weights import InputError, fetch_parquet, read_weights, weight_file
 
 STEPS, SEEDS = 4, [3, 4, 5]
@@ -426,6 +445,24 @@ def test_judges_load_from_folders(pickscore, spm):
     """PickScore's and the SPM's folders tell themselves apart."""
     assert not load_clip(str(pickscore)).config.step_aware and load_clip(str(spm)).config.step_aware
     assert all(k.startswith("model.") for k in load_file(spm / "model.safetensors"))
+
+
+@pytest.mark.parametrize("name, single, numbers", [("stable-diffusion-v1-5", "sd15", (859_520_964, 83_653_863, 123_060_480)),
+                                                   ("stable-diffusion-xl-base-1.0", "sdxl", (2_567_463_684, 83_653_863, 123_060_480))])
+def test_the_official_configurations_build_the_official_networks(name, single, numbers):
+    """Their own config.json files, as they are: the parameter counts of weights.md, and the shapes that single files are read with."""
+    root = FACTS.parent / "official" / name
+    if not root.exists():
+        pytest.skip("the official configuration files are not at hand")
+    parts = [(UNet, UNetConfig, "unet"), (VAE, VAEConfig, "vae"), (CLIP, CLIPConfig, "text_encoder"), (CLIP, CLIPConfig, "text_encoder_2")]
+    for (cls, kind, part), number in zip(parts, (*numbers, 694_659_840)):
+        if (root / part).exists():
+            config = read_config(kind, root / part / "config.json")
+            module = build(cls, config, root)
+            assert sum(p.numel() for p in module.parameters()) == number, part
+            assert part != "unet" or json.dumps(vars(config)) == json.dumps(vars(SINGLE_UNETS[single]))
+    schedule = Schedule.from_json(json.loads((root / "scheduler/scheduler_config.json").read_text()))
+    assert schedule.timesteps(20) == [951 - 50 * i for i in range(20)] and schedule.final_alpha_cumprod < 1
 
 
 ODD = ["", "!!!", "a " * 200, "caf\u00e9 \u4e2d\u6587 \U0001f680 na\u00efve", "<|endoftext|> x", "  tabs\tand\nlines  ", "UPPER lower", "it's 3,14 $5"]
