@@ -24,7 +24,7 @@ demo: $(VENV)/.runtime
 
 test: $(VENV)/.dev
 	$(PY) -m ruff check .
-	$(PY) -m pytest
+	$(PY) -m pytest -n 2 --dist worksteal
 
 test-slow: $(VENV)/.dev
 	$(PY) -m pytest -m slow

@@ -128,6 +128,18 @@ def test_stopped_and_continued_is_the_same_run(kind, tmp_path):
     assert_same_run(tmp_path / "parts", tmp_path / "whole", 4)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_stopped_and_continued_on_a_gpu_is_the_same_run_up_to_rounding(kind, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.optim, "AdamW", gentle.adamw)
+    words = ("spo_train", *kind, "--device", "cuda", "--lr", 0.005)
+    call(*words, "--rounds", 4, "--out", tmp_path / "whole")
+    call(*words, "--rounds", 2, "--out", tmp_path / "parts")
+    assert "starting at round 2" in call(*words, "--rounds", 4, "--out", tmp_path / "parts")
+    theirs = load_file(tmp_path / "parts" / LORA)
+    for key, value in load_file(tmp_path / "whole" / LORA).items():
+        assert_close(theirs[key], value, what=key)
+
+
 def test_lost_work_is_done_again(kind, tmp_path):
     """Killed after round 3 was logged but not saved, and the last checkpoint damaged on top: back to the one before."""
     call("spo_train", *kind, "--rounds", 4, "--out", tmp_path / "whole", "--save_every", 1)

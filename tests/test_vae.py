@@ -46,7 +46,7 @@ def test_encoder_equals_diffusers(size, dtype, tolerance):
 
 
 @PRECISIONS
-@pytest.mark.parametrize("levels, size", [(4, (4, 4)), (4, (3, 5)), (2, (4, 6))])
+@pytest.mark.parametrize("levels, size", [(4, (4, 4)), (4, (2, 3)), (2, (4, 6))])
 def test_decoder_equals_diffusers(levels, size, dtype, tolerance):
     ours, theirs = make_pair(config(levels), dtype)
     z = torch.randn(2, 4, *size, generator=seeded(1)).to(dtype).requires_grad_()
