@@ -620,6 +620,14 @@ def save_lora(pipe: Pipeline, folder: Path) -> None:
     write_atomic(folder / "lora_kohya.safetensors", lambda p: save_file(lora.to_kohya(weights), p, metadata={"format": "pt"}))
 
 
+def draw_samples(pipe: Pipeline, prompts: list[str], config: RunConfig, path: Path) -> None:
+    """A grid of the same 16 training prompts and seeds every time."""
+    some = [prompts[i] for i in permutation(len(prompts), 0, "preview")[:16]]
+    images = generate(pipe, some, list(range(len(some))), min(config.sample_batch, config.decode_batch), steps=config.steps,
+                      guidance_scale=config.guidance_scale, resolution=config.resolution or None)
+    write_atomic(path, functools.partial(grid(images, 8).save, format="PNG"))
+
+
 def copied(weights: list[torch.Tensor]) -> list[torch.Tensor]:
     """The weights on the CPU, as they are now."""
     return [p.detach().to("cpu", copy=True) for p in weights]
@@ -655,7 +663,6 @@ def run_rounds(config: RunConfig, run: Run, processes: Processes, prompts: list[
         print("\n".join(f"{name:18} {value}" for name, value in dataclasses.asdict(config).items()))
         print(f"{len(prompts)} prompts, {total} rounds of {config.prompts_per_round}, LoRA of {sum(p.numel() for p in weights):,} "
               f"parameters, {processes.world} x {pipe.device}, starting at round {begin}", flush=True)
-    preview = ([prompts[i] for i in permutation(len(prompts), 0, "preview")[:16]])
     progress = tqdm(total=total, initial=begin, desc=name, unit="round", disable=not processes.main)
     good = copied(weights)                      # the last LoRA that drew finite pictures, as far as is known
 
@@ -710,10 +717,7 @@ def run_rounds(config: RunConfig, run: Run, processes: Processes, prompts: list[
             score, recent = (sum(recent) / len(recent), []) if due and recent else (None, recent)
             save(done, score)
         if processes.main and config.grid_every and (done % config.grid_every == 0 or done == total):
-            images = generate(pipe, preview, list(range(len(preview))), min(config.sample_batch, config.decode_batch), steps=config.steps,
-                              guidance_scale=config.guidance_scale, resolution=config.resolution or None)
-            picture = grid(images, 8)
-            write_atomic(run.folder / f"samples-{done:05d}.png", functools.partial(picture.save, format="PNG"))
+            draw_samples(pipe, prompts, config, run.folder / f"samples-{done:05d}.png")
         processes.barrier()
         if ending:
             break
@@ -723,7 +727,8 @@ def run_rounds(config: RunConfig, run: Run, processes: Processes, prompts: list[
         if count := sum(row["decoder_pairs"] for row in checked):
             same = sum(row["decoder_pairs"] * row["decoder_agreement"] for row in checked)
             print(f"--decoder {config.decoder}: of {count} pairs, {same / count:.1%} are the VAE's too")
-        print(f"LoRA in {run.folder / 'pytorch_lora_weights.safetensors'} (diffusers) and lora_kohya.safetensors (ComfyUI, A1111)")
+        if (file := run.folder / "pytorch_lora_weights.safetensors").exists():
+            print(f"LoRA in {file} (diffusers) and lora_kohya.safetensors (ComfyUI, A1111)")
 
 
 def spo_round(pipe: Pipeline, models: Models, prompts: list[str], empty: Conditioning | None, config: SPOConfig, processes: Processes,
