@@ -36,9 +36,9 @@ class Schedule:
         low, high, count = config.get("beta_start", 1e-4), config.get("beta_end", 0.02), config.get("num_train_timesteps", 1000)
         own = config.get("_class_name", "DDIMScheduler") == "DDIMScheduler"         # whose defaults these then are
         offset = config.get("steps_offset", 0 if own else 1)
-        if count != 1000 or offset not in (0, 1) or not 0 < low <= high < 1:
+        if count not in range(1, 1001) or offset not in (0, 1) or not 0 < low <= high < 1:
             raise ValueError(f"scheduler config: num_train_timesteps={count!r}, steps_offset={offset!r}, beta_start={low!r}, "
-                             f"beta_end={high!r} are not supported, only 1000, 0 or 1, and numbers between 0 and 1")
+                             f"beta_end={high!r} are not supported, only 1..1000, 0 or 1, and numbers between 0 and 1")
         if kind == "scaled_linear":
             betas = torch.linspace(low ** 0.5, high ** 0.5, count, dtype=torch.float32).square()
         else:

@@ -132,7 +132,7 @@ class SPOConfig(RunConfig):
     t_min: int = opt(0, "and down to this (P Table 8)", least=0)
     start: str = opt("random", "which candidate the trajectory goes on from (P Table 4)", ("random", "win", "lose"))
     pair: str = opt("best-worst", "which two candidates are compared (P Table 9)", ("best-worst", "random"))
-    threshold: float = opt(0.3, "a pair counts if softmax(best, worst) differ by more (O: 0.3 SD-1.5, 0.4 SDXL)", below=1)
+    threshold: float = opt(0.3, "a pair counts if softmax(best, worst) differ by more (O: 0.3 SD-1.5, 0.4 SDXL)", most=1)
     beta: float = opt(10.0, "strength of regularization in Eq. 4 (P: 10, for the mean log-density)", above=0)
     clamp: float = opt(0.1, "each probability ratio is clamped to 1 +- this; 0: not at all (O: 0.1)", least=0, below=1)
 

@@ -186,7 +186,8 @@ def test_original_block_names_are_read_as_diffusers_reads_them():
     state = {names[k.partition(".")[0]] + "." + k.partition(".")[2]: v for k, v in to_d(lora.state(model)).items()}
     assert any(k.startswith("lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q.") for k in state)
     theirs, alphas = StableDiffusionXLLoraLoaderMixin.lora_state_dict(dict(state), unet_config=SimpleNamespace(layers_per_block=2))
-    alphas = {re.sub(r"\.processor\.(to_.+)_lora\.down\.weight", lambda m: "." + m[1].replace("to_out", "to_out.0"), k): v for k, v in alphas.items()}
+    alphas = {re.sub(r"\.processor\.(to_.+)_lora\.down\.weight", lambda m: "." + m[1].replace("to_out", "to_out.0"), k): torch.tensor(v)
+              for k, v in alphas.items()}
     want, got = lora.normalise(theirs | alphas, modules), lora.normalise(state, modules)
     assert got.keys() == want.keys() == lora.state(model).keys() and all(torch.equal(got[k], want[k]) for k in want)
     lora.load(plain, state)
