@@ -430,6 +430,7 @@ def write_results(config: EvaluateConfig, protocol: dict, chosen: PromptSet, met
     write_report(folder / "report.html", text, protocol, formulas, files, prompts, scores, logs, config.report_rows)
     if config.study:
         write_study(Path(config.study), files, prompts, config.study_pairs, config.seed)
+        print(f"study page: {config.study}; raters send back votes-*.json, for --tally")
     print(text)
     print(f"{'' if config.images else 'pictures, '}results.json, results.md, grid.png and report.html in {folder}")
 

@@ -30,7 +30,7 @@ from PIL import Image
 
 from clip_spm import CLIP, MEAN, STD, CLIPConfig, clip_h, preprocess_pil
 from diffusion import TINY, load_clip
-from weights import InputError, fetch, from_open_clip, load_strict, read_weights, take
+from weights import InputError, fetch, from_open_clip, load_strict, preset_of, read_weights, take
 
 CLIP_L = "openai/clip-vit-large-patch14"
 SOURCES = {         # where each metric's weights live, and what else it needs
@@ -292,7 +292,7 @@ def _load_metric(word: str, name: str, sources: list[str], model: str, tokenizer
     if name in ("aesthetics", "alignment"):
         return world_metric(name)
     if name == "pickscore":
-        own = model == "tiny" and "=" not in word
+        own = preset_of(model) == "tiny" and "=" not in word
         metric = pickscore(str(TINY / "pickscore") if own else sources[0], tokenizer, device)
         if own:
             metric.formula = metric.formula.replace("PickScore v1", "the tiny model's PickScore").replace(str(TINY.parent), "tiny")

@@ -76,16 +76,17 @@ def data_uri(image: Image.Image, side: int = 0, quality: int = 85) -> str:
 
 
 def draw_trace(trace: list[dict], width: int = 96) -> Image.Image:
-    """The paper's Figures 3 and 5 of one trajectory: a row per scored step, candidates as decoded x0 with their scores.
+    """The paper's Figures 3 and 5 of one trajectory: a row per pool (when it opened, when it was judged), candidates as decoded x0.
 
     Green frame: winner. Red frame: loser. Blue dot: the candidate that the next step starts from. Grey: no pair.
     """
     k, head, margin = len(trace[0]["scores"]), 16, 6
     cell = (width + 2 * margin, width + head + 2 * margin)
-    canvas = Image.new("RGB", (64 + k * cell[0], len(trace) * cell[1]), "white")
+    canvas = Image.new("RGB", (64 + k * cell[0], len(trace) * cell[1] + head), "white")
     pen = ImageDraw.Draw(canvas)
+    pen.text((8, len(trace) * cell[1]), "green: best, red: worst (grey: no pair), dot: goes on from here", fill="black")
     for r, row in enumerate(trace):
-        pen.text((8, r * cell[1] + cell[1] // 2), f"t = {row['timestep']}", fill="black")
+        pen.text((8, r * cell[1] + cell[1] // 2 - 8), f"t = {row['opened']}\n -> {row['timestep']}", fill="black")
         for c, image in enumerate(to_pil((row["images"] / 2 + 0.5).clamp(0, 1))):
             left, top = 64 + c * cell[0] + margin, r * cell[1] + margin
             green, red = ("#1a9850", "#d73027") if row["valid"] else ("#999", "#999")

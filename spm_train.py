@@ -483,7 +483,7 @@ def main() -> None:
                 tqdm.write(f"compiling took about {max(first - seconds, 0):.0f} s (the first step less the second)")
         seen_so_far = min(done * config.batch, len(used))
         spoilt = len(unreadable) > max(3, config.max_unreadable * seen_so_far)
-        ending = processes.any(processes.stop) or bad >= TOO_MANY or spoilt
+        ending = processes.any(bool(processes.stop)) or bad >= TOO_MANY or spoilt
         recent.append(float(stats[1]))
         due = done % config.save_every == 0 and not bad or done == config.steps
         if due or ending:
@@ -501,8 +501,9 @@ def main() -> None:
         if bad >= TOO_MANY:
             raise InputError(f"step {done}: {TOO_MANY} optimizer steps in a row were not finite; the last good SPM is in "
                              f"{run.folder}'s checkpoint (try --dtype fp32, another --vae, or a lower --lr)")
-        if ending:
-            return
+        if ending and done < config.steps:
+            progress.close()
+            processes.leave(done, config.steps, "steps")
     progress.close()
     for clip in models.values():
         clip.requires_grad_(False)

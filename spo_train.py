@@ -318,8 +318,8 @@ def sample_pairs(pipe: Pipeline, models: Models, cond: Conditioning, uncond: Con
         if not last:                            # the chosen candidate's noise prediction is already there
             noise_pred = noise_pred.unflatten(0, (b, k))[rows, chosen]
         if trace is not None:
-            trace.append(dict(timestep=t_next, images=images.unflatten(0, (b, k))[0].cpu(), scores=scores[0].tolist(),
-                              win=int(win[0]), lose=int(lose[0]), chosen=int(chosen[0]), valid=bool(keep[0])))
+            trace.append(dict(opened=timesteps[group[0]], timestep=t_next, images=images.unflatten(0, (b, k))[0].cpu(),
+                              scores=scores[0].tolist(), win=int(win[0]), lose=int(lose[0]), chosen=int(chosen[0]), valid=bool(keep[0])))
     return Pairs(*(torch.stack(v, 1) for v in (slots_x, slots_next, valid, all_scores, faults, slots_density, agreements)))
 
 
@@ -687,7 +687,8 @@ def run_rounds(config: RunConfig, run: Run, processes: Processes, prompts: list[
         except Stopped:
             if step > begin:
                 save(step)
-            break
+            progress.close()
+            processes.leave(step, total, "rounds")
         bad = stats.pop("bad")
         good = before if stats["score"] is not None or not bad else good
         evaluations = torch.tensor([float(models.unet.evaluations)], device=pipe.device, dtype=torch.float64)
@@ -704,7 +705,7 @@ def run_rounds(config: RunConfig, run: Run, processes: Processes, prompts: list[
             if step > begin:
                 tqdm.write(f"compiling took about {max(first - seconds, 0):.0f} s (the first round less the second)")
         recent += [] if stats["score"] is None else [stats["score"]]
-        ending, due = processes.any(processes.stop), done % config.save_every == 0 and not bad or done == total
+        ending, due = processes.any(bool(processes.stop)), done % config.save_every == 0 and not bad or done == total
         if processes.main and config.snapshot_every and done % config.snapshot_every == 0:
             save_lora(pipe, run.folder / "loras" / f"{done:05d}")
         if bad >= TOO_MANY:
@@ -719,16 +720,16 @@ def run_rounds(config: RunConfig, run: Run, processes: Processes, prompts: list[
         if processes.main and config.grid_every and (done % config.grid_every == 0 or done == total):
             draw_samples(pipe, prompts, config, run.folder / f"samples-{done:05d}.png")
         processes.barrier()
-        if ending:
-            break
+        if ending and done < total:
+            progress.close()
+            processes.leave(done, total, "rounds")
     progress.close()
     if processes.main:
         checked = [row for row in run.read_log() if "decoder_pairs" in row]
         if count := sum(row["decoder_pairs"] for row in checked):
             same = sum(row["decoder_pairs"] * row["decoder_agreement"] for row in checked)
             print(f"--decoder {config.decoder}: of {count} pairs, {same / count:.1%} are the VAE's too")
-        if (file := run.folder / "pytorch_lora_weights.safetensors").exists():
-            print(f"LoRA in {file} (diffusers) and lora_kohya.safetensors (ComfyUI, A1111)")
+        print(f"LoRA in {run.folder / 'pytorch_lora_weights.safetensors'} (diffusers) and lora_kohya.safetensors (ComfyUI, A1111)")
 
 
 def spo_round(pipe: Pipeline, models: Models, prompts: list[str], empty: Conditioning | None, config: SPOConfig, processes: Processes,

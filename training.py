@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import hashlib
 import json
+import math
 import operator
 import os
 import pickle
@@ -91,7 +92,7 @@ def parse_options(cls, presets: dict[str, dict], arguments: list[str] | None = N
         except ValueError as error:
             raise InputError(f"--{name} {text}: {error}") from None
     model = given.get("model", next(f.default for f in dataclasses.fields(cls) if f.name == "model"))
-    preset = model
+    preset = "tiny" if preset_of(model) == "tiny" else model
     if "preset" in kinds:
         preset = given["preset"] = given.get("preset") or preset_of(model)
     config = cls(**(presets.get(preset, {}) | given))
@@ -100,7 +101,7 @@ def parse_options(cls, presets: dict[str, dict], arguments: list[str] | None = N
         if choices and value not in choices:
             raise InputError(f"--{f.name} {value}: choose one of {', '.join(map(str, choices))}")
         if isinstance(value, int | float) and not abs(value) < 2 ** 63:
-            raise InputError(f"--{f.name} {value}: must be finite and of at most 18 digits")
+            raise InputError(f"--{f.name} {value}: must be {'of at most 18 digits' if abs(value) < math.inf else 'a finite number'}")
         if value is not None and not all(LIMITS[name][1](value, limit) for name, limit in f.metadata["limits"].items()):
             raise InputError(f"--{f.name} {value}: must be {f.metadata['words']}")
     return config
@@ -173,7 +174,7 @@ class Processes:
     rank: int
     world: int
     device: torch.device
-    stop: bool = False          # a signal has asked to save and leave
+    stop: int = 0               # the signal that has asked to save and leave
     dropping: bool = False      # what is being done may be dropped for it
 
     @property
@@ -236,9 +237,15 @@ class Processes:
             self.dropping = False
         except Stopped:
             pass
-        if self.any(self.stop):
+        if self.any(bool(self.stop)):
             raise Stopped
         return out
+
+    def leave(self, done: int, total: int, what: str) -> typing.NoReturn:
+        """End this process before the work is done, with a signal's exit status: nobody is to take it for finished."""
+        if self.main:
+            tqdm.write(f"stopped after {done} of {total} {what}; the same command goes on from there")
+        sys.exit(128 + (self.stop or signal.SIGTERM))
 
     def barrier(self) -> None:
         """Wait for everybody."""
@@ -256,7 +263,8 @@ def start_processes(device: str | None = None) -> Processes:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     name, count = f"cuda:{local}" if device == "cuda" else device, torch.cuda.device_count()
     if name not in ("cpu", *(f"cuda:{i}" for i in range(count))):
-        raise InputError(f"--device {device}: must be cpu or cuda; process {local} of this machine finds {count} GPUs")
+        none = f"torch finds {count} GPUs here, none for process {local}"
+        raise InputError(f"--device {device}: {none if device.startswith('cuda') else 'must be cpu or cuda'}")
     place = torch.device(name)
     if place.type == "cuda":
         torch.cuda.set_device(place)
@@ -372,7 +380,8 @@ class Run:
             changed = [k for k in sorted(before.keys() | new.keys()) if k not in free and before.get(k) != new.get(k)]
             begun = self.log_file.exists() or bool(self._checkpoints())
             if changed and (begun or old.keys() != new.keys()):         # where nothing was done yet, a command may be corrected
-                return f"{self.folder}: holds a run with other options ({', '.join(changed)}); choose another --out or repeat its options"
+                names = ", ".join(changed[:6] + ["..."] * (len(changed) > 6))
+                return f"{self.folder}: holds a run with other options ({names}); choose another --out or repeat its options"
         for left in self.folder.rglob(".*.tmp"):                        # of a process that was killed while it wrote
             if re.fullmatch(r"\..+\.\d+\.tmp", left.name):
                 left.unlink()
@@ -383,7 +392,7 @@ class Run:
         """SIGTERM may come twice, from torchrun and from the cluster; only a second Ctrl-C, and not torchrun's echo, means at once."""
         now, first = time.monotonic(), not self.processes.stop
         if first:
-            self.processes.stop, self.asked = True, now
+            self.processes.stop, self.asked = number, now
             if self.processes.main:
                 warn("stopping: what is done is saved; a round whose pictures are being drawn will be drawn again (Ctrl-C again: at once)")
         elif number == signal.SIGINT and now - self.asked > 2:

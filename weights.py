@@ -154,7 +154,7 @@ def fetch(source: str, patterns: list[str], repo_type: str = "model") -> Path:
                     snapshot_download(source, allow_patterns=patterns, repo_type=repo_type))
     except Exception as error:
         offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on") else ""
-        raise InputError(f"{source}: not in the hub cache and cannot be downloaded{offline}; give a local folder instead "
+        raise InputError(f"{source}: no such file or folder here; as a hub id not in the cache and not to be downloaded{offline} "
                          f"({type(error).__name__})") from None
 
 
@@ -165,7 +165,10 @@ def preset_of(model: str) -> str:
     path, sdxl = Path(model), False
     with contextlib.suppress(InputError, SafetensorError, OSError):         # loading will say what is wrong
         if path.is_dir():
-            sdxl = read_json(path / "unet/config.json").get("addition_embed_type") == "text_time"
+            unet = read_json(path / "unet/config.json")
+            if unet == read_json(Path(__file__).parent / "tiny/model/unet/config.json"):        # a merge, or a full fine-tune
+                return "tiny"
+            sdxl = unet.get("addition_embed_type") == "text_time"
         elif path.suffix == ".safetensors":
             with safe_open(path, "pt") as file:
                 sdxl = is_sdxl(file.keys())

@@ -38,9 +38,9 @@ def start(folder: Path, options: list[str]) -> subprocess.Popen:
                                 stdout=said, stderr=said)
 
 
-def finish(process: subprocess.Popen) -> None:
+def finish(process: subprocess.Popen, status: int = 0) -> None:
     """Wait for an orderly end."""
-    if process.wait():
+    if process.wait() != status:
         sys.exit(f"spo_train.py ended with status {process.returncode}; see the text beside its folder, {process.args[3]}")
 
 
@@ -96,7 +96,7 @@ def long_run(minutes: float, folder: Path) -> dict:
     if process.poll() is not None:
         sys.exit(f"the long run ended by itself, with status {process.returncode}")
     process.send_signal(signal.SIGTERM)
-    finish(process)
+    finish(process, 128 + signal.SIGTERM)
     rows = [json.loads(line) for line in open(folder / "log.jsonl")]
     speed = [1 / r["prompts_per_second"] for r in rows]
     memory = memory[len(memory) // 10:]                         # without the start

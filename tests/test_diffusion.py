@@ -216,7 +216,7 @@ def test_truncated_file_and_foreign_names(sd, tmp_path):
     for source in (str(tmp_path / "nothing"), "./nothing", "not a name", 300 * "a"):
         with pytest.raises(InputError, match="nothing|not a name|aaa: neither"):
             load_pipeline(source)
-    with pytest.raises(InputError, match="hub cache"):
+    with pytest.raises(InputError, match="as a hub id not in the cache"):
         load_pipeline("owner/no-such-repository-here")
 
 

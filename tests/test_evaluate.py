@@ -456,7 +456,7 @@ def test_trace_of_any_model(sd, spm, trained, tmp_path):
     """A folder is judged by its kind's official SPM unless --spm names another. Sixteen pools of four."""
     call("evaluate", "--model", sd, "--dtype", "fp32", "--trace", "a red circle", "--spm", spm, "--lora", f"spo={trained[0]}", "--out", tmp_path)
     with Image.open(tmp_path / "trace-spo.png") as image:
-        assert image.size == (64 + 4 * 108, 16 * 124) and {(0x1a, 0x98, 0x50), (0x2b, 0x6c, 0xff)} & {c for _, c in image.getcolors(10 ** 6)}
+        assert image.size == (64 + 4 * 108, 16 * 124 + 16) and {(0x1a, 0x98, 0x50), (0x2b, 0x6c, 0xff)} & {c for _, c in image.getcolors(10 ** 6)}
 
 
 def test_metrics_run_in_fp32(kind, tmp_path, monkeypatch, pickscore_metric):

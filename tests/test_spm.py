@@ -313,11 +313,12 @@ def test_stopped_and_continued_is_the_same_run(kind, tmp_path, monkeypatch):
 
     def log(self, record):
         plain(self, record)
-        self.processes.stop = record["step"] == 3
+        self.processes.stop = 15 * (record["step"] == 3)
 
     with monkeypatch.context() as patch:
         patch.setattr(spm_train.Run, "log", log)
-        call("spm_train", *kind, "--out", tmp_path / "parts")
+        with pytest.raises(SystemExit, match="143"):
+            call("spm_train", *kind, "--out", tmp_path / "parts")
     assert len(log_of(tmp_path / "parts")) == 3 and not (tmp_path / "parts/results.json").exists()
     assert "starting at step 3" in call("spm_train", *kind, "--out", tmp_path / "parts")
     assert_same_models(tmp_path / "parts", tmp_path / "whole")

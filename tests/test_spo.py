@@ -715,14 +715,14 @@ def test_trace_draws_every_pool(parts):
     """The paper's Figure 3: a row per pool, a cell per candidate."""
     pipe, models, config = parts[:3]
     image = report.draw_trace(spo_train.trace_prompt(pipe, models, PROMPTS[0], config))
-    assert image.size == (64 + 3 * 108, 5 * 124) and len(image.getcolors(10 ** 6)) > 50
+    assert image.size == (64 + 3 * 108, 5 * 124 + 16) and len(image.getcolors(10 ** 6)) > 50
 
 
 def test_trace_marks_winner_loser_and_the_chosen():
     """Two rows of three grey pictures: frames green around winners and red around losers, a blue dot under the chosen; grey without a pair."""
-    row = dict(timestep=1, images=torch.zeros(3, 3, 8, 8), scores=[3.0, 2.0, 1.0], win=0, lose=2, chosen=1, valid=True)
+    row = dict(opened=51, timestep=1, images=torch.zeros(3, 3, 8, 8), scores=[3.0, 2.0, 1.0], win=0, lose=2, chosen=1, valid=True)
     image = report.draw_trace([row, dict(row, win=1, lose=0, chosen=2, valid=False)], 256)
-    assert image.size == (64 + 3 * 268, 2 * 284)
+    assert image.size == (64 + 3 * 268, 2 * 284 + 16)
     frame = lambda r, c: image.getpixel((64 + 268 * c + 6 - 3, 284 * r + 6 + 100))  # noqa: E731
     dot = lambda r, c: image.getpixel((64 + 268 * c + 6 + 256 - 8, 284 * r + 6 + 256 + 10))  # noqa: E731
     white, green, red, blue, grey = (255, 255, 255), (0x1a, 0x98, 0x50), (0xd7, 0x30, 0x27), (0x2b, 0x6c, 0xff), (0x99, 0x99, 0x99)

@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
+import evaluate
 import lora
 from diffusion import TINY, decode, generate, generate_latents, load_clip, load_pipeline
 from tiny import world
-from weights import read_weights
+from training import parse_options
+from weights import preset_of, read_weights
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -140,3 +142,13 @@ def test_geneval_of_the_world_by_hand():
     assert world.geneval([left], pair) == dict(two=False, position=False, binding=False)
     same = by_text["a red circle above a blue circle"]
     assert world.geneval([thing("red", "circle", 32, 16)], same) == dict(two=False, position=False, binding=False)
+
+
+def test_a_copy_of_the_tiny_model_gets_its_settings(tmp_path):
+    """As lora.py merge leaves one: guidance, dtype and metrics of tiny, not of SD-1.5; another UNet is not taken for it."""
+    (tmp_path / "unet").mkdir()
+    (tmp_path / "unet/config.json").write_text((TINY / "unet/config.json").read_text())
+    parse = lambda: parse_options(evaluate.EvaluateConfig, evaluate.PRESETS, ["--model", str(tmp_path)])  # noqa: E731
+    assert preset_of(str(tmp_path)) == "tiny" and (parse().guidance_scale, parse().dtype) == (3.0, "fp32")
+    (tmp_path / "unet/config.json").write_text((TINY / "unet/config.json").read_text().replace("64,", "32,"))
+    assert preset_of(str(tmp_path)) == "sd15" and parse().guidance_scale == 5.0
