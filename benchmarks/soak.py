@@ -78,7 +78,7 @@ def kills(count: int, folder: Path) -> dict:
             finish(process)
             break
         equal += outcome(folder / f"killed-{runs}") == reference
-    return dict(kills=fallen, runs=runs, runs_bit_identical=equal, seconds_undisturbed=round(duration, 1),
+    return dict(date=str(datetime.date.today()), kills=fallen, runs=runs, runs_bit_identical=equal, seconds_undisturbed=round(duration, 1),
                 seconds_and_rounds_at_kill=moments)
 
 
@@ -103,7 +103,7 @@ def long_run(minutes: float, folder: Path) -> dict:
     thirds = [[statistics.median(values[i * len(values) // 3:(i + 1) * len(values) // 3]) for i in range(3)] for values in (memory, speed)]
     saved = torch.load(max(folder.glob("checkpoint-*.pt")), weights_only=True)["step"]
     steps = max(25, len(speed) // 60)
-    return dict(minutes=minutes, rounds=len(rows), rounds_saved_on_sigterm=saved,
+    return dict(date=str(datetime.date.today()), minutes=minutes, rounds=len(rows), rounds_saved_on_sigterm=saved,
                 memory_mb=[round(v, 1) for v in thirds[0]], seconds_per_prompt=[round(v, 4) for v in thirds[1]],
                 memory_curve_mb=[round(v, 1) for v in memory[::max(1, len(memory) // 60)]],
                 seconds_per_prompt_curve=[round(statistics.median(speed[i:i + 25]), 4) for i in range(0, len(speed), steps)])
@@ -123,7 +123,7 @@ if __name__ == "__main__":
                 "memory grows by less than 2 % from the first third to the last": memory[2] < 1.02 * memory[0],
                 "speed falls by less than 10 % from the first third to the last": speed[2] < 1.1 * speed[0],
                 "SIGTERM saves the last round": lasting["rounds_saved_on_sigterm"] == lasting["rounds"]}
-    record = dict(date=str(datetime.date.today()), device=platform.processor() or platform.machine(), cores=os.cpu_count(),
+    record = dict(device=platform.processor() or platform.machine(), cores=os.cpu_count(),
                   torch=torch.__version__, python=platform.python_version(), promises=promises, killed=killed, long=lasting)
     path.write_text(json.dumps(record, indent=2) + "\n")
     print(json.dumps({k: v for k, v in lasting.items() if "curve" not in k}, indent=2))
