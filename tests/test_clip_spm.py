@@ -171,7 +171,7 @@ def test_spm_depends_on_the_timestep_once_adaln_has_moved():
     for part in ("encoder.layers.0.adaLN_modulation", "encoder.layers.1.adaLN_modulation", "adaLN_modulation"):
         spm = make_step_aware(clip)
         weight = spm.vision_model.get_submodule(part)[1].weight
-        weight.copy_(torch.randn(weight.shape, generator=seeded(4)))
+        weight.copy_(5 * torch.randn(weight.shape, generator=seeded(4)))        # the rest of the model is random, too
         early, late = (spm.image_features(pixels(), torch.full((3,), t)) for t in (951, 1))
         assert (early - late).abs().max() > 1e-2
         assert (early - clip.image_features(pixels())).abs().max() > 1e-2
