@@ -145,6 +145,7 @@ def offline_round(pipe: Pipeline, models: Models, data: preference_pairs.Pairs, 
     names = ("loss", "margin", "accuracy", "error_win", "error_lose")
 
     def loss_of(part: list[int]) -> torch.Tensor:
+        """Places in `indices` -> [5, n]: the loss, and what is only logged."""
         size = config.train_batch if config.compile else 0
         rows = fill_up([used[indices[i]] for i in part], size)
         images, seen = stack_pictures(fill_up([readable(data, i) for i in rows[:len(part)]], size), pipe.side(config.resolution))

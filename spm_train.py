@@ -54,6 +54,7 @@ from training import (
     parse_options,
     profiled,
     run_script,
+    say_compiling,
     start_processes,
     upload,
     warn,
@@ -444,7 +445,7 @@ def main() -> None:
         """Pair i's pictures as `readable` gives them, or None where its latents will do."""
         return None if latents is not None and config.labels == "human" and is_encoded(latents, i) else readable(pairs, i)
 
-    first = 0.0
+    took: list[float] = []
     progress = tqdm(total=config.steps, initial=begin, desc="spm", unit="step", disable=not processes.main)
     for step, batch, pictures in batches(pairs, used, needed, config, processes, begin):
         started, clock = time.perf_counter(), Clock(pipe.device)
@@ -477,10 +478,9 @@ def main() -> None:
                      eta_minutes=(config.steps - done) * seconds / 60))
         progress.set_postfix(loss=f"{float(stats[0]):.3f}", pairs_per_second=f"{len(batch) / seconds:.1f}", refresh=False)
         progress.update()
-        if config.compile and processes.main and step < begin + 2:
-            first = seconds if step == begin else first
-            if step > begin:
-                tqdm.write(f"compiling took about {max(first - seconds, 0):.0f} s (the first step less the second)")
+        took.append(seconds)
+        if config.compile and processes.main:
+            say_compiling(took, "step")
         seen_so_far = min(done * config.batch, len(used))
         spoilt = len(unreadable) > max(3, config.max_unreadable * seen_so_far)
         ending = processes.any(bool(processes.stop)) or bad >= TOO_MANY or spoilt

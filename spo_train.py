@@ -62,6 +62,7 @@ from training import (
     profiled,
     read_prompts,
     run_script,
+    say_compiling,
     start_processes,
     upload,
     warn,
@@ -429,6 +430,7 @@ def train_on_pairs(pipe: Pipeline, models: Models, optimizer: torch.optim.Optimi
     size = config.train_batch * (1 if all(first) else 2) if config.compile else 0
 
     def loss_of(part: list[int]) -> torch.Tensor:
+        """Slots (prompt, step) -> [6, n]: Eq. 4, and what is only logged."""
         places = [s % count for s in part]
         prompt, slot, t = upload(torch.tensor([[s // count for s in part], places, [timesteps[steps[s]] for s in places]]), pipe.device)
         c = cond.map(lambda v: v[prompt])
@@ -571,6 +573,7 @@ def sample_round(pipe: Pipeline, models: Models, prompts: list[str], indices: li
     size = min(config.sample_batch, -(-config.prompts_per_round // processes.world)) if config.compile else 0
 
     def sample() -> None:
+        """Fill `parts`, `sample_batch` prompts at a time."""
         for begin in range(0, len(mine), config.sample_batch):
             rows = list(range(begin, min(begin + config.sample_batch, len(mine))))
             whole_rows = fill_up(rows, size)
@@ -652,7 +655,7 @@ def run_rounds(config: RunConfig, run: Run, processes: Processes, prompts: list[
     total = min(config.rounds or math.inf, config.epochs * rounds_per_epoch)
     weights = lora.parameters(pipe.unet)
     optimizer = torch.optim.AdamW(weights, lr=config.lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=config.weight_decay)
-    begin, bad, recent, first = 0, 0, [], 0.0
+    begin, bad, recent, took = 0, 0, [], []
     judge = [models.judge] if models.judge else []
     if state := run.resume(prompts=fingerprint(prompts), model=fingerprint(pipe.unet, pipe.vae, *pipe.text_encoders),
                            judge=fingerprint(*judge)):
@@ -700,10 +703,9 @@ def run_rounds(config: RunConfig, run: Run, processes: Processes, prompts: list[
                      eta_minutes=(total - done) * seconds / 60, **card))
         progress.set_postfix({k: f"{stats[k]:.4g}" for k in ("score", "pairs", "margin") if stats[k] is not None}, refresh=False)
         progress.update()
-        if config.compile and processes.main and step < begin + 2:
-            first = seconds if step == begin else first
-            if step > begin:
-                tqdm.write(f"compiling took about {max(first - seconds, 0):.0f} s (the first round less the second)")
+        took.append(seconds)
+        if config.compile and processes.main:
+            say_compiling(took, "round")
         recent += [] if stats["score"] is None else [stats["score"]]
         ending, due = processes.any(bool(processes.stop)), done % config.save_every == 0 and not bad or done == total
         if processes.main and config.snapshot_every and done % config.snapshot_every == 0:

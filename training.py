@@ -29,7 +29,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 from tqdm import tqdm
 
-from weights import InputError, fetch_parquet, preset_of
+from weights import InputError, fetch_parquet, preset_of, read_json
 
 
 LIMITS = dict(least=("at least", operator.ge), above=("above", operator.gt), most=("at most", operator.le), below=("below", operator.lt))
@@ -92,9 +92,10 @@ def parse_options(cls, presets: dict[str, dict], arguments: list[str] | None = N
         except ValueError as error:
             raise InputError(f"--{name} {text}: {error}") from None
     model = given.get("model", next(f.default for f in dataclasses.fields(cls) if f.name == "model"))
-    preset = "tiny" if preset_of(model) == "tiny" else model
+    own = preset_of(model)
+    preset = own if own == "tiny" else model
     if "preset" in kinds:
-        preset = given["preset"] = given.get("preset") or preset_of(model)
+        preset = given["preset"] = given.get("preset") or own
     config = cls(**(presets.get(preset, {}) | given))
     for f in dataclasses.fields(cls):
         value, choices = getattr(config, f.name), f.metadata["choices"]
@@ -364,7 +365,7 @@ class Run:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 problem = self._claim(self.folder / "config.json", dataclasses.asdict(config), dataclasses.asdict(type(config)()), free)
-            except (OSError, ValueError, RecursionError, InputError) as error:
+            except (OSError, InputError) as error:
                 problem = f"{folder}: cannot be used as a run folder ({error})"
         processes.stop_for(problem)
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -373,9 +374,7 @@ class Run:
     def _claim(self, path: Path, new: dict, defaults: dict, free: tuple[str, ...]) -> str:
         """Write the configuration, or say why the folder cannot be used."""
         if path.exists():
-            old = json.loads(path.read_text(encoding="utf-8"))
-            if not isinstance(old, dict):
-                return f"{path}: no run's configuration; choose another --out"
+            old = read_json(path)
             before = defaults | old
             changed = [k for k in sorted(before.keys() | new.keys()) if k not in free and before.get(k) != new.get(k)]
             begun = self.log_file.exists() or bool(self._checkpoints())
@@ -421,8 +420,8 @@ class Run:
         """The checkpoints on disk that were given a score."""
         out = {}
         for path in self._checkpoints():
-            with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):
-                if (score := json.loads(path.with_suffix(".json").read_text()).get("score")) is not None:
+            with contextlib.suppress(InputError, ValueError, TypeError):
+                if (score := read_json(path.with_suffix(".json")).get("score")) is not None:
                     out[path] = float(score)
         return out
 
@@ -624,6 +623,12 @@ def profiled(folder: Path, device: torch.device, wanted: bool):
     write_atomic(folder / "profile.json", lambda p: profiler.export_chrome_trace(str(p)))
     rows = profiler.key_averages().table(sort_by=f"self_{device.type}_time_total", row_limit=30, max_name_column_width=60)
     write_atomic(folder / "profile.txt", lambda p: p.write_text(rows))
+
+
+def say_compiling(seconds: list[float], unit: str) -> None:
+    """Once two rounds or steps are done: what compiling took. `seconds`: of each so far."""
+    if len(seconds) == 2:
+        tqdm.write(f"compiling took about {max(seconds[0] - seconds[1], 0):.0f} s (the first {unit} less the second)")
 
 
 class Clock:
