@@ -61,6 +61,7 @@ from training import (
     write_atomic,
     write_json,
 )
+from unet import compile_blocks
 from weights import InputError
 
 REPORT_AT = (0, 251, 501, 701, 951)
@@ -316,8 +317,9 @@ def build_models(pickscore: CLIP, config: SPMConfig, processes: Processes) -> tu
 
 def compile_all(pipe: Pipeline, models: dict[str, CLIP]) -> None:
     """torch.compile for whatever the loop calls, each for one shape."""
-    for module, *methods in ((pipe.unet, "forward"), (pipe.vae, "moments", "decode"),
-                             *((clip, "image_features", "text_features") for clip in models.values())):
+    compile_blocks(pipe.unet)
+    pipe.vae.to(memory_format=torch.channels_last)
+    for module, *methods in ((pipe.vae, "moments", "decode"), *((clip, "image_features", "text_features") for clip in models.values())):
         for name in methods:
             setattr(module, name, torch.compile(getattr(module, name), dynamic=False))
 

@@ -68,6 +68,7 @@ from training import (
     warn,
     write_atomic,
 )
+from unet import compile_blocks
 from weights import InputError, preset_of
 
 
@@ -146,7 +147,7 @@ PRESETS = {
                  save_every=3),
     "sd15": dict(),
     "sdxl": dict(vae=SDXL_VAE, k=2, j=4, threshold=0.4, lr=1e-5, rank=64,
-                 prompts_per_round=8, pairs_per_step=16, sample_batch=2, train_batch=2, decode_batch=2, checkpointing=True),
+                 prompts_per_round=8, pairs_per_step=16, sample_batch=2, train_batch=1, decode_batch=4),
 }
 LOW = {         # estimated, not measured: sd15 within 10 GB at 512 pixels, sdxl within 24 GB at 1024
     "sd15": dict(sample_batch=2, train_batch=4, decode_batch=2, checkpointing=True),
@@ -427,7 +428,8 @@ def train_on_pairs(pipe: Pipeline, models: Models, optimizer: torch.optim.Optimi
     steps = [i for group in groups for i in group]
     first = [i == group[0] for group in groups for i in group]
     count = len(steps)
-    size = config.train_batch * (1 if all(first) else 2) if config.compile else 0
+    # One pair at a time has one x_t or two: two shapes, no rows to spare.
+    size = config.train_batch * (1 if all(first) else 2) if config.compile and config.train_batch > 1 else 0
 
     def loss_of(part: list[int]) -> torch.Tensor:
         """Slots (prompt, step) -> [6, n]: Eq. 4, and what is only logged."""
@@ -532,9 +534,11 @@ def prepare_policy(config: RunConfig, processes: Processes) -> tuple[Pipeline, M
     except ValueError as error:
         raise InputError(f"--targets {config.targets}: {error}") from None
     pipe.unet.checkpointing = config.checkpointing
-    # Compiled beside, not inside, the pipeline: sample grids, whose batches have other shapes, are drawn with what was loaded.
-    unet, vae_decode = (torch.compile(f, dynamic=False) if config.compile else f for f in (pipe.unet, pipe.vae.decode))
-    models = Models(Counted(unet), lambda z: vae_decode(z.to(pipe.vae.post_quant_conv.weight.dtype)).float())
+    if config.compile:
+        compile_blocks(pipe.unet)
+        pipe.vae.to(memory_format=torch.channels_last)
+    vae_decode = torch.compile(pipe.vae.decode, dynamic=False) if config.compile else pipe.vae.decode
+    models = Models(Counted(pipe.unet), lambda z: vae_decode(z.to(pipe.vae.post_quant_conv.weight.dtype)).float())
     if config.decoder:
         small = load_tiny_decoder(config.decoder, pipe, dtype)
         models.check, models.decode = models.decode, lambda z: small(z.to(dtype)).float()
@@ -626,8 +630,9 @@ def save_lora(pipe: Pipeline, folder: Path) -> None:
 def draw_samples(pipe: Pipeline, prompts: list[str], config: RunConfig, path: Path) -> None:
     """A grid of the same 16 training prompts and seeds every time."""
     some = [prompts[i] for i in permutation(len(prompts), 0, "preview")[:16]]
-    images = generate(pipe, some, list(range(len(some))), min(config.sample_batch, config.decode_batch), steps=config.steps,
-                      guidance_scale=config.guidance_scale, resolution=config.resolution or None)
+    with torch.compiler.set_stance("force_eager"):          # its batches have other shapes
+        images = generate(pipe, some, list(range(len(some))), min(config.sample_batch, config.decode_batch), steps=config.steps,
+                          guidance_scale=config.guidance_scale, resolution=config.resolution or None)
     write_atomic(path, functools.partial(grid(images, 8).save, format="PNG"))
 
 

@@ -99,8 +99,9 @@ def parse_options(cls, presets: dict[str, dict], arguments: list[str] | None = N
     config = cls(**(presets.get(preset, {}) | given))
     for f in dataclasses.fields(cls):
         value, choices = getattr(config, f.name), f.metadata["choices"]
-        if choices and value not in choices:
-            raise InputError(f"--{f.name} {value}: choose one of {', '.join(map(str, choices))}")
+        for word in value if isinstance(value, tuple) else (value,):
+            if choices and word not in choices:
+                raise InputError(f"--{f.name} {word}: choose one of {', '.join(map(str, choices))}")
         if isinstance(value, int | float) and not abs(value) < 2 ** 63:
             raise InputError(f"--{f.name} {value}: must be {'of at most 18 digits' if abs(value) < math.inf else 'a finite number'}")
         if value is not None and not all(LIMITS[name][1](value, limit) for name, limit in f.metadata["limits"].items()):

@@ -293,3 +293,17 @@ class UNet(nn.Module):
             for upsampler in block.upsamplers:      # to the size of what waits there, odd sizes included
                 x = upsampler(F.interpolate(x, size=skips[-1].shape[-2:], mode="nearest"))
         return self.conv_out(F.silu(self.conv_norm_out(x)))
+
+
+def compile_blocks(unet: UNet) -> None:
+    """torch.compile the blocks that repeat, in place: once per shape, and not once per place as in the whole network.
+
+    `with torch.compiler.set_stance("force_eager")` runs them as they were, for shapes that are not worth it. On a GPU convolutions want
+    their channels last, which eager norms would pay for.
+    """
+    if next(unet.parameters()).is_cuda:
+        unet.to(memory_format=torch.channels_last)
+    torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 1024     # each shape counts as one
+    for module in unet.modules():
+        if isinstance(module, (ResnetBlock, TransformerBlock)):
+            module.forward = torch.compile(module.forward, dynamic=False)

@@ -497,7 +497,7 @@ SMALL = dict(sample_batch=1, train_batch=1, decode_batch=1, checkpointing=True)
     ("--model sd15 --memory normal", "cuda", 12, dict(memory="normal", sample_batch=10)),
     ("--model sd15 --memory low --decode-batch 9", "cuda", 80, dict(memory="low", sample_batch=2, train_batch=4, decode_batch=9)),
     ("--model sd15 --sample_batch 10 --checkpointing=false --k 3", "cuda", 24, dict(sample_batch=10, decode_batch=2, checkpointing=False, k=3)),
-    ("--model sdxl", "cuda", 80, dict(memory="normal", sample_batch=2, train_batch=2, decode_batch=2, checkpointing=True)),
+    ("--model sdxl", "cuda", 80, dict(memory="normal", sample_batch=2, train_batch=1, decode_batch=4, checkpointing=False)),
     ("--model sdxl", "cuda", 24, dict(SMALL, memory="low", k=2, j=4, rank=64)),
     ("--model ./mine", "cuda", 24, dict(memory="low", sample_batch=2, train_batch=4, k=4)), ("--model ./mine", "cuda", 80, dict(memory="normal", sample_batch=10))])
 def test_memory_decides_batches_that_the_command_line_does_not(monkeypatch, words, device, size, wanted):
