@@ -24,8 +24,11 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import ddim  # noqa: E402
 from clip_spm import CLIP, CLIPConfig, preference_loss, preprocess_decoded  # noqa: E402
-from diffusion import generate, load_pipeline  # noqa: E402
+from diffusion import encode_empty, generate, load_pipeline  # noqa: E402
+from pairs import Pairs  # noqa: E402
+from spm_train import PRESETS, SPMConfig, accuracy_table  # noqa: E402
 from tiny import world  # noqa: E402
+from training import start_processes  # noqa: E402
 from unet import UNet, UNetConfig  # noqa: E402
 from vae import VAE, VAEConfig  # noqa: E402
 
@@ -393,6 +396,16 @@ def build_pickscore(out: Path, device: torch.device, seed: int, steps: int = 130
     gate("PickScore accuracy on unseen pairs", float(((both[:, 0] > both[:, 1]).cpu() == (labels[tail] > 0.5)).float().mean()), 0.75)
 
 
+def judge_table(folder: str, models: dict[str, CLIP], device: str = "cpu", count: int = 2048, seed: int = 20_000) -> dict[str, dict]:
+    """spm_train's accuracy table of the models on fresh pairs, which no training and no choice has seen; `folder`: the checkpoint."""
+    pipe, config = load_pipeline(folder, device=device), SPMConfig(**PRESETS["tiny"], seed=seed)
+    images, captions, labels = world.preference_pairs(count, seed)
+    pairs = Pairs(captions, labels, torch.ones(count), [range(count)], lambda i: images[i])
+    ids = pipe.tokenizers[0](captions, padding="max_length", truncation=True, max_length=16, return_tensors="pt").input_ids
+    return accuracy_table(pipe, models, pairs, lambda index, _: labels[index].to(device), list(range(count)), config, encode_empty(pipe),
+                          ids, start_processes(device))
+
+
 def build_spm(out: Path, device: torch.device, seed: int) -> None:
     """The step-aware preference model and its step-blind twin, through `spm_train.py` as anybody would run it."""
     run = out.parent / "work/spm"
@@ -401,10 +414,10 @@ def build_spm(out: Path, device: torch.device, seed: int) -> None:
                    cwd=Path(__file__).resolve().parent.parent)
     for name in ("spm", "spm_step_blind"):
         shutil.copytree(run / name, out / name, dirs_exist_ok=True)
-    table = json.loads((run / "results.json").read_text())
-    for t in ("0", "251", "501", "701", "951"):
-        difference, error = table["SPM"][t][3:]
-        least = 2.0 if t in ("251", "501") else -1.0            # clearly better there, nowhere worse
+    judges = {name: load_clip(out / folder, device) for name, folder in (("PickScore", "pickscore"), ("SPM", "spm"))}
+    table = judge_table(str(out), judges, device.type)
+    for t, (_, _, _, difference, error) in table["SPM"].items():
+        least = 2.0 if t in (251, 501) else -1.0            # clearly better there, nowhere worse
         gate(f"SPM minus PickScore at t = {t}, in paired standard errors", difference / max(error, 1e-6), least)
 
 
