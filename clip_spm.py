@@ -319,7 +319,7 @@ def preprocess_decoded(images: torch.Tensor, size: int, clamp_first: bool = Fals
 
 
 def to_rgb(image):
-    """A PIL picture as RGB, transparency over white, as transformers 5 has it."""
+    """A PIL picture as RGB, transparency over white, as transformers 5.23 has it (5.17 dropped it)."""
     from PIL import Image
     if image.has_transparency_data:
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))

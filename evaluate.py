@@ -13,6 +13,7 @@
 The defaults are the paper's protocol (DDIM, 20 steps, guidance 5); it is written into every result.
 """
 import hashlib
+import itertools
 import math
 import os
 import re
@@ -364,14 +365,15 @@ def claim(folder: Path, identity: dict, processes: Processes) -> None:
 
 
 def draw_prompt(pipe: Pipeline, models: dict[str, str], config: EvaluateConfig, folder: Path) -> None:
-    """Draw --prompt with every candidate into folder/NAME.png."""
+    """Draw --prompt with every candidate into folder/NAME.png, or NAME-2.png ...: earlier pictures stay."""
     for name, source in models.items():
         wear(pipe, source)
         image = generate(pipe, [config.prompt], [config.seed], steps=config.steps, guidance_scale=config.guidance_scale,
                          eta=config.eta, resolution=config.resolution or None)
         refuse_damaged(image, name, [config.prompt])
-        write_atomic(folder / f"{name}.png", lambda p, image=image: to_pil(image)[0].save(p, format="PNG"))
-        print(folder / f"{name}.png")
+        path = next(p for i in itertools.count(1) if not (p := folder / (f"{name}-{i}.png" if i > 1 else f"{name}.png")).exists())
+        write_atomic(path, lambda p, image=image: to_pil(image)[0].save(p, format="PNG"))
+        print(path)
 
 
 def draw_trajectories(pipe: Pipeline, models: dict[str, str], config: EvaluateConfig, folder: Path) -> None:

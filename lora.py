@@ -244,7 +244,7 @@ def command_line() -> None:
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("action", choices=("convert", "merge"))
-    parser.add_argument("source", type=Path, help="a LoRA file in one of the formats A to D")
+    parser.add_argument("source", type=Path, help="a LoRA file in one of the formats A to D, or the folder of a run")
     parser.add_argument("target", type=Path, help="convert: the file to write; merge: the folder to write, or the file "
                         "if the model is one")
     parser.add_argument("--model", default="tiny", help="the model that the LoRA belongs to: tiny, sd15, sdxl, folder, hub id, single file")
@@ -264,6 +264,8 @@ def command_line() -> None:
         root = fetch(model, ["unet/config.json"]) if options.action == "convert" else fetch_model(model)
         config = read_config(UNetConfig, root / "unet/config.json")
     unet = build(UNet, config, root)
+    if os.path.isdir(options.source):
+        options.source /= "pytorch_lora_weights.safetensors"
     weights, source = read_weights(options.source), str(options.source)
     if options.action == "convert":
         try:

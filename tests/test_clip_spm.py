@@ -264,6 +264,9 @@ def noise_picture(mode: str, width: int, height: int) -> Image.Image:
 def test_preprocess_pil_equals_transformers(mode, size):
     picture = noise_picture(mode, *size)
     processor = CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
+    nothing = processor(Image.new("RGBA", (28, 28), (0, 0, 0, 0)), return_tensors="pt").pixel_values
+    if picture.has_transparency_data and float(nothing.max()) < 0:
+        pytest.skip("this version of transformers drops transparency, later ones lay it over white")
     assert_close(preprocess_pil([picture], 28), processor(picture, return_tensors="pt").pixel_values)
 
 

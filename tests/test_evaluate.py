@@ -447,9 +447,12 @@ def test_a_place_that_cannot_be_written_is_one_line(kind, sd, spm, tmp_path):
 
 
 def test_one_prompt_for_every_candidate(sd, trained, tmp_path):
-    call("evaluate", "--model", sd, "--dtype", "fp32", "--steps", 2, "--out", tmp_path, "--prompt", "a red circle",
-         "--lora", "base=", f"spo={trained[0]}")
-    assert (tmp_path / "base.png").read_bytes() != (tmp_path / "spo.png").read_bytes()
+    words = ("--model", sd, "--dtype", "fp32", "--steps", 2, "--out", tmp_path)
+    call("evaluate", *words, "--prompt", "a red circle", "--lora", "base=", f"spo={trained[0]}")
+    first = (tmp_path / "base.png").read_bytes()
+    assert first != (tmp_path / "spo.png").read_bytes()
+    call("evaluate", *words, "--prompt", "a blue cross", "--lora", "base=")             # into the same folder: nothing is overwritten
+    assert (tmp_path / "base.png").read_bytes() == first != (tmp_path / "base-2.png").read_bytes() and not (tmp_path / "spo-2.png").exists()
 
 
 def test_trace_of_any_model(sd, spm, trained, tmp_path):

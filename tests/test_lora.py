@@ -384,8 +384,10 @@ def lora_file(sd, tmp_path):
 
 
 def test_command_line_converts_there_and_back(sd, lora_file, tmp_path):
-    kohya, back = tmp_path / "kohya.safetensors", tmp_path / "back.safetensors"
-    shell("lora.py", "convert", lora_file, kohya, "--model", sd, "--format", "kohya")
+    kohya, back, run = tmp_path / "kohya.safetensors", tmp_path / "back.safetensors", tmp_path / "run"
+    run.mkdir()
+    shutil.copy(lora_file, run / "pytorch_lora_weights.safetensors")
+    shell("lora.py", "convert", run, kohya, "--model", sd, "--format", "kohya")
     done = shell("lora.py", "convert", kohya, back, "--model", sd)
     assert "diffusers format" in done.stdout
     first, middle, last = (read_weights(f) for f in (lora_file, kohya, back))

@@ -692,7 +692,7 @@ def test_the_best_lora_is_kept_and_survives_a_stop(sd, spm, prompts, tmp_path):
 @pytest.mark.parametrize("words, says", [
     (("--thresold", "0.2"), "did you mean --threshold?"), (("--k", "four"), "--k four"), (("--start", "best"), "choose one of random, win, lose"),
     (("--k", "1"), "at least 2"), (("--eta", "0"), "--eta 0"), (("--prompts", "no.txt"), "no.txt"), (("--k",), "--k"),
-    (("--t_max", "0"), "0..0"), (("--t_min", "801", "--t_max", "800"), "--t_min 801"), (("--lr", "-1"), "--lr -1.0"), (("--targets", "to_x"), "to_x"), (("--steps", "1000"), "--steps 1000"), (("--model", "nowhere/at-all"), "nowhere"),
+    (("--t_max", "0"), "0..0"), (("--t_min", "801", "--t_max", "800"), "--t_min 801"), (("--lr", "-1"), "--lr -1.0"), (("--targets", "to_x"), "to_x"), (("--steps", "1000"), "--steps 1000"), (("--model", "nowhere/at-all"), "nowhere"), (("--model", "sd51"), "--model sd51: neither"),
     (("--decoder_check", "1"), "without --decoder"), (("--decoder", "taesd", "--model", "tiny"), "not those of tiny"), (("--decoder", "no.pth"), "no.pth")])
 def test_mistakes_are_one_line(sd, spm, prompts, tmp_path, words, says):
     with pytest.raises(InputError) as caught:
