@@ -13,7 +13,6 @@
 The defaults are the paper's protocol (DDIM, 20 steps, guidance 5); it is written into every result.
 """
 import hashlib
-import itertools
 import math
 import os
 import re
@@ -366,14 +365,17 @@ def claim(folder: Path, identity: dict, processes: Processes) -> None:
 
 def draw_prompt(pipe: Pipeline, models: dict[str, str], config: EvaluateConfig, folder: Path) -> None:
     """Draw --prompt with every candidate into folder/NAME.png, or NAME-2.png ...: earlier pictures stay."""
+    number, tail = 1, ""
+    while any((folder / f"{name}{tail}.png").exists() for name in models):
+        number += 1
+        tail = f"-{number}"
     for name, source in models.items():
         wear(pipe, source)
         image = generate(pipe, [config.prompt], [config.seed], steps=config.steps, guidance_scale=config.guidance_scale,
                          eta=config.eta, resolution=config.resolution or None)
         refuse_damaged(image, name, [config.prompt])
-        path = next(p for i in itertools.count(1) if not (p := folder / (f"{name}-{i}.png" if i > 1 else f"{name}.png")).exists())
-        write_atomic(path, lambda p, image=image: to_pil(image)[0].save(p, format="PNG"))
-        print(path)
+        write_atomic(folder / f"{name}{tail}.png", lambda p, image=image: to_pil(image)[0].save(p, format="PNG"))
+        print(folder / f"{name}{tail}.png")
 
 
 def draw_trajectories(pipe: Pipeline, models: dict[str, str], config: EvaluateConfig, folder: Path) -> None:

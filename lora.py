@@ -3,9 +3,9 @@
 The same network is policy and reference: with LoRA switched off the UNet is bit for bit the base model, so
 SPO needs no second copy for p_ref (Eq. 4). A is Gaussian, B zero, alpha = rank, on to_q, to_k, to_v and to_out.0.
 
-    python lora.py convert IN.safetensors OUT.safetensors --model sdxl --format diffusers|kohya
-    python lora.py merge IN.safetensors OUT_FOLDER --model sdxl             # a checkpoint with the LoRA inside
-    python lora.py merge IN.safetensors OUT.safetensors --model MY.safetensors
+    python lora.py convert IN OUT.safetensors --model sdxl --format diffusers|kohya
+    python lora.py merge IN OUT_FOLDER --model sdxl                         # a checkpoint with the LoRA inside
+    python lora.py merge IN OUT.safetensors --model MY.safetensors          # IN: a LoRA file or the folder of a run
 
 Files in four formats are read; the first and the last are written:
     diffusers   unet.<module>.lora_A.weight / lora_B.weight                     (A, peft)

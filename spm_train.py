@@ -104,7 +104,7 @@ class SPMConfig:
     step_blind: bool = opt(False, "also train a twin without the timestep, on the same inputs (P Table 5)")
     cache_latents: bool = opt(False, "keep encoded pictures in the run folder's latents.bin (SD-1.5, bf16: 13 GB for 100,000 pairs); with "
                                "human labels a pair's pictures are then read once")
-    compile: bool = opt(False, "torch.compile the UNet, the VAE and the CLIPs")
+    compile: bool = opt(False, "torch.compile the UNet's blocks, the VAE and the CLIPs")
     profile: bool = opt(False, "write what the second step spends its time on: profile.json (for Perfetto), profile.txt")
     save_every: int = opt(500, "steps between checkpoints; the last two stay, and that of the highest mean accuracy (SPM: best/)", least=1)
 

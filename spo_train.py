@@ -109,14 +109,14 @@ class RunConfig:
     pairs_per_step: int = opt(40, "global batch of pairs per optimizer step (P: 40 SD-1.5; 8 x 2 SDXL)", least=1)
     # What fits, and how often; none of these changes the mathematics
     memory: str = opt("auto", "low: small batches, checkpointing, text encoders on the card only while they encode; normal: the batches "
-                      "below; auto: low on cards under 64 GB (not for tiny)", ("auto", "normal", "low"))
+                      "below; auto: low on cards under 32 GB (sd15) or 64 GB (sdxl)", ("auto", "normal", "low"))
     sample_batch: int = opt(10, "prompts that one process samples at a time", least=1)
     train_batch: int = opt(10, "pairs in one forward and backward", least=1)
     decode_batch: int = opt(16, "latents that the VAE decodes at a time", least=1)
     checkpointing: bool = opt(False, "recompute the UNet's activations in the backward: less memory, slower")
     decoder_check: int = opt(0, "with --decoder: for this many rounds decode with the VAE too and log how often it names the same pair",
                              least=0)
-    compile: bool = opt(False, "torch.compile the UNet, the decoder and the judge")
+    compile: bool = opt(False, "torch.compile the UNet's blocks, the decoder and the judge")
     profile: bool = opt(False, "write what the second round spends its time on: profile.json (for Perfetto), profile.txt")
     save_every: int = opt(10, "rounds between checkpoints; the last two stay, and that of the highest mean score (LoRA: best/)", least=1)
     grid_every: int = opt(10, "rounds between sample grids; 0: never", least=0)
@@ -332,7 +332,7 @@ def pair_log_ratios(unet, model: torch.nn.Module, schedule: ddim.Schedule, x_t: 
 
     x_t, x_next [N, 2, C, H, W]; timestep, previous [N]. Where a pair shares its x_t (`shared`), one policy and one
     reference forward give both ratios; the official code runs four. `model` is the UNet that carries the LoRA,
-    `unet` what to call (it, or it compiled); forwards are filled up to `size` rows.
+    `unet` what to call (the same, counted); forwards are filled up to `size` rows.
     """
     n, apart = len(shared), [i for i, s in enumerate(shared) if not s]
     rows = fill_up(list(range(n)) + apart, size)                        # the winners' x_t, then losers' that differ
@@ -496,7 +496,8 @@ def fit_memory(config: RunConfig, presets: dict[str, dict], device: torch.device
     """
     low = config.memory == "low"
     if config.memory == "auto":
-        low = device.type == "cuda" and config.preset != "tiny" and torch.cuda.get_device_properties(device).total_memory < 64e9
+        needs = {"tiny": 0, "sd15": 32e9, "sdxl": 64e9}[config.preset]          # sd15 takes 22.5 GB (README); sdxl is estimated
+        low = device.type == "cuda" and torch.cuda.get_device_properties(device).total_memory < needs
     if low:
         presets = {config.preset: presets.get(config.preset, {}) | LOW.get(config.preset, LOW[""])}
         config = parse_options(type(config), presets, arguments)

@@ -161,11 +161,11 @@ def fetch(source: str, patterns: list[str], repo_type: str = "model") -> Path:
 def preset_of(model: str) -> str:
     """Whose settings fit a model: its own if it is tiny, sd15 or sdxl; else what a local folder's UNet or single file is; else sd15's.
 
-    Raises InputError for a word that can name no model.
+    Raises InputError for a word that can name no model. Empty: none is meant, as where only pictures are scored.
     """
     if model in ("tiny", "sd15", "sdxl"):
         return model
-    if "/" not in model and not os.path.exists(model):
+    if model and "/" not in model and not os.path.exists(model):
         raise InputError(f"--model {model}: neither tiny, sd15 or sdxl, nor a file or folder here, nor a hub id of the form owner/name")
     path, sdxl = Path(model), False
     with contextlib.suppress(InputError, SafetensorError, OSError):         # loading will say what is wrong

@@ -3,7 +3,7 @@
     python benchmarks/bench.py                          # the embedded tiny model; a few minutes on a CPU, most of them compiling
     python benchmarks/bench.py --model sd15             # full size, random weights, one GPU; or sdxl
     python benchmarks/bench.py --sides official eager   # without compiling
-    python benchmarks/bench.py --model sd15 --parts     # each part of a round alone, printed at once: for a card that is lent for minutes
+    python benchmarks/bench.py --model sd15 --parts     # each part of a round alone, printed at once: for a GPU that one has for minutes
     python benchmarks/bench.py --settings all           # instead: peak memory and speed of this program's settings; any --model
 
 Sides:
@@ -14,7 +14,7 @@ Sides:
     taesd       the same with --decoder taesd, random weights in its layout; SD-1.5 and SDXL only
 All walk down the same number of trajectories with the same batches, decode and score the same candidates with one SPM, and train
 on every pair. Before it measures, the program checks that both recipes give the same loss on the same pairs and weights.
-Needs requirements-dev.txt. Writes benchmarks/results/bench_MODEL_DEVICE.json.
+Needs requirements-dev.txt. Writes benchmarks/results/bench_MODEL_DEVICE.json, or parts_..., settings_...
 """
 import contextlib
 import copy
@@ -68,7 +68,7 @@ class BenchConfig:
     parts: bool = opt(False, "time each part of a round alone and add up how often a round does it, instead of whole rounds")
     repeats: int = opt(3, "rounds of each side, of which the median counts", least=1)
     profile: bool = opt(False, "beside the JSON file, what one more round, compiled if that is a side, spends its time on")
-    out: str = opt("", "the JSON file; empty: benchmarks/results/bench_MODEL_DEVICE.json, or settings_...")
+    out: str = opt("", "the JSON file; empty: benchmarks/results/bench_MODEL_DEVICE.json, or parts_..., settings_...")
 
 
 @dataclass
@@ -80,6 +80,7 @@ class Side:
     optimizer: torch.optim.Optimizer
     config: SPOConfig
     compiled: bool | None = None        # None: knows nothing of it
+    loss_of: object = None              # the official side's loss, for the comparison with ours
 
 
 def tiny_parts(device: torch.device) -> tuple[Pipeline, CLIP, Conditioning, Conditioning, torch.Tensor, SPOConfig]:
@@ -359,7 +360,7 @@ def alone(pipe: Pipeline, name: str, sides: dict[str, Side]):
         for module in other.modules:
             module.to(device if module in side.modules else "cpu")
     if device.type == "cuda" and side.compiled is not None:
-        for module in side.modules:
+        for module in (pipe.unet, pipe.vae):
             module.to(memory_format=torch.channels_last if side.compiled else torch.contiguous_format)
     gc.collect()
     if device.type == "cuda":
@@ -389,20 +390,21 @@ def timed_round(pipe: Pipeline, name: str, sides: dict[str, Side], cond: Conditi
 
 def timed_parts(pipe: Pipeline, name: str, sides: dict[str, Side], cond: Conditioning, uncond: Conditioning, text: torch.Tensor,
                 repeats: int) -> list[tuple[dict[str, float], float, int | None]]:
-    """What a round would take, twice, as timed_round says it: from the first call of each of its parts, and from their medians."""
+    """What a round would take, as timed_round says it: the first one, with the first call of each part, and another, from medians."""
     side, device, b, k = sides[name], pipe.device, len(text), sides[name].config.k
     config, models, shape = side.config, side.models, pipe.latent_shape()
     timesteps, pools = pipe.schedule.timesteps(config.steps), pool_timesteps(pipe, config)
     groups, n = -(-len(pools) // config.j), min(config.pairs_per_step, b * len(pools))
     pool = tuple(v.map(lambda w: w.repeat_interleave(k, 0)) for v in (cond, uncond))
-    latents, t = torch.randn(b * k, *shape, device=device), pools[0]
-    ends = torch.randn(2, b, len(pools), 2, *shape, device=device)
+    latents, t, size = torch.randn(b * k, *shape, device=device), pools[0], models.judge.config.vision.image_size
+    x_t, noise = torch.randn(2, b, len(pools), 2, *shape, device=device)        # the next latents near their x_t: inside the clamp
     valid = torch.arange(b * len(pools), device=device).view(b, -1) < n
-    pairs = Pairs(*ends, valid, *(torch.zeros(0, device=device) for _ in range(4)))
+    pairs = Pairs(x_t, x_t + 0.01 * noise, valid, *(torch.zeros(0, device=device) for _ in range(4)))
+    drawn = torch.randn(b * k, 3, *[shape[-1] * pipe.vae.factor] * 2, device=device)
 
     def score() -> None:
-        for pixels in torch.zeros(b * k, 3, *[models.judge.config.vision.image_size] * 2, device=device).split(config.decode_batch):
-            models.image_features(pixels, torch.full((len(pixels),), t, device=device))
+        for pictures in drawn.split(config.decode_batch):
+            models.image_features(preprocess_decoded(pictures, size), torch.full((len(pictures),), t, device=device))
 
     parts = {           # phase, how often a round does it, what
         "a step of the walk": ("sampling", sum(t > config.t_max for t in timesteps) + 1,
@@ -424,7 +426,7 @@ def timed_parts(pipe: Pipeline, name: str, sides: dict[str, Side], cond: Conditi
                     function()
                 wait(device)
                 seconds.append(time.perf_counter() - begin)
-            first[phase] += times * seconds[0]
+            first[phase] += seconds[0] + (times - 1) * statistics.median(seconds[1:])       # compiled once, not each time
             median[phase] += times * statistics.median(seconds[1:])
             print(f"{name}, {what}: {statistics.median(seconds[1:]):.4f} s, the first {seconds[0]:.1f} s; {times:g} in a round", flush=True)
         peak = peak_of(side, before, device)
@@ -523,7 +525,7 @@ def main() -> None:
     print("\n".join(table(record["sides"])))
     print(path)
     if given.profile:
-        kind, name = "cuda" if device.type == "cuda" else "cpu", "compiled" if "compiled" in sides else name
+        kind, name = "cuda" if device.type == "cuda" else "cpu", "compiled" if "compiled" in sides else list(sides)[-1]
         with profile(activities=[getattr(ProfilerActivity, kind.upper())]) as profiler:
             timed_round(pipe, name, sides, cond, uncond, text, 0)
         rows = profiler.key_averages().table(sort_by=f"self_{kind}_time_total", row_limit=40, max_name_column_width=100)

@@ -446,13 +446,22 @@ def test_a_place_that_cannot_be_written_is_one_line(kind, sd, spm, tmp_path):
         assert "\n" not in str(caught.value)
 
 
+def test_no_model_need_be_named(tmp_path):
+    """Empty is the default, and means tiny, or, for pictures made elsewhere, none."""
+    assert evaluate.parse_options(evaluate.EvaluateConfig, evaluate.PRESETS, []).model == ""
+    with pytest.raises(InputError, match="nope.json"):
+        call("evaluate", "--tally", tmp_path / "nope.json")
+
+
 def test_one_prompt_for_every_candidate(sd, trained, tmp_path):
     words = ("--model", sd, "--dtype", "fp32", "--steps", 2, "--out", tmp_path)
     call("evaluate", *words, "--prompt", "a red circle", "--lora", "base=", f"spo={trained[0]}")
     first = (tmp_path / "base.png").read_bytes()
     assert first != (tmp_path / "spo.png").read_bytes()
     call("evaluate", *words, "--prompt", "a blue cross", "--lora", "base=")             # into the same folder: nothing is overwritten
-    assert (tmp_path / "base.png").read_bytes() == first != (tmp_path / "base-2.png").read_bytes() and not (tmp_path / "spo-2.png").exists()
+    assert (tmp_path / "base.png").read_bytes() == first != (tmp_path / "base-2.png").read_bytes()
+    call("evaluate", *words, "--prompt", "a green square", "--lora", f"spo={trained[0]}", "base=")
+    assert {p.name for p in tmp_path.glob("*.png")} == {"base.png", "spo.png", "base-2.png", "base-3.png", "spo-3.png"}
 
 
 def test_trace_of_any_model(sd, spm, trained, tmp_path):

@@ -493,7 +493,8 @@ SMALL = dict(sample_batch=1, train_batch=1, decode_batch=1, checkpointing=True)
     ("--memory low", "cpu", 0, dict(SMALL, memory="low", beta=100.0, prompts_per_round=16)),
     ("--model sd15", "cpu", 0, dict(memory="normal", sample_batch=10, train_batch=10, decode_batch=16, checkpointing=False)),
     ("--model sd15", "cuda", 80, dict(memory="normal", sample_batch=10, checkpointing=False)),
-    ("--model sd15", "cuda", 48, dict(memory="low", sample_batch=2, train_batch=4, decode_batch=2, checkpointing=True)),
+    ("--model sd15", "cuda", 40, dict(memory="normal", sample_batch=10, checkpointing=False)),
+    ("--model sd15", "cuda", 24, dict(memory="low", sample_batch=2, train_batch=4, decode_batch=2, checkpointing=True)),
     ("--model sd15 --memory normal", "cuda", 12, dict(memory="normal", sample_batch=10)),
     ("--model sd15 --memory low --decode-batch 9", "cuda", 80, dict(memory="low", sample_batch=2, train_batch=4, decode_batch=9)),
     ("--model sd15 --sample_batch 10 --checkpointing=false --k 3", "cuda", 24, dict(sample_batch=10, decode_batch=2, checkpointing=False, k=3)),
@@ -766,7 +767,8 @@ def test_a_round_never_waits_for_the_device(request, parts, monkeypatch, j):
 
 # Compiled
 
-def test_nothing_is_compiled_anew_after_the_first_round(sd, spm, prompts, tmp_path, monkeypatch, compilations):
+@pytest.mark.parametrize("train_batch", [10, 1])
+def test_nothing_is_compiled_anew_after_the_first_round(sd, spm, prompts, tmp_path, monkeypatch, compilations, train_batch):
     """Rounds of three prompts, of three and of one, whatever number of pairs, grids: the same graphs serve, and train what eager does."""
     after, round_ = [], spo_train.spo_round
 
@@ -777,7 +779,7 @@ def test_nothing_is_compiled_anew_after_the_first_round(sd, spm, prompts, tmp_pa
 
     monkeypatch.setattr(spo_train, "spo_round", counted)
     words = ("--model", sd, "--spm", spm, "--prompts", prompts, "--dtype", "fp32", "--steps", 4, "--k", 2, "--j", 2, "--prompts_per_round", 3,
-             "--pairs_per_step", 10, "--train_batch", 10, "--decode_batch", 4, "--threshold", 0.05, "--lr", "2e-3", "--grid_every", 1)
+             "--pairs_per_step", 10, "--train_batch", train_batch, "--decode_batch", 4, "--threshold", 0.05, "--lr", "2e-3", "--grid_every", 1)
     call("spo_train", *words, "--rounds", 3, "--compile", "--out", tmp_path / "compiled")
     rows = log_of(tmp_path / "compiled")
     assert len({row["pairs"] for row in rows}) > 1 and after[0] >= 6 and set(after) == {after[0]} == {len(compilations)}
