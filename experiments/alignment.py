@@ -76,9 +76,10 @@ def main() -> None:
     effect = read_json(RESULTS.with_name("effect.json"))
     distance = effect["ceiling"]["best_through_vae"] - effect["results"]["base"]["aesthetics"]["mean"]
     print("| one training seed | aesthetics | distance closed | alignment, paired |\n|---|---|---|---|")
-    for name, row in record["arms"].items():
+    for name, row in ((name, record["arms"][name]) for name in ARMS if name in record["arms"]):
         beauty, change = row["aesthetics"], row["alignment"]
-        print(f"| {name} | {beauty['mean'] - beauty['difference']:.2f} to {beauty['mean']:.2f} | {beauty['difference'] / distance:.0%} | "
+        closed = f"{beauty['difference'] / distance:.0%}" if row["guidance"] == 3 else ""          # the distance is one at guidance 3
+        print(f"| {name} | {beauty['mean'] - beauty['difference']:.2f} to {beauty['mean']:.2f} | {closed} | "
               f"{change['difference']:+.3f} ± {change['difference_standard_error']:.3f} |")
 
 

@@ -24,7 +24,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import ddim  # noqa: E402
 from clip_spm import CLIP, CLIPConfig, preference_loss, preprocess_decoded  # noqa: E402
-from diffusion import encode_empty, generate, load_pipeline  # noqa: E402
+from diffusion import encode_empty, generate, load_clip, load_pipeline  # noqa: E402
 from pairs import Pairs  # noqa: E402
 from spm_train import PRESETS, SPMConfig, accuracy_table  # noqa: E402
 from tiny import world  # noqa: E402
@@ -205,13 +205,6 @@ def save_clip(clip: CLIP, folder: Path, config: dict) -> None:
     save_file({k: v.detach().cpu().float().contiguous() for k, v in clip.state_dict().items()}, folder / "model.safetensors")
 
 
-def load_clip(folder: Path, device: torch.device) -> CLIP:
-    """A CLIP of an earlier stage."""
-    clip = CLIP(CLIPConfig.from_json(json.loads((folder / "config.json").read_text()))).to(device)
-    clip.load_state_dict(load_file(folder / "model.safetensors"))
-    return clip
-
-
 def build_clip(out: Path, device: torch.device, seed: int, steps: int = 1500, batch: int = 128) -> None:
     """Contrastive pre-training on pictures and captions; each picture also gets one hard wrong caption."""
     build_tokenizer(out)
@@ -366,7 +359,7 @@ def check_unet(out: Path, device: torch.device, least: float, scales: tuple[floa
 
 def build_pickscore(out: Path, device: torch.device, seed: int, steps: int = 1300, batch: int = 64) -> None:
     """PickScore: CLIP fine-tuned on generic preferences between clean pictures. Too high a rate and it forgets captions."""
-    clip = load_clip(out.parent / "work/clip", device)
+    clip = load_clip(str(out.parent / "work/clip"), device=device).requires_grad_(True)
     images, captions, labels = world.preference_pairs(20_000, seed + 31)
     ids = tokenize(out, captions).to(device)
     torch.manual_seed(seed + 30)
@@ -414,7 +407,7 @@ def build_spm(out: Path, device: torch.device, seed: int) -> None:
                    cwd=Path(__file__).resolve().parent.parent)
     for name in ("spm", "spm_step_blind"):
         shutil.copytree(run / name, out / name, dirs_exist_ok=True)
-    judges = {name: load_clip(out / folder, device) for name, folder in (("PickScore", "pickscore"), ("SPM", "spm"))}
+    judges = {name: load_clip(str(out / folder), device=device) for name, folder in (("PickScore", "pickscore"), ("SPM", "spm"))}
     table = judge_table(str(out), judges, str(device), seed=30_000)         # experiments/judges.py reports on others
     for t, (_, _, _, difference, error) in table["SPM"].items():
         least = 2.0 if t in (251, 501) else -1.0            # clearly better there, nowhere worse
