@@ -125,13 +125,17 @@ def vae_dtype(config: VAEConfig, unet: UNetConfig, dtype: torch.dtype) -> torch.
     return torch.float32 if config.force_upcast and overflows else dtype
 
 
+def laid_out(vae: VAE) -> VAE:
+    """Channels last on a CPU: all convolutions, about 1.8 times as fast. On a GPU it pays once compiled; a CPU's UNet gains nothing."""
+    return vae.to(memory_format=torch.channels_last) if next(vae.parameters()).device.type == "cpu" else vae
+
+
 def _component(cls, config_cls, folder: Path, dtype: torch.dtype, device: torch.device, unet: UNet | None = None):
     """One network from its folder: config.json gives the shape, the weight file the numbers. A VAE's dtype depends on its `unet`."""
     config = read_config(config_cls, folder / "config.json")
     module, path = build(cls, config, folder / "config.json"), weight_file(folder)
     load_strict(module, clean(read_weights(path)), path, vae_dtype(config, unet.config, dtype) if cls is VAE else dtype, device)
-    # All convolutions: channels_last decodes about 1.8 times as fast on a CPU; on a GPU only once compiled. A CPU's UNet gains nothing.
-    return module.to(memory_format=torch.channels_last) if cls is VAE and device.type == "cpu" else module
+    return laid_out(module) if cls is VAE else module
 
 
 def fetch_model(source: str) -> Path:
@@ -279,9 +283,7 @@ def _single_file(path: Path, dtype: torch.dtype, device: torch.device, tokenizer
         kind = vae_dtype(vae_config, unet_config, dtype) if module is vae else dtype
         if own_vae or module is not vae:
             load_strict(module, clean(tensors), path, kind, device, weights)
-    vae = vae if own_vae else None
-    if own_vae and device.type == "cpu":            # as in _component
-        vae.to(memory_format=torch.channels_last)
+    vae = laid_out(vae) if own_vae else None
     home = fetch(tokenizer or NAMES["sdxl" if sdxl else "sd15"], ["tokenizer*/*"])
     tokenizers = [_tokenizer(home / name) for name in ("tokenizer", "tokenizer_2")[:1 + sdxl]]
     if "ztsnr" in weights:

@@ -98,21 +98,10 @@ def candidates(config: EvaluateConfig) -> dict[str, str]:
             elif any(path.glob("diffusion_pytorch_model*")):
                 path = weight_file(path)
             elif not path.is_file():
-                path = lora_file(source, path)
+                path = lora.file_in(source, path)
             source = str(path)
         out[name] = source
     return out
-
-
-def lora_file(source: str, folder: Path) -> Path:
-    """The LoRA in a folder: pytorch_lora_weights.safetensors, or the only .safetensors file; official ones have names of their own."""
-    path = folder / "pytorch_lora_weights.safetensors"
-    if path.is_file():
-        return path
-    files = sorted(fetch(source, ["*.safetensors"]).glob("*.safetensors"))
-    if len(files) != 1:
-        raise InputError(f"{source}: holds {', '.join(p.name for p in files) or 'no .safetensors file'}; say which with {source}/FILE")
-    return files[0]
 
 
 def wear(pipe: Pipeline, source: str) -> None:

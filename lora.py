@@ -18,12 +18,13 @@ import contextlib
 import math
 import os
 import re
+from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from weights import original_module_names
+from weights import InputError, fetch, original_module_names
 
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 
@@ -228,19 +229,28 @@ def norm(model: nn.Module) -> float:
     return math.sqrt(max(float(sum(squares)), 0.0))
 
 
+def file_in(source: str, folder: Path) -> Path:
+    """The LoRA in a folder: pytorch_lora_weights.safetensors, or the only .safetensors file; official ones have names of their own."""
+    path = folder / "pytorch_lora_weights.safetensors"
+    if path.is_file():
+        return path
+    files = sorted(fetch(source, ["*.safetensors"]).glob("*.safetensors"))
+    if len(files) != 1:
+        raise InputError(f"{source}: holds {', '.join(p.name for p in files) or 'no .safetensors file'}; say which with {source}/FILE")
+    return files[0]
+
+
 def command_line() -> None:
     """`convert` a LoRA file between formats, or `merge` it into a copy of its model's folder."""
     import argparse
     import shutil
-    from pathlib import Path
 
     from safetensors.torch import save_file
 
     from diffusion import NAMES, SINGLE_UNETS, build, fetch_model, read_config
     from training import refuse, write_atomic, write_json, writing
     from unet import UNet, UNetConfig
-    from weights import (InputError, clean, fetch, is_sdxl, load_strict, original_unet_name, read_json, read_weights, rename, take,
-                         weight_file)
+    from weights import clean, is_sdxl, load_strict, original_unet_name, read_json, read_weights, rename, take, weight_file
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("action", choices=("convert", "merge"))
@@ -264,9 +274,10 @@ def command_line() -> None:
         root = fetch(model, ["unet/config.json"]) if options.action == "convert" else fetch_model(model)
         config = read_config(UNetConfig, root / "unet/config.json")
     unet = build(UNet, config, root)
-    if os.path.isdir(options.source):
-        options.source /= "pytorch_lora_weights.safetensors"
-    weights, source = read_weights(options.source), str(options.source)
+    source = str(options.source)
+    if os.path.isdir(source):
+        source = str(file_in(source, options.source))
+    weights = read_weights(Path(source))
     if options.action == "convert":
         try:
             out = normalise(weights, [n for n, m in unet.named_modules() if isinstance(m, nn.Linear)], source)

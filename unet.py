@@ -178,6 +178,7 @@ class Transformer(nn.Module):
         self.proj_out = project(width, width)
 
     def forward(self, x: torch.Tensor, prompt_embeds: torch.Tensor) -> torch.Tensor:
+        """Map [N, C, H, W] and prompt_embeds [N, L, D] -> map [N, C, H, W]."""
         height, width = x.shape[-2:]
         h = self.norm(x)
         h = h if self.linear else self.proj_in(h)

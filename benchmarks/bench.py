@@ -37,7 +37,6 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import diffusers  # noqa: E402
 import peft  # noqa: E402
 import torch  # noqa: E402
-from torch.profiler import ProfilerActivity, profile  # noqa: E402
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
 import ddim  # noqa: E402
@@ -49,7 +48,7 @@ from diffusion import load_clip, load_pipeline, negative  # noqa: E402
 from spo_train import LOW, PRESETS, Counted, Models, Pairs, SPOConfig, judge_features  # noqa: E402
 from spo_train import pair_log_ratios, sample_pairs, spo_loss, train_on_pairs  # noqa: E402
 from test_unet import SD15_FULL, SDXL_FULL  # noqa: E402
-from training import Clock, Processes, generator, opt, parse_options, read_prompts, run_script, write_json  # noqa: E402
+from training import Clock, Processes, generator, opt, parse_options, profiled, read_prompts, run_script, write_json  # noqa: E402
 from unet import UNet, UNetConfig, compile_blocks  # noqa: E402
 from vae import VAE, TinyDecoder, TinyDecoderConfig, VAEConfig  # noqa: E402
 
@@ -67,7 +66,7 @@ class BenchConfig:
     prompts: int = opt(0, "prompts in a round; 0: 16 tiny, 10 sd15, 2 sdxl", least=0)
     parts: bool = opt(False, "time each part of a round alone and add up how often a round does it, instead of whole rounds")
     repeats: int = opt(3, "rounds of each side, of which the median counts", least=1)
-    profile: bool = opt(False, "beside the JSON file, what one more round, compiled if that is a side, spends its time on")
+    profile: bool = opt(False, "in a folder beside the JSON file, what one more round, compiled if that is a side, spends its time on")
     out: str = opt("", "the JSON file; empty: benchmarks/results/bench_MODEL_DEVICE.json, or parts_..., settings_...")
 
 
@@ -111,6 +110,16 @@ def full_parts(model: str, device: torch.device) -> tuple[Pipeline, CLIP, Condit
     extra = (draw(n, 1280), torch.tensor([[1024, 1024, 0, 0, 1024, 1024.0]], device=device).repeat(n, 1)) if model == "sdxl" else ()
     cond, uncond = (Conditioning(draw(n, 77, wide), *extra) for _ in range(2))
     return pipe, judge, cond, uncond, torch.nn.functional.normalize(draw(n, 1024).float(), dim=-1), config
+
+
+def loaded(model: str, prompts: int, device: torch.device,
+           **changes) -> tuple[Pipeline, CLIP, Conditioning, Conditioning, torch.Tensor, SPOConfig]:
+    """A model with its LoRA, its judge, the conditioning of `prompts` prompts, and its settings with `changes`; every pair counts."""
+    pipe, judge, cond, uncond, text, config = tiny_parts(device) if model == "tiny" else full_parts(model, device)
+    config = dataclasses.replace(config, threshold=-1.0, **changes)
+    lora.add(pipe.unet, config.rank)
+    pipe.unet.checkpointing = config.checkpointing
+    return pipe, judge, cond.map(lambda v: v[:prompts]), uncond.map(lambda v: v[:prompts]), text[:prompts], config
 
 
 def official_side(pipe: Pipeline, judge: CLIP, cond: Conditioning, uncond: Conditioning, config: SPOConfig, unet_json: dict,
@@ -182,15 +191,20 @@ def official_side(pipe: Pipeline, judge: CLIP, cond: Conditioning, uncond: Condi
         return vae.decode(latents.to(dtype) / scale).sample.float()
 
     judge = copy.deepcopy(judge).float()
-    side = Side(Models(Counted(call(policy)), draw, judge, judge.image_features), train, [policy, reference, vae, judge], optimizer,
-                dataclasses.replace(config, decode_batch=config.sample_batch * config.k))
-    side.loss_of = loss_of
-    return side
+    return Side(Models(Counted(call(policy)), draw, judge, judge.image_features), train, [policy, reference, vae, judge], optimizer,
+                dataclasses.replace(config, decode_batch=config.sample_batch * config.k), loss_of=loss_of)
 
 
 def pool_timesteps(pipe: Pipeline, config: SPOConfig) -> list[int]:
     """The timesteps at which pairs are collected, in the order of the slots."""
     return [t for t in pipe.schedule.timesteps(config.steps) if config.t_min <= t <= config.t_max]
+
+
+def forwards(pipe: Pipeline, config: SPOConfig) -> tuple[int, int, int, int]:
+    """Of one trajectory: (forwards at one latent, forwards at k candidates, groups that are judged, slots that give a pair)."""
+    timesteps, pools = pipe.schedule.timesteps(config.steps), pool_timesteps(pipe, config)
+    slots, early = len(pools), sum(t > config.t_max for t in timesteps)
+    return early + 1, slots - (pools[-1] == timesteps[-1]), -(-slots // config.j), slots
 
 
 def our_side(pipe: Pipeline, judge: CLIP, cond: Conditioning, uncond: Conditioning, config: SPOConfig, compiled: bool,
@@ -227,11 +241,7 @@ def one_round(pipe: Pipeline, side: Side, cond: Conditioning, uncond: Conditioni
 def measure(model: str, changes: dict, prompts: int, repeats: int) -> tuple[int, float] | None:
     """Rounds of one setting, alone in a process: (peak bytes, of the card or else of the process; seconds a prompt); None if too large."""
     device, seconds = torch.device("cuda" if torch.cuda.is_available() else "cpu"), []
-    pipe, judge, cond, uncond, text, config = tiny_parts(device) if model == "tiny" else full_parts(model, device)
-    cond, uncond, text = cond.map(lambda v: v[:prompts]), uncond.map(lambda v: v[:prompts]), text[:prompts]
-    config = dataclasses.replace(config, threshold=-1.0, **changes)
-    lora.add(pipe.unet, config.rank)
-    pipe.unet.checkpointing = config.checkpointing
+    pipe, judge, cond, uncond, text, config = loaded(model, prompts, device, **changes)
     side = our_side(pipe, judge, cond, uncond, config, compiled=False)
     try:
         for repeat in range(repeats + 1):
@@ -292,19 +302,14 @@ def wait(device: torch.device) -> None:
 
 def build_sides(given: BenchConfig, prompts: int, device: torch.device):
     """-> (pipe, judge, cond, uncond, text, config, the sides by name, the small decoder if one of them uses it)."""
+    pipe, judge, cond, uncond, text, config = loaded(given.model, prompts, device, sample_batch=prompts)
     if given.model == "tiny":
-        pipe, judge, cond, uncond, text, config = tiny_parts(device)
         unet_json, vae_json = (json.loads((ROOT / f"tiny/model/{part}/config.json").read_text()) for part in ("unet", "vae"))
         unet_json, vae_json = ({k: v for k, v in j.items() if not k.startswith("_")} for j in (unet_json, vae_json))
     else:
-        pipe, judge, cond, uncond, text, config = full_parts(given.model, device)
         unet_json = sd15_shaped(**SD15_FULL) if given.model == "sd15" else sdxl_shaped(**SDXL_FULL)
         vae_json = dict(block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4,
                         down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4)
-    cond, uncond, text = cond.map(lambda v: v[:prompts]), uncond.map(lambda v: v[:prompts]), text[:prompts]
-    config = dataclasses.replace(config, threshold=-1.0, sample_batch=prompts)          # every pair counts, on every side
-    lora.add(pipe.unet, config.rank)
-    pipe.unet.checkpointing = config.checkpointing
     torch.manual_seed(1)
     with torch.no_grad():                                           # policy and reference apart, or the check below would check nothing
         for layer in lora.layers(pipe.unet).values():
@@ -393,12 +398,12 @@ def timed_parts(pipe: Pipeline, name: str, sides: dict[str, Side], cond: Conditi
     """What a round would take, as timed_round says it: the first one, with the first call of each part, and another, from medians."""
     side, device, b, k = sides[name], pipe.device, len(text), sides[name].config.k
     config, models, shape = side.config, side.models, pipe.latent_shape()
-    timesteps, pools = pipe.schedule.timesteps(config.steps), pool_timesteps(pipe, config)
-    groups, n = -(-len(pools) // config.j), min(config.pairs_per_step, b * len(pools))
+    at_one, at_k, groups, slots = forwards(pipe, config)
+    t, size, n = pool_timesteps(pipe, config)[0], models.judge.config.vision.image_size, min(config.pairs_per_step, b * slots)
     pool = tuple(v.map(lambda w: w.repeat_interleave(k, 0)) for v in (cond, uncond))
-    latents, t, size = torch.randn(b * k, *shape, device=device), pools[0], models.judge.config.vision.image_size
-    x_t, noise = torch.randn(2, b, len(pools), 2, *shape, device=device)        # the next latents near their x_t: inside the clamp
-    valid = torch.arange(b * len(pools), device=device).view(b, -1) < n
+    latents = torch.randn(b * k, *shape, device=device)
+    x_t, noise = torch.randn(2, b, slots, 2, *shape, device=device)        # the next latents near their x_t: inside the clamp
+    valid = torch.arange(b * slots, device=device).view(b, -1) < n
     pairs = Pairs(x_t, x_t + 0.01 * noise, valid, *(torch.zeros(0, device=device) for _ in range(4)))
     drawn = torch.randn(b * k, 3, *[shape[-1] * pipe.vae.factor] * 2, device=device)
 
@@ -407,13 +412,11 @@ def timed_parts(pipe: Pipeline, name: str, sides: dict[str, Side], cond: Conditi
             models.image_features(preprocess_decoded(pictures, size), torch.full((len(pictures),), t, device=device))
 
     parts = {           # phase, how often a round does it, what
-        "a step of the walk": ("sampling", sum(t > config.t_max for t in timesteps) + 1,
-                               lambda: guided_noise(models.unet, latents[:b], t, cond, uncond, config.guidance_scale)),
-        "a pool's candidates": ("sampling", len(pools) - (pools[-1] == timesteps[-1]),
-                                lambda: guided_noise(models.unet, latents, t, *pool, config.guidance_scale)),
+        "a step of the walk": ("sampling", at_one, lambda: guided_noise(models.unet, latents[:b], t, cond, uncond, config.guidance_scale)),
+        "a pool's candidates": ("sampling", at_k, lambda: guided_noise(models.unet, latents, t, *pool, config.guidance_scale)),
         "a pool decoded": ("decoding", groups, lambda: [models.decode(z) for z in latents.split(config.decode_batch)]),
         "a pool scored": ("scoring", groups, score),
-        f"an optimizer step, {n} pairs": ("training", b * len(pools) / n, lambda: side.train(pairs, Clock(device))),
+        f"an optimizer step, {n} pairs": ("training", b * slots / n, lambda: side.train(pairs, Clock(device))),
     }
     first, median = ({p: 0.0 for p in PHASES} for _ in range(2))
     with alone(pipe, name, sides) as before:
@@ -453,9 +456,8 @@ def work(name: str, pipe: Pipeline, config: SPOConfig, cost: dict[str, float | N
     Forwards to walk; then per pair forward and backward of the policy (frozen weights need no gradient: about one forward more) and
     the reference's forward, with the guidance's two sides, once where winner and loser share x_t.
     """
-    timesteps, pools = pipe.schedule.timesteps(config.steps), pool_timesteps(pipe, config)
-    slots, groups, early = len(pools), -(-len(pools) // config.j), sum(t > config.t_max for t in timesteps)
-    walk = 2 * (early + 1 + config.k * (slots - (pools[-1] == timesteps[-1])))
+    at_one, at_k, groups, slots = forwards(pipe, config)
+    walk = 2 * (at_one + config.k * at_k)
     visits = 2 * slots if name == "official" else 2 * slots - groups            # x_t's per prompt; a group's first one is shared
     drawn = cost["small_decode_flops" if name == "taesd" else "decode_flops"]
     return walk * cost["unet_flops"] + groups * config.k * (drawn + cost["judge_flops"]) + visits * 2 * 3 * cost["unet_flops"]
@@ -525,11 +527,9 @@ def main() -> None:
     print("\n".join(table(record["sides"])))
     print(path)
     if given.profile:
-        kind, name = "cuda" if device.type == "cuda" else "cpu", "compiled" if "compiled" in sides else list(sides)[-1]
-        with profile(activities=[getattr(ProfilerActivity, kind.upper())]) as profiler:
+        name = "compiled" if "compiled" in sides else list(sides)[-1]
+        with profiled(path.with_name(f"{path.stem}_{name}"), device, True):
             timed_round(pipe, name, sides, cond, uncond, text, 0)
-        rows = profiler.key_averages().table(sort_by=f"self_{kind}_time_total", row_limit=40, max_name_column_width=100)
-        path.with_name(f"{path.stem}_{name}.txt").write_text(rows)
 
 
 if __name__ == "__main__":

@@ -18,15 +18,17 @@ from spm_train import print_table  # noqa: E402
 from tiny.build import judge_table  # noqa: E402
 from training import run_script, write_json  # noqa: E402
 
+COUNT, SEED = 2048, 20_000
+
 
 def main() -> None:
     """Judge the pairs, print the table, keep it."""
     sources = {"PickScore": TINY / "pickscore", "SPM": TINY / "spm", "step-blind SPM": TINY / "spm_step_blind"}
     sources |= dict(word.split("=", 1) for word in sys.argv[1:])
     models = {name: load_clip(str(source)) for name, source in sources.items()}
-    table = judge_table("tiny", models)
+    table = judge_table("tiny", models, COUNT, SEED)
     print_table(table)
-    write_json(ROOT / "experiments/results/judges.json", dict(date=time.strftime("%Y-%m-%d"), torch=torch.__version__, pairs=2048, judges={
+    write_json(ROOT / "experiments/results/judges.json", dict(date=time.strftime("%Y-%m-%d"), torch=torch.__version__, pairs=COUNT, judges={
         name: {t: dict(zip(("accuracy", "standard_error", "pairs", "difference", "difference_standard_error"), row))
                for t, row in rows.items()} for name, rows in table.items()}))
 

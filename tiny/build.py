@@ -389,9 +389,9 @@ def build_pickscore(out: Path, device: torch.device, seed: int, steps: int = 130
     gate("PickScore accuracy on unseen pairs", float(((both[:, 0] > both[:, 1]).cpu() == (labels[tail] > 0.5)).float().mean()), 0.75)
 
 
-def judge_table(folder: str, models: dict[str, CLIP], device: str = "cpu", seed: int = 20_000) -> dict[str, dict]:
-    """spm_train's accuracy table of the models on 2,048 pairs that no training has seen; `folder`: the checkpoint."""
-    count, pipe, config = 2048, load_pipeline(folder, device=device), SPMConfig(**PRESETS["tiny"], seed=seed)
+def judge_table(folder: str, models: dict[str, CLIP], count: int, seed: int, device: str = "cpu") -> dict[str, dict]:
+    """spm_train's accuracy table of the models on `count` pairs that no training has seen; `folder`: the checkpoint."""
+    pipe, config = load_pipeline(folder, device=device), SPMConfig(**PRESETS["tiny"], seed=seed)
     images, captions, labels = world.preference_pairs(count, seed)
     pairs = Pairs(captions, labels, torch.ones(count), [range(count)], lambda i: images[i])
     ids = pipe.tokenizers[0](captions, padding="max_length", truncation=True, max_length=16, return_tensors="pt").input_ids
@@ -408,7 +408,7 @@ def build_spm(out: Path, device: torch.device, seed: int) -> None:
     for name in ("spm", "spm_step_blind"):
         shutil.copytree(run / name, out / name, dirs_exist_ok=True)
     judges = {name: load_clip(str(out / folder), device=device) for name, folder in (("PickScore", "pickscore"), ("SPM", "spm"))}
-    table = judge_table(str(out), judges, str(device), seed=30_000)         # experiments/judges.py reports on others
+    table = judge_table(str(out), judges, 2048, 30_000, str(device))        # experiments/judges.py reports on others
     for t, (_, _, _, difference, error) in table["SPM"].items():
         least = 2.0 if t in (251, 501) else -1.0            # clearly better there, nowhere worse
         gate(f"SPM minus PickScore at t = {t}, in paired standard errors", difference / max(error, 1e-6), least)
