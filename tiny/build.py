@@ -108,7 +108,7 @@ def build_vae(out: Path, device: torch.device, seed: int, steps: int = 2800, bat
     for step in progress:
         schedule_lr(optimizer, step, steps, peak=2e-3)
         x = to_model(images[torch.randint(len(images), (batch,))]).to(device)
-        with torch.autocast(device.type, dtype=torch.bfloat16):
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda"):
             mean, std = vae.moments(x)
             mean, std = mean.float(), std.float()
             y = vae.decode(mean + std * torch.randn_like(std)).float()
@@ -227,7 +227,7 @@ def build_clip(out: Path, device: torch.device, seed: int, steps: int = 1500, ba
         pick = torch.randint(len(images) - 2000, (batch,))
         right = target[pick]
         wrong = hard[right, torch.randint(hard.shape[1], (batch,))]
-        with torch.autocast(device.type, dtype=torch.bfloat16):
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda"):
             eyes = clip.image_features(preprocess_decoded(to_model(images[pick]).to(device), world.SIZE))
             words = clip.text_features(ids[torch.cat([right, wrong])])
         logits = clip.logit_scale.exp() * eyes @ words.T                                    # [N, 2N]
