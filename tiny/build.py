@@ -1,6 +1,6 @@
 """Train the embedded laboratory from nothing: VAE, CLIP, UNet, PickScore and the step-aware preference model.
 
-    python -m tiny.build                          # everything, into tiny/model (about an hour on 2 cores)
+    python -m tiny.build                          # everything, into tiny/model (two to three hours on 2 slow cores, by its steps)
     python -m tiny.build --stages spm --out DIR   # one stage again, on what the folder already holds
 
 Every stage is seeded, prints a quality gate when it is done (and stops if the gate is missed), and writes its part of
