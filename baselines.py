@@ -27,7 +27,8 @@ import ddim
 import lora
 import pairs as preference_pairs
 import spo_train
-from diffusion import Conditioning, Pipeline, encode_empty, encode_prompts, guided_noise, negative
+from diffusion import Conditioning, encode_empty, encode_prompts, guided_noise, negative
+from loading import Pipeline
 from spm_train import encode_pairs, readable, stack_pictures
 from spo_train import Models, RunConfig, SPOConfig, prepare, prepare_policy, run_rounds, sample_round, spo_round, train_minibatches
 from training import Clock, Processes, Run, fill_up, generator, opt, parse_options, run_script, start_processes, upload

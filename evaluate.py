@@ -27,13 +27,23 @@ from tqdm import tqdm
 
 import geneval
 import lora
-from diffusion import (DTYPES, NEGATIVE, SDXL_VAE, TINY, Pipeline, decode, first_tokenizer, generate, generate_latents, grid,
-                       load_pipeline, to_pil)
+from diffusion import decode, generate, generate_latents, grid, to_pil
+from loading import DTYPES, NEGATIVE, SDXL_VAE, TINY, Pipeline, first_tokenizer, load_pipeline
 from metrics import WITH_TOKENIZER, Metric, fingerprint, load_metric, metric_sources
 from prompt_sets import PromptSet, prompt_set
 from report import draw_trace, read_logs, write_report
 from study import tally, write_study
-from training import Processes, checked_prompt, opt, parse_options, run_script, start_processes, write_atomic, write_json, writing
+from training import (
+    Processes,
+    opt,
+    parse_options,
+    run_script,
+    start_processes,
+    write_atomic,
+    write_json,
+    writing,
+)
+from prompt_sets import checked_prompt
 from unet import UNet
 from weights import InputError, clean, fetch, load_strict, preset_of, read_json, read_weights, weight_file
 

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 
 from clip_spm import CLIP
-from diffusion import load_clip
+from loading import load_clip
 from metrics import Metric, fingerprint, preprocess_bytes, text_ids
 from training import write_atomic
 from weights import InputError, fetch

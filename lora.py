@@ -247,7 +247,7 @@ def command_line() -> None:
 
     from safetensors.torch import save_file
 
-    from diffusion import NAMES, SINGLE_UNETS, build, fetch_model, read_config
+    from loading import NAMES, SINGLE_UNETS, build, fetch_model, read_config
     from training import refuse, write_atomic, write_json, writing
     from unet import UNet, UNetConfig
     from weights import clean, is_sdxl, load_strict, original_unet_name, read_json, read_weights, rename, take, weight_file

@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from clip_spm import CLIP, MEAN, STD, CLIPConfig, clip_h, preprocess_pil
-from diffusion import TINY, load_clip
+from loading import TINY, load_clip
 from weights import InputError, fetch, from_open_clip, load_strict, preset_of, read_weights, take
 
 CLIP_L = "openai/clip-vit-large-patch14"

@@ -20,7 +20,8 @@ import torch
 from PIL import Image
 
 from clip_spm import to_rgb
-from training import checked_prompt, permutation
+from training import permutation
+from prompt_sets import checked_prompt
 from weights import InputError, fetch_parquet
 
 SMALLEST = 8            # pixels of a picture's shorter side

@@ -1,4 +1,4 @@
-"""The field's prompt sets by name, or any file: prompts, and the group (style, category, tag) that each belongs to.
+"""Reading prompts: any file or data set, and the field's prompt sets by name with the group that each prompt belongs to.
 
     pickapic   Pick-a-Pic's validation_unique, 500: the paper's Tables 1 and 2
     hpsv2      HPDv2's benchmark, 4 styles x 800
@@ -7,12 +7,15 @@
 """
 import csv
 import json
+import os
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from training import checked_prompt, read_prompts
-from weights import InputError, fetch
+from training import permutation
+from weights import InputError, fetch, fetch_parquet
 
+LONGEST = 10_000                        # characters of a prompt
 STYLES = ("anime", "concept-art", "paintings", "photo")
 SETS = {        # name -> (hub data set or file in it, what to fetch of it, how many prompts there must be)
     "pickapic": ("yuvalkirstain/pickapic_v1_no_images", ["*validation_unique*.parquet"], 500),
@@ -20,6 +23,77 @@ SETS = {        # name -> (hub data set or file in it, what to fetch of it, how 
     "parti": ("nateraw/parti-prompts/PartiPrompts.tsv", [], 1632),
     "geneval": ("", [], 553),
 }
+
+
+def checked_prompt(prompt: str, place: str) -> str:
+    """The prompt; InputError that begins with its place where it cannot be one."""
+    if len(prompt) > LONGEST:
+        raise InputError(f"{place}, {prompt[:40]!r}..., has {len(prompt):,} characters, more than {LONGEST:,}; one prompt a line?")
+    if not prompt.isascii() and (lone := re.search("[\ud800-\udfff]", prompt)):
+        raise InputError(f"{place}, {prompt[:40]!r}, is no Unicode text: character {lone.start() + 1} is half a surrogate pair")
+    return prompt
+
+
+def read_prompts(source: str, sample: int = 0, seed: int = 0, distinct: bool = True) -> list[str]:
+    """Prompts from .txt (one a line), .json (list of strings, or of objects with `caption`), .jsonl, or .parquet (`caption`).
+
+    Parquet may also be a folder or a hub data set (`owner/name[/file.parquet]`), each caption once if `distinct`. `sample` > 0
+    keeps that many, drawn by `seed`. Raises InputError that names the file, the line and what is wrong.
+    """
+    prompts = _read_prompts(source, distinct)
+    chosen = permutation(len(prompts), seed, "prompts")[:sample] if sample else range(len(prompts))
+    return [checked_prompt(prompts[i], f"{source}: prompt {i + 1}") for i in chosen]
+
+
+def _read_captions(source: str, path: Path, distinct: bool) -> list[str]:
+    """The captions of Parquet files, in order, each once if `distinct`; a data set's training split if it has several."""
+    try:
+        import pyarrow.parquet as pq
+    except ImportError:
+        raise InputError(f"{source}: reading Parquet needs pyarrow; pip install pyarrow") from None
+    files = [path] if path.is_file() else sorted(path.rglob("*.parquet"))
+    files = [f for f in files if f.name.startswith("train")] or files
+    captions: list[str] = []
+    for file in files:
+        try:
+            captions += [c.strip() for c in pq.read_table(file, columns=["caption"])["caption"].to_pylist() if c and c.strip()]
+        except (OSError, ValueError, KeyError) as error:
+            raise InputError(f"{file}: no readable Parquet file with a column `caption` ({str(error).splitlines()[0]})") from None
+    if not captions:
+        raise InputError(f"{source}: holds no captions")
+    return list(dict.fromkeys(captions)) if distinct else captions
+
+
+def _read_prompts(source: str, distinct: bool) -> list[str]:
+    path = Path(source)
+    file = os.path.exists(path) or path.suffix in (".txt", ".json", ".jsonl") or "/" not in source
+    if path.suffix == ".parquet" or os.path.isdir(path) or not file:          # a data set's name may hold a dot
+        return _read_captions(source, fetch_parquet(source), distinct)
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{source}: not UTF-8 (byte {error.start}); save the prompts as UTF-8") from None
+    except OSError as error:
+        raise InputError(f"{source}: cannot be read ({error.strerror})") from None
+    if path.suffix not in (".json", ".jsonl"):
+        prompts = [line.strip() for line in text.split("\n")]      # not splitlines: JSON strings may hold U+2028 and its kin
+    else:
+        try:
+            rows = json.loads(text) if path.suffix == ".json" else [json.loads(line) for line in text.split("\n") if line.strip()]
+        except (RecursionError, ValueError) as error:
+            raise InputError(f"{source}: not valid {path.suffix[1:].upper()} ({error})") from None
+        if not isinstance(rows, list):
+            raise InputError(f"{source}: expected a list of prompts")
+        prompts = []
+        for i, row in enumerate(rows):
+            prompt = row.get("caption", row.get("prompt")) if isinstance(row, dict) else row
+            if not isinstance(prompt, str):
+                raise InputError(f"{source}: entry {i + 1} is neither a string nor an object with `caption`")
+            prompts.append(prompt.strip())
+    prompts = [p for p in prompts if p]
+    if not prompts:
+        raise InputError(f"{source}: holds no prompts")
+    return prompts
 
 
 @dataclass

@@ -24,21 +24,8 @@ from tqdm import tqdm
 
 import ddim
 from clip_spm import CLIP, make_step_aware, preference_loss, preprocess_decoded
-from diffusion import (
-    DTYPES,
-    NEGATIVE,
-    SDXL_VAE,
-    TINY,
-    Conditioning,
-    Pipeline,
-    decode,
-    encode_empty,
-    encode_prompts,
-    guided_noise,
-    load_clip,
-    load_pipeline,
-    negative,
-)
+from diffusion import Conditioning, decode, encode_empty, encode_prompts, guided_noise, negative
+from loading import DTYPES, NEGATIVE, SDXL_VAE, TINY, Pipeline, load_clip, load_pipeline
 from pairs import Pairs, UnreadablePicture, epoch_order, hold_out, load_pairs, world_pairs
 from training import (
     TOO_MANY,

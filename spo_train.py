@@ -29,22 +29,24 @@ import ddim
 import lora
 from clip_spm import CLIP, preprocess_decoded
 from diffusion import (
-    DTYPES,
-    NEGATIVE,
-    SDXL_VAE,
-    TINY,
     Conditioning,
-    Pipeline,
     encode_empty,
     encode_prompts,
     generate,
     grid,
     guided_noise,
+    negative,
+    on_device,
+)
+from loading import (
+    DTYPES,
+    NEGATIVE,
+    SDXL_VAE,
+    TINY,
+    Pipeline,
     load_clip,
     load_pipeline,
     load_tiny_decoder,
-    negative,
-    on_device,
 )
 from training import (
     TOO_MANY,
@@ -60,7 +62,6 @@ from training import (
     parse_options,
     permutation,
     profiled,
-    read_prompts,
     run_script,
     say_compiling,
     start_processes,
@@ -68,6 +69,7 @@ from training import (
     warn,
     write_atomic,
 )
+from prompt_sets import read_prompts
 from unet import compile_blocks
 from weights import InputError, preset_of
 

@@ -43,12 +43,15 @@ import ddim  # noqa: E402
 import lora  # noqa: E402
 from clip_spm import CLIP, clip_h, preprocess_decoded  # noqa: E402
 from conftest import sd15_shaped, sdxl_shaped  # noqa: E402
-from diffusion import DTYPES, Conditioning, Pipeline, decode, encode_prompts, guided_noise  # noqa: E402
-from diffusion import load_clip, load_pipeline, negative  # noqa: E402
+from diffusion import Conditioning, decode, encode_prompts, guided_noise  # noqa: E402
+from loading import DTYPES, Pipeline  # noqa: E402
+from diffusion import negative  # noqa: E402
+from loading import load_clip, load_pipeline  # noqa: E402
 from spo_train import LOW, PRESETS, Counted, Models, Pairs, SPOConfig, judge_features  # noqa: E402
 from spo_train import pair_log_ratios, sample_pairs, spo_loss, train_on_pairs  # noqa: E402
 from test_unet import SD15_FULL, SDXL_FULL  # noqa: E402
-from training import Clock, Processes, generator, opt, parse_options, profiled, read_prompts, run_script, write_json  # noqa: E402
+from training import Clock, Processes, generator, opt, parse_options, profiled, run_script, write_json  # noqa: E402
+from prompt_sets import read_prompts  # noqa: E402
 from unet import UNet, UNetConfig, compile_blocks  # noqa: E402
 from vae import VAE, TinyDecoder, TinyDecoderConfig, VAEConfig  # noqa: E402
 

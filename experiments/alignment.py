@@ -17,7 +17,8 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from diffusion import generate, load_pipeline  # noqa: E402
+from diffusion import generate  # noqa: E402
+from loading import load_pipeline  # noqa: E402
 from evaluate import compare, wear  # noqa: E402
 from tiny import world  # noqa: E402
 from training import permutation, read_json, run_script, write_json  # noqa: E402

@@ -17,7 +17,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from diffusion import load_pipeline  # noqa: E402
+from loading import load_pipeline  # noqa: E402
 from spo_train import PRESETS  # noqa: E402
 from tiny import world  # noqa: E402
 

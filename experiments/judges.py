@@ -13,7 +13,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from diffusion import TINY, load_clip  # noqa: E402
+from loading import TINY, load_clip  # noqa: E402
 from spm_train import print_table  # noqa: E402
 from tiny.build import judge_table  # noqa: E402
 from training import run_script, write_json  # noqa: E402

@@ -29,11 +29,13 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import evaluate  # noqa: E402
-from diffusion import TINY, decode, generate_latents, load_pipeline, to_pil  # noqa: E402
+from diffusion import decode, generate_latents, to_pil  # noqa: E402
+from loading import TINY, load_pipeline  # noqa: E402
 from metrics import load_metric  # noqa: E402
 from spo_train import PRESETS  # noqa: E402
 from tiny import world  # noqa: E402
-from training import permutation, read_prompts, write_json  # noqa: E402
+from training import permutation, write_json  # noqa: E402
+from prompt_sets import read_prompts  # noqa: E402
 
 SEEDS, UPDATES, EVALUATIONS, MOST_ROUNDS = (0, 1, 2), 60, 25_000, 60
 RATES, RATE_SEED = (1e-4, 4e-4, 1.6e-3), 100

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 import clip_spm
 import spm_train
 from conftest import randomize, sd15_shaped, sdxl_shaped, seeded
-from diffusion import TINY, load_clip
+from loading import TINY, load_clip
 
 ROOT = Path(__file__).resolve().parent.parent
 PROMPTS = ["a red circle", "two blue squares", "a green cross above a yellow triangle", "three cyan crosses", "a purple square",

@@ -15,7 +15,8 @@ import lora
 import spo_train
 from baselines import BaselineConfig, advantages, d3po_as_spo, ddpo_loss, denoising_errors, diffusion_dpo_loss, mapo_loss
 from conftest import assert_close, seeded
-from diffusion import encode_empty, encode_prompts, guided_noise, load_pipeline, negative
+from diffusion import encode_empty, encode_prompts, guided_noise, negative
+from loading import load_pipeline
 from evaluate import wear
 from helpers import PROMPTS, NoWaiting, call, log_of, shell, unpinned
 from pairs import load_pairs

@@ -12,26 +12,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-import diffusion
+import loading
 from conftest import FACTS, assert_close
 from clip_spm import CLIP, CLIPConfig
 from ddim import Schedule
 from diffusion import (
-    SINGLE_UNETS,
-    _tokenizer,
-    build,
     decode,
     encode_empty,
     encode_prompts,
     generate,
     generate_latents,
     grid,
-    load_clip,
-    load_pipeline,
     negative,
-    read_config,
     to_pil,
 )
+from loading import SINGLE_UNETS, _tokenizer, build, load_clip, load_pipeline, read_config
 from helpers import PROMPTS
 from unet import UNet, UNetConfig
 from vae import VAE, VAEConfig
@@ -343,23 +338,23 @@ SDXL_FILES = """.gitattributes LICENSE.md README.md comparison.png model_index.j
 def test_only_what_is_used_is_downloaded(tmp_path, monkeypatch):
     """Of SDXL's real files; and of repositories that hold other variants, the first of them that is there."""
     got = hub(monkeypatch, tmp_path / "a", SDXL_FILES)
-    diffusion.fetch_model("owner/xl")
+    loading.fetch_model("owner/xl")
     weights = [n for n in got if n.endswith(("safetensors", "bin", "onnx", "msgpack"))]
     assert sorted(weights) == ["text_encoder/model.safetensors", "text_encoder_2/model.safetensors", "unet/diffusion_pytorch_model.safetensors",
                                "vae/diffusion_pytorch_model.safetensors"]
     assert len(got) == len(weights) + 13 and "tokenizer_2/vocab.json" in got
     got = hub(monkeypatch, tmp_path / "b", SDXL_FILES)
-    assert diffusion.fetch_part("owner/xl", "vae") == tmp_path / "b/vae"
+    assert loading.fetch_part("owner/xl", "vae") == tmp_path / "b/vae"
     assert got == ["vae/config.json", "vae/diffusion_pytorch_model.safetensors"]
     got = hub(monkeypatch, tmp_path / "c", [n for n in SDXL_FILES if "fp16" in n or not n.endswith("safetensors")])
-    diffusion.fetch_part("owner/xl", "unet")
+    loading.fetch_part("owner/xl", "unet")
     assert got == ["unet/config.json", "unet/diffusion_pytorch_model.fp16.safetensors"]
     shards = [f"{n}-0000{i}-of-00002.{s}" for n, s in (("model.fp16", "safetensors"), ("pytorch_model", "bin")) for i in (1, 2)]
     got = hub(monkeypatch, tmp_path / "d", ["config.json", "model.safetensors.index.fp16.json", "pytorch_model.bin.index.json", *shards])
-    assert diffusion.fetch_part("owner/clip") == tmp_path / "d"
+    assert loading.fetch_part("owner/clip") == tmp_path / "d"
     assert got == ["config.json", "model.safetensors.index.fp16.json", *shards[:2]]
     got = hub(monkeypatch, tmp_path / "e", ["config.json", "diffusion_pytorch_model.bin", "sdxl_vae.safetensors"])
-    diffusion.fetch_part("owner/vae", "vae")
+    loading.fetch_part("owner/vae", "vae")
     assert got == ["config.json", "diffusion_pytorch_model.bin"]
     for split, want in (("train", ["data/train-0.parquet"]), ("all", ["data/all-0.parquet", "data/test-0.parquet"])):
         got = hub(monkeypatch, tmp_path / split, [f"data/{split}-0.parquet", "data/test-0.parquet", "x.png"])
@@ -373,7 +368,7 @@ def test_an_spm_that_is_not_named_is_not_downloaded(spm, tmp_path, monkeypatch):
     with pytest.raises(InputError, match="say which: SPO-Diffusion-Models/.*/sd-v1-5_step-aware_preference_model.bin or SPO"):
         load_clip("SPO-Diffusion-Models/Step-Aware_Preference_Models")
     assert not got
-    monkeypatch.setattr(diffusion, "clip_h", lambda: load_clip(str(spm)).config)
+    monkeypatch.setattr(loading, "clip_h", lambda: load_clip(str(spm)).config)
     names = [tmp_path / "local" / f"{n}_step-aware_preference_model.bin" for n in ("a", "b")]
     names[0].parent.mkdir()
     weights = load_file(spm / "model.safetensors") | {"model.text_model.embeddings.position_ids": torch.arange(16)[None]}

@@ -13,7 +13,8 @@ import evaluate
 import lora
 import metrics
 from conftest import seeded
-from diffusion import generate, load_pipeline, to_pil
+from diffusion import generate, to_pil
+from loading import load_pipeline
 from evaluate import compare
 from helpers import PROMPTS, call, shell
 from metrics import load_metric

@@ -11,7 +11,7 @@ from PIL import Image
 import geneval
 from clip_spm import CLIP, CLIPConfig, TowerConfig
 from conftest import FACTS, randomize, seeded
-from diffusion import first_tokenizer
+from loading import first_tokenizer
 from geneval import CLASSES, COLOURS, TAGS, Found, colour_words, export, instances, judge, keep, name_colours, relations
 from metrics import preprocess_bytes
 from prompt_sets import prompt_set

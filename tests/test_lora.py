@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 
 import lora
 from conftest import assert_close, randomize, sd15_shaped, sdxl_shaped, seeded
-from diffusion import generate, load_pipeline
+from diffusion import generate
+from loading import load_pipeline
 from helpers import PROMPTS, shell
 from unet import UNet, UNetConfig
 from weights import InputError, original_unet_name, read_weights
@@ -422,14 +423,14 @@ def test_command_line_merges_into_a_checkpoint_of_its_own(sd, lora_file, tmp_pat
 @pytest.mark.parametrize("kind", ["sd", "sdxl"])
 def test_a_single_file_is_merged_into_a_single_file(kind, request, tmp_path, monkeypatch):
     """Nothing but the UNet's attentions changes, and they as in a folder; the kohya file fits, too."""
-    import diffusion
+    import loading
     from test_single_file import open_single, shapes_of, write_single
     folder = request.getfixturevalue(kind)
     single, target = write_single(folder, tmp_path / "in.safetensors", kind == "sdxl"), tmp_path / "out.safetensors"
     pipe = load_pipeline(str(folder))
     fill(lora.add(pipe.unet, 3))
     save_file(lora.to_kohya(lora.state(pipe.unet)), tmp_path / "lora.safetensors")
-    monkeypatch.setattr(diffusion, "SINGLE_UNETS", {"sd15": shapes_of(folder)[0], "sdxl": shapes_of(folder)[0]})
+    monkeypatch.setattr(loading, "SINGLE_UNETS", {"sd15": shapes_of(folder)[0], "sdxl": shapes_of(folder)[0]})
 
     def run(*words):
         monkeypatch.setattr("sys.argv", ["lora.py", *map(str, words), "--model", str(single)])

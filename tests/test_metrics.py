@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 import metrics
 from clip_spm import MEAN, STD, CLIPConfig, TowerConfig, preprocess_pil
 from conftest import FACTS, assert_close, randomize, seeded
-from diffusion import TINY, first_tokenizer
+from loading import TINY, first_tokenizer
 from helpers import TEXT
 from metrics import head, load_metric, metric_sources, open_clip_text, preprocess_bytes, preprocess_floats
 from weights import InputError, load_strict, read_weights, take

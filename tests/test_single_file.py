@@ -10,9 +10,10 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLP
 from diffusers.loaders import single_file_utils as oracle
 from safetensors.torch import load_file, save_file
 
-import diffusion
+import loading
 from conftest import assert_close
-from diffusion import encode_empty, encode_prompts, generate, generate_latents, load_pipeline
+from diffusion import encode_empty, encode_prompts, generate, generate_latents, negative
+from loading import load_pipeline
 from helpers import PROMPTS, shell
 from unet import UNet, UNetConfig
 from vae import VAE, VAEConfig
@@ -74,7 +75,7 @@ def single(request, tmp_path_factory):
 def open_single(folder, file, **kind):
     """Through the code that reads official single files, told the minuscule shapes."""
     kind = dict(tokenizer=str(folder), prediction_type="", dtype=torch.float32) | kind
-    return diffusion._single_file(file, device=torch.device("cpu"), shapes=shapes_of(folder), **kind)
+    return loading._single_file(file, device=torch.device("cpu"), shapes=shapes_of(folder), **kind)
 
 
 def test_the_written_file_is_what_diffusers_calls_the_original_layout(single):
@@ -197,7 +198,7 @@ def test_v_prediction_pictures_equal_diffusers(shape, eta, request, tmp_path):
 
 
 @pytest.mark.parametrize("name, unet, vae, tensors", [
-    ("SD-1.5", UNetConfig(), VAEConfig(), 686), ("SDXL", diffusion.SDXL_UNET, VAEConfig(scaling_factor=0.13025), 1680)])
+    ("SD-1.5", UNetConfig(), VAEConfig(), 686), ("SDXL", loading.SDXL_UNET, VAEConfig(scaling_factor=0.13025), 1680)])
 def test_names_of_the_official_single_files(name, unet, vae, tensors):
     """At full size: every tensor's original name is one that diffusers maps back to the same tensor. No memory is used."""
     with torch.device("meta"):
@@ -225,7 +226,7 @@ def test_negative_conditioning_of_sdxl_can_be_the_encoded_empty_prompt(sdxl):
     want = theirs.encode_prompt(PROMPTS[:2], device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=True)
     ours = load_pipeline(str(sdxl), zero_negative=False)
     cond = encode_prompts(ours, PROMPTS[:2])
-    uncond = diffusion.negative(ours, cond, encode_empty(ours))
+    uncond = negative(ours, cond, encode_empty(ours))
     assert_close(uncond.prompt_embeds, want[1])
     assert_close(uncond.pooled, want[3])
     assert uncond.time_ids.tolist() == cond.time_ids.tolist() and uncond.prompt_embeds.any()

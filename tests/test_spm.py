@@ -14,7 +14,8 @@ import gentle
 import spm_train
 from clip_spm import make_step_aware
 from conftest import assert_close, seeded
-from diffusion import encode_empty, encode_prompts, load_clip, load_pipeline
+from diffusion import encode_empty, encode_prompts
+from loading import load_clip, load_pipeline
 from helpers import PROMPTS, call, log_of, shell
 from pairs import UnreadablePicture, epoch_order, folder_pairs, load_pairs, square
 from spm_train import encode_pairs, open_latents, predicted_pixels, relabel

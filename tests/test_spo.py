@@ -17,7 +17,8 @@ import lora
 import report
 import spo_train
 from conftest import assert_close, assert_same_gradients, randomize, seeded
-from diffusion import encode_empty, encode_prompts, guided_noise, load_pipeline, negative
+from diffusion import encode_empty, encode_prompts, guided_noise, negative
+from loading import load_pipeline
 from helpers import PROMPTS, NoWaiting, call, log_of, shell, unpinned
 from spo_train import Pairs, SPOConfig, choose_pair, cut_minibatches, pool_groups, spo_loss
 from training import Clock, Processes, generator

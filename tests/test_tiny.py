@@ -9,7 +9,8 @@ import torch
 
 import evaluate
 import lora
-from diffusion import TINY, decode, generate, generate_latents, load_clip, load_pipeline
+from diffusion import decode, generate, generate_latents
+from loading import TINY, load_clip, load_pipeline
 from tiny import world
 from training import parse_options
 from weights import preset_of, read_weights

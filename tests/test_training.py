@@ -23,12 +23,12 @@ from training import (
     opt,
     parse_options,
     permutation,
-    read_prompts,
     run_script,
     start_processes,
     write_atomic,
     write_json,
 )
+from prompt_sets import read_prompts
 from weights import InputError
 
 ALONE = Processes(0, 1, torch.device("cpu"))
@@ -97,7 +97,7 @@ def test_help_shows_every_option_with_its_default(capsys):
 def test_a_data_sets_name_may_hold_a_dot(monkeypatch):
     """It is asked of the hub, while a prompts file that is missing is not."""
     asked = []
-    monkeypatch.setattr("training.fetch_parquet", lambda source: asked.append(source) or Path("nowhere"))
+    monkeypatch.setattr("prompt_sets.fetch_parquet", lambda source: asked.append(source) or Path("nowhere"))
     for source in ("owner/data.v1", "owner/data", "some/where.txt", "where.v1"):
         with pytest.raises(InputError, match=source):
             read_prompts(source)

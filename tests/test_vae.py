@@ -7,7 +7,7 @@ from diffusers import AutoencoderKL, AutoencoderTiny
 from safetensors.torch import load_file, save_file
 
 from conftest import FACTS, assert_close, assert_same_gradients, count, randomize, seeded, shapes
-from diffusion import load_pipeline, load_tiny_decoder
+from loading import load_pipeline, load_tiny_decoder
 from vae import VAE, TinyDecoder, TinyDecoderConfig, VAEConfig
 from weights import InputError, original_tiny_decoder
 

@@ -24,7 +24,8 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import ddim  # noqa: E402
 from clip_spm import CLIP, CLIPConfig, preference_loss, preprocess_decoded  # noqa: E402
-from diffusion import encode_empty, generate, load_clip, load_pipeline  # noqa: E402
+from diffusion import encode_empty, generate  # noqa: E402
+from loading import load_clip, load_pipeline  # noqa: E402
 from pairs import Pairs  # noqa: E402
 from spm_train import PRESETS, SPMConfig, accuracy_table  # noqa: E402
 from tiny import world  # noqa: E402
