@@ -54,6 +54,10 @@ class Schedule:
             raise ValueError(f"steps must lie in 1..{count - self.steps_offset}, not {steps}")
         return [i * (count // steps) + self.steps_offset for i in range(steps)][::-1]
 
+    def stride(self, steps: int) -> int:
+        """From one timestep of such a run to the next: 20 -> 50."""
+        return len(self.alphas_cumprod) // steps
+
     def alpha(self, timestep: int) -> float:
         """alphas_cumprod at a timestep; a negative one (behind the last step) gives the final value."""
         return float(self.alphas_cumprod[timestep]) if timestep >= 0 else self.final_alpha_cumprod
@@ -97,6 +101,14 @@ def predict_x0(schedule: Schedule, latents: torch.Tensor, noise_pred: torch.Tens
     return predict_x0_eps(schedule, latents, noise_pred, alpha)[0]
 
 
+def step_std(schedule: Schedule, timestep: torch.Tensor | int, previous: torch.Tensor | int,
+             eta: float = 1.0) -> torch.Tensor:
+    """The standard deviation of a step, as `step_gaussian` has it; no network is asked."""
+    alpha, alpha_prev = _alphas(schedule, timestep), _alphas(schedule, previous)
+    variance = (1 - alpha_prev) / (1 - alpha) * (1 - alpha / alpha_prev)          # DDIM, Eq. 16
+    return eta * variance.sqrt()
+
+
 def step_gaussian(schedule: Schedule, latents: torch.Tensor, noise_pred: torch.Tensor, timestep: torch.Tensor | int,
                   previous: torch.Tensor | int, eta: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
     """p_theta(x_{t-1} | x_t, c) of Eq. 2: mean [N, C, H, W] and standard deviation (broadcastable), fp32.
@@ -104,10 +116,9 @@ def step_gaussian(schedule: Schedule, latents: torch.Tensor, noise_pred: torch.T
     `timestep` and `previous` (the next smaller timestep; negative behind the last step) are numbers, or [N] each.
     With eta = 1 sigma runs from 0.644 at t = 951 to 0.0206 at t = 1 (20 steps): the last step is stochastic too.
     """
-    alpha, alpha_prev = (_alphas(schedule, t) for t in (timestep, previous))
+    alpha, alpha_prev = _alphas(schedule, timestep), _alphas(schedule, previous)
     x0, eps = predict_x0_eps(schedule, latents, noise_pred, alpha)
-    variance = (1 - alpha_prev) / (1 - alpha) * (1 - alpha / alpha_prev)          # DDIM, Eq. 16, at eta = 1
-    std = eta * variance.sqrt()
+    std = step_std(schedule, timestep, previous, eta)
     mean = alpha_prev.sqrt() * x0 + (1 - alpha_prev - std ** 2).sqrt() * eps      # DDIM, Eq. 12
     return mean, std
 
