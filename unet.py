@@ -65,10 +65,10 @@ class UNetConfig:
         """Which of the up blocks, coarsest first, have attention."""
         return [kind.startswith("CrossAttn") for kind in self.up_block_types]
 
-    def transformer(self, level: int) -> tuple[int, ...]:
-        """Width, heads and blocks of a level's transformers; a field may be one number for all."""
+    def sizes(self, level: int) -> tuple[int, ...]:
+        """Channels of a level, heads and blocks of its transformers (one number is for all)."""
         sizes = self.block_out_channels, self.attention_head_dim, self.transformer_layers_per_block
-        return tuple(size if isinstance(size, int) else size[level] for size in sizes)
+        return tuple(s if isinstance(s, int) else s[level] for s in sizes)
 
 
 # What diffusers' other UNets vary and these do not; a field that should be null may also be false.
@@ -186,9 +186,8 @@ class TransformerBlock(nn.Module):
 class Transformer(nn.Module):
     """A map as a sequence of positions through a few transformer blocks, added back to the map."""
 
-    def __init__(self, config: UNetConfig, level: int):
+    def __init__(self, config: UNetConfig, width: int, heads: int, depth: int):
         super().__init__()
-        width, heads, depth = config.transformer(level)
         self.linear = config.use_linear_projection
         project = nn.Linear if self.linear else (lambda a, b: nn.Conv2d(a, b, 1))
         self.norm = nn.GroupNorm(config.norm_num_groups, width, eps=1e-6)
@@ -232,9 +231,10 @@ class Block(nn.Module):
     def __init__(self, config: UNetConfig, level: int, inners: list[int], attentions: int,
                  down: bool = False, up: bool = False):
         super().__init__()
-        width = config.block_out_channels[level]
+        width, heads, depth = config.sizes(level)
         self.resnets = nn.ModuleList(ResnetBlock(config, inner, width) for inner in inners)
-        self.attentions = nn.ModuleList(Transformer(config, level) for _ in range(attentions))
+        self.attentions = nn.ModuleList(
+            Transformer(config, width, heads, depth) for _ in range(attentions))
         self.downsamplers = nn.ModuleList([Resample(width, 2)] if down else [])
         self.upsamplers = nn.ModuleList([Resample(width, 1)] if up else [])
 
@@ -264,8 +264,8 @@ class UNet(nn.Module):
         self.up_blocks = nn.ModuleList()
         for i, attends in enumerate(config.up_attentions):
             level = last - i
-            below = [widths[min(level + 1, last)]] + [widths[level]] * layers
-            inners = [width + skips.pop() for width in below]       # the last one left, first
+            arriving = [widths[min(level + 1, last)]] + [widths[level]] * layers
+            inners = [width + skips.pop() for width in arriving]    # the last map left, first
             attentions = layers + 1 if attends else 0
             self.up_blocks.append(Block(config, level, inners, attentions, up=level > 0))
         self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, widths[0], eps=config.norm_eps)
