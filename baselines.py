@@ -40,8 +40,7 @@ from finetune import (
 )
 from loading import Pipeline
 from observers import report, sound_scores
-from pairs import Pairs, load_pairs, world_pairs
-from spm_train import encode_pairs, readable, stack_pictures
+from pairs import Pairs, encode_pairs, load_pairs, readable, stack_pictures, world_pairs
 from spo_train import SPOConfig, prepare, sample_round, train_on_pairs
 from training import Processes, Run, generator, opt, parse_options, run_script, start_processes
 from weights import InputError

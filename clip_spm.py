@@ -1,31 +1,34 @@
-"""CLIP, and the step-aware preference model (SPM) that SPO asks "which of these looks better?" (paper, section 4.2).
+"""CLIP, and the step-aware preference model (SPM) that judges for SPO (paper, section 4.2).
 
 One CLIP serves four roles, told apart only by configuration:
 
     SD text encoders   the text tower alone (CLIP-L; OpenCLIP bigG with a projection)
     PickScore          both towers (CLIP-H), fine-tuned on human preferences between clean pictures
-    SPM                PickScore whose vision tower also knows the timestep, through adaptive layer norm (adaLN)
+    SPM                PickScore whose vision tower also gets the timestep, by adaptive layer norm
     step-blind SPM     the same training without the timestep (Table 5's "w/o step con.")
 
-Parameter names equal the official files' (transformers layout; the SPM files add the prefix `model.`).
+Parameter names equal the official files' (transformers layout; SPM files add the prefix `model.`).
 
 Shapes: N texts or pictures, L tokens, D width, P width of the shared space.
 """
 import functools
 import math
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from PIL import Image
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)      # pixel statistics that every CLIP was trained with
 STD = (0.26862954, 0.26130258, 0.27577711)
+ACTIVATIONS = {"gelu": F.gelu, "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x)}
 
 
 @dataclass
 class TowerConfig:
-    """One transformer: the fields of `text_config` or `vision_config` that shape it, with transformers' defaults."""
+    """What shapes one transformer (`text_config`, `vision_config`), with transformers' defaults."""
     hidden_size: int = 512
     intermediate_size: int = 2048
     num_hidden_layers: int = 12
@@ -42,13 +45,14 @@ class TowerConfig:
         """Keep the known fields of a `config.json`."""
         config = defaults | config
         if config.get("hidden_act", "quick_gelu") not in ACTIVATIONS:
-            raise ValueError(f"CLIP config: hidden_act={config['hidden_act']!r} is none of {sorted(ACTIVATIONS)}")
+            raise ValueError(f"CLIP config: hidden_act={config['hidden_act']!r} "
+                             f"is none of {sorted(ACTIVATIONS)}")
         return cls(**{f.name: config[f.name] for f in fields(cls) if f.name in config})
 
 
 @dataclass
 class CLIPConfig:
-    """Which towers there are, the width of the shared space, and whether the vision tower knows the timestep."""
+    """Which towers there are, the shared space's width, and whether vision gets the timestep."""
     text: TowerConfig = field(default_factory=TowerConfig)
     vision: TowerConfig | None = None
     projection_dim: int | None = None       # None: no projection, as in SD-1.5's text encoder
@@ -56,34 +60,34 @@ class CLIPConfig:
 
     @classmethod
     def from_json(cls, config: dict, step_aware: bool = False) -> "CLIPConfig":
-        """Read a transformers `config.json`, of a whole CLIP (`text_config` inside) or of a text encoder alone."""
+        """From transformers: of a whole CLIP (`text_config` inside) or of a text encoder alone."""
         if "text_config" not in config:
             projected = "CLIPTextModelWithProjection" in (config.get("architectures") or [])
-            return cls(TowerConfig.from_json(config), None, config["projection_dim"] if projected else None)
-        vision = dict(hidden_size=768, intermediate_size=3072, num_attention_heads=12)
-        return cls(TowerConfig.from_json(config["text_config"]), TowerConfig.from_json(config["vision_config"], **vision),
+            return cls(TowerConfig.from_json(config), None,
+                       config["projection_dim"] if projected else None)
+        vision = TowerConfig.from_json(config["vision_config"], hidden_size=768,
+                                       intermediate_size=3072, num_attention_heads=12)
+        return cls(TowerConfig.from_json(config["text_config"]), vision,
                    config.get("projection_dim", 512), step_aware)
 
 
 def clip_h(step_aware: bool = False) -> CLIPConfig:
-    """CLIP ViT-H/14, the shape of PickScore, HPSv2 and (step_aware) both official SPM files, which carry no config."""
-    text = TowerConfig(1024, 4096, 24, 16, "gelu")
-    return CLIPConfig(text, TowerConfig(1280, 5120, 32, 16, "gelu", patch_size=14), 1024, step_aware)
+    """CLIP ViT-H/14: PickScore, HPSv2 and both official SPM files, which carry no configuration."""
+    return CLIPConfig(TowerConfig(1024, 4096, 24, 16, "gelu"),
+                      TowerConfig(1280, 5120, 32, 16, "gelu", patch_size=14), 1024, step_aware)
 
 
 def clip_l() -> CLIPConfig:
-    """CLIP ViT-L/14 as OpenAI released it: the eye of the Aesthetic score and of GenEval's colours."""
-    return CLIPConfig(TowerConfig(768, 3072, 12, 12), TowerConfig(1024, 4096, 24, 16, patch_size=14), 768)
-
-
-ACTIVATIONS = {"gelu": F.gelu, "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x)}
+    """CLIP ViT-L/14 as OpenAI released it, for the Aesthetic score and GenEval's colours."""
+    return CLIPConfig(TowerConfig(768, 3072, 12, 12),
+                      TowerConfig(1024, 4096, 24, 16, patch_size=14), 768)
 
 
 def timestep_embedding(timestep: torch.Tensor, width: int) -> torch.Tensor:
-    """Sinusoids of the raw timestep [N] in 0..999 -> [N, width], cosines first (paper's reference [17])."""
+    """Sinusoids of raw timesteps [N] in 0..999 -> [N, width], cosines first (reference [17])."""
     half = width // 2
-    frequency = torch.exp(-math.log(10_000) * torch.arange(half, device=timestep.device, dtype=torch.float32) / half)
-    angle = timestep.float()[:, None] * frequency
+    step = torch.arange(half, dtype=torch.float32, device=timestep.device)
+    angle = timestep.float()[:, None] * torch.exp(-math.log(10_000) * step / half)
     return torch.cat([angle.cos(), angle.sin()], dim=1)
 
 
@@ -95,12 +99,14 @@ class Attention(nn.Module):
         if width % heads:
             raise ValueError(f"{heads} attention heads cannot share {width} channels")
         self.heads = heads
-        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(width, width) for _ in range(4))
+        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (
+            nn.Linear(width, width) for _ in range(4))
 
     def forward(self, x: torch.Tensor, causal: bool) -> torch.Tensor:
-        q, k, v = (proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)         # [N, heads, L, D / heads]
+        q, k, v = (proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
                    for proj in (self.q_proj, self.k_proj, self.v_proj))
-        return self.out_proj(F.scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(1, 2).flatten(2))
+        h = F.scaled_dot_product_attention(q, k, v, is_causal=causal)   # [N, heads, L, D / heads]
+        return self.out_proj(h.transpose(1, 2).flatten(2))
 
 
 class MLP(nn.Module):
@@ -117,7 +123,7 @@ class MLP(nn.Module):
 
 
 def _modulation(width: int, parts: int, gates: tuple[int, ...] = ()) -> nn.Sequential:
-    """SiLU and a linear map from the time embedding to `parts` vectors; zero at first, but gates one."""
+    """Time embedding -> `parts` vectors by SiLU and a linear map; zeros at first, gates ones."""
     linear = nn.Linear(width, parts * width)
     nn.init.zeros_(linear.weight)
     nn.init.zeros_(linear.bias)
@@ -128,7 +134,7 @@ def _modulation(width: int, parts: int, gates: tuple[int, ...] = ()) -> nn.Seque
 
 
 class Layer(nn.Module):
-    """A pre-norm transformer layer. With adaLN the time embedding shifts, scales and gates both halves."""
+    """A pre-norm transformer layer; with adaLN the time embedding shifts, scales and gates it."""
 
     def __init__(self, config: TowerConfig, step_aware: bool):
         super().__init__()
@@ -139,11 +145,13 @@ class Layer(nn.Module):
         if step_aware:
             self.adaLN_modulation = _modulation(config.hidden_size, 6, gates=(2, 5))
 
-    def forward(self, x: torch.Tensor, causal: bool = False, time: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, causal: bool = False,
+                time: torch.Tensor | None = None) -> torch.Tensor:
         if time is None:
             x = x + self.self_attn(self.layer_norm1(x), causal)
             return x + self.mlp(self.layer_norm2(x))
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(time).unsqueeze(1).chunk(6, dim=-1)
+        shift1, scale1, gate1, shift2, scale2, gate2 = (
+            self.adaLN_modulation(time).unsqueeze(1).chunk(6, dim=-1))
         x = x + gate1 * self.self_attn(self.layer_norm1(x) * (1 + scale1) + shift1, causal)
         return x + gate2 * self.mlp(self.layer_norm2(x) * (1 + scale2) + shift2)
 
@@ -153,7 +161,8 @@ class Encoder(nn.Module):
 
     def __init__(self, config: TowerConfig, step_aware: bool = False):
         super().__init__()
-        self.layers = nn.ModuleList(Layer(config, step_aware) for _ in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(
+            Layer(config, step_aware) for _ in range(config.num_hidden_layers))
 
 
 class TextEmbeddings(nn.Module):
@@ -178,15 +187,16 @@ class TextTower(nn.Module):
         self.final_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def forward(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Ids [N, L] -> (input of the last layer, normed output, normed output at the first end token).
+        """Ids [N, L] -> input of the last layer, normed output, the same at the first end token.
 
-        Shapes [N, L, D], [N, L, D], [N, D]. SDXL conditions on the first, SD-1.5 on the second, scores use the third.
+        Shapes [N, L, D], [N, L, D], [N, D]. SDXL conditions on the first, SD-1.5 on the second,
+        scores use the third.
         """
         x = penultimate = self.embeddings(ids)
         for layer in self.encoder.layers:
             penultimate, x = x, layer(x, causal=True)
         last = self.final_layer_norm(x)
-        # The end token has the largest id of the vocabulary; argmax finds its first place, padding or not.
+        # The end token has the largest id: argmax finds its first place, padding or not.
         return penultimate, last, last[torch.arange(len(ids), device=ids.device), ids.argmax(dim=1)]
 
 
@@ -195,23 +205,25 @@ class VisionEmbeddings(nn.Module):
 
     def __init__(self, config: TowerConfig):
         super().__init__()
-        self.class_embedding = nn.Parameter(torch.randn(config.hidden_size) * 0.02)
-        self.patch_embedding = nn.Conv2d(3, config.hidden_size, config.patch_size, config.patch_size, bias=False)
-        self.position_embedding = nn.Embedding((config.image_size // config.patch_size) ** 2 + 1, config.hidden_size)
+        width, patch = config.hidden_size, config.patch_size
+        self.class_embedding = nn.Parameter(torch.randn(width) * 0.02)
+        self.patch_embedding = nn.Conv2d(3, width, patch, patch, bias=False)
+        self.position_embedding = nn.Embedding((config.image_size // patch) ** 2 + 1, width)
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        patches = self.patch_embedding(pixels).flatten(2).transpose(1, 2)               # [N, L - 1, D]
+        patches = self.patch_embedding(pixels).flatten(2).transpose(1, 2)       # [N, L - 1, D]
         first = self.class_embedding.expand(len(pixels), 1, -1).to(patches.dtype)
         return torch.cat([first, patches], dim=1) + self.position_embedding.weight
 
 
 class VisionTower(nn.Module):
-    """Vision transformer; with `step_aware` every layer and the output are modulated by the time embedding."""
+    """Vision transformer; if `step_aware`, the time embedding modulates its layers and output."""
 
     def __init__(self, config: TowerConfig, step_aware: bool):
         super().__init__()
         self.embeddings = VisionEmbeddings(config)
-        self.pre_layrnorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)    # the official spelling
+        # "layrnorm": the official spelling
+        self.pre_layrnorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.encoder = Encoder(config, step_aware)
         self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         if step_aware:
@@ -234,13 +246,13 @@ class TimeEmbedder(nn.Module):
 
     def __init__(self, width: int, frequencies: int = 256):
         super().__init__()
-        self.frequencies = frequencies
         self.mlp = nn.Sequential(nn.Linear(frequencies, width), nn.SiLU(), nn.Linear(width, width))
         nn.init.normal_(self.mlp[0].weight, std=0.02)
         nn.init.normal_(self.mlp[2].weight, std=0.02)
 
     def forward(self, timestep: torch.Tensor) -> torch.Tensor:
-        return self.mlp(timestep_embedding(timestep, self.frequencies).to(self.mlp[0].weight.dtype))
+        first = self.mlp[0]
+        return self.mlp(timestep_embedding(timestep, first.in_features).to(first.weight.dtype))
 
 
 class CLIP(nn.Module):
@@ -249,60 +261,70 @@ class CLIP(nn.Module):
     def __init__(self, config: CLIPConfig):
         super().__init__()
         self.config = config
-        self.text_model = TextTower(config.text)
-        if config.projection_dim is not None:
-            self.text_projection = nn.Linear(config.text.hidden_size, config.projection_dim, bias=False)
-        if config.vision is not None:
-            self.vision_model = VisionTower(config.vision, config.step_aware)
-            self.visual_projection = nn.Linear(config.vision.hidden_size, config.projection_dim, bias=False)
+        shared, text, vision = config.projection_dim, config.text, config.vision
+        self.text_model = TextTower(text)
+        if shared is not None:
+            self.text_projection = nn.Linear(text.hidden_size, shared, bias=False)
+        if vision is not None:
+            self.vision_model = VisionTower(vision, config.step_aware)
+            self.visual_projection = nn.Linear(vision.hidden_size, shared, bias=False)
             self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
             if config.step_aware:
-                self.t_embedder = TimeEmbedder(config.vision.hidden_size)
+                self.t_embedder = TimeEmbedder(vision.hidden_size)
 
     def text_features(self, ids: torch.Tensor) -> torch.Tensor:
         """Ids [N, L] -> unit vectors [N, P], fp32: f_CLIP-T of Eq. 3."""
         return F.normalize(self.text_projection(self.text_model(ids)[2]).float(), dim=-1)
 
-    def image_features(self, pixels: torch.Tensor, timestep: torch.Tensor | None = None) -> torch.Tensor:
-        """Normalised pixels [N, 3, S, S] and timesteps [N] in 0..999 -> unit vectors [N, P], fp32: f_CLIP-V of Eq. 3.
+    def image_features(self, pixels: torch.Tensor,
+                       timestep: torch.Tensor | None = None) -> torch.Tensor:
+        """Normalised pixels [N, 3, S, S] and timesteps [N] in 0..999 -> unit vectors [N, P], fp32.
 
-        A model that is not step-aware ignores the timestep; a step-aware one raises ValueError without it.
+        This is f_CLIP-V of Eq. 3. A model that is not step-aware ignores the timestep; a step-aware
+        one raises ValueError without it.
         """
         time = None
         if self.config.step_aware:
             if timestep is None:
                 raise ValueError("this CLIP is step-aware: image_features needs the timestep")
             time = self.t_embedder(timestep)
-        features = self.visual_projection(self.vision_model(pixels.to(self.visual_projection.weight.dtype), time))
-        return F.normalize(features.float(), dim=-1)
+        pooled = self.vision_model(pixels.to(self.visual_projection.weight.dtype), time)
+        return F.normalize(self.visual_projection(pooled).float(), dim=-1)
 
     def score(self, image_features: torch.Tensor, text_features: torch.Tensor) -> torch.Tensor:
-        """tau * <image, text>, the exponent of Eq. 3 -> [N]; about 20 for PickScore, since tau = exp(logit_scale) = 100."""
+        """tau * <image, text> [N], the exponent of Eq. 3; about 20 for PickScore (tau = 100)."""
         return self.logit_scale.float().exp() * (image_features * text_features).sum(-1)
 
 
 def make_step_aware(clip: CLIP) -> CLIP:
-    """A new SPM that scores exactly as `clip` (PickScore) does, bit for bit, at every timestep (section 4.2)."""
-    config = clip.config
-    spm = CLIP(CLIPConfig(config.text, config.vision, config.projection_dim, step_aware=True))
-    spm.load_state_dict(clip.state_dict(), strict=False)      # the rest is new: adaLN and the time embedder
+    """A new SPM that scores bit for bit as `clip` (PickScore), at every timestep (section 4.2)."""
+    spm = CLIP(replace(clip.config, step_aware=True))
+    spm.load_state_dict(clip.state_dict(), strict=False)        # adaLN and time embedder are new
     spm.to(clip.visual_projection.weight.device, clip.visual_projection.weight.dtype)
-    spm.logit_scale.data = clip.logit_scale.data.clone()        # which stays fp32 when the rest is not
+    spm.logit_scale.data = clip.logit_scale.data.clone()        # stays fp32 when the rest is not
     return spm
 
 
 @functools.lru_cache
 def _statistics(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """MEAN and STD on a device, [1, 3, 1, 1], copied there once: a copy waits for all that a GPU was given before."""
+    """MEAN and STD [1, 3, 1, 1], once per device: a copy waits for all that a GPU was given."""
     return tuple(torch.tensor(v, device=device).view(1, 3, 1, 1) for v in (MEAN, STD))
 
 
-def preprocess_decoded(images: torch.Tensor, size: int, clamp_first: bool = False, antialias: bool = False) -> torch.Tensor:
-    """What the SPM sees: decoded pictures [N, 3, H, W] in about [-1, 1] -> normalised pixels [N, 3, size, size], fp32.
+def _normalised(pixels: torch.Tensor) -> torch.Tensor:
+    """Pixels [N, 3, H, W] in [0, 1], by CLIP's statistics."""
+    mean, std = _statistics(pixels.device)
+    return (pixels - mean) / std
 
-    Bicubic without anti-aliasing, shorter side to `size`, centre crop, then clamp: differentiable and on the GPU,
-    unlike PIL. SPM *training* in the official code clamps before resizing as well (`clamp_first`). With `antialias` it is what
-    PickScore sees of a clean picture, up to PIL's rounding.
+
+def preprocess_decoded(images: torch.Tensor, size: int, clamp_first: bool = False,
+                       antialias: bool = False) -> torch.Tensor:
+    """What the SPM sees: decoded pictures [N, 3, H, W] -> normalised pixels [N, 3, size, size].
+
+    Pictures lie in about [-1, 1]. Shorter side to `size` by bicubic without anti-aliasing, centre
+    crop, then clamp: differentiable and on the GPU, unlike PIL. SPM *training* in the official code
+    clamps before resizing as well (`clamp_first`). With `antialias` it is what PickScore sees of a
+    clean picture, up to PIL's rounding.
     """
     images = images.float()
     if clamp_first:
@@ -311,42 +333,38 @@ def preprocess_decoded(images: torch.Tensor, size: int, clamp_first: bool = Fals
     if (height, width) != (size, size):
         short = min(height, width)
         target = (int(height * size / short + 0.5), int(width * size / short + 0.5))
-        images = F.interpolate(images, target, mode="bicubic", align_corners=False, antialias=antialias)
+        images = F.interpolate(images, target, mode="bicubic", align_corners=False,
+                               antialias=antialias)
         top, left = (target[0] - size) // 2, (target[1] - size) // 2
         images = images[..., top:top + size, left:left + size]
-    mean, std = _statistics(images.device)
-    return ((images / 2 + 0.5).clamp(0, 1) - mean) / std
+    return _normalised((images / 2 + 0.5).clamp(0, 1))
 
 
-def to_rgb(image):
-    """A PIL picture as RGB, transparency over white, as transformers 5.23 has it (5.17 dropped it)."""
-    from PIL import Image
+def to_rgb(image: Image.Image) -> Image.Image:
+    """A picture as RGB, transparency over white, as transformers 5.23 has it (5.17 dropped it)."""
     if image.has_transparency_data:
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image.convert("RGBA"))
     return image.convert("RGB")
 
 
-def preprocess_pil(images: list, size: int) -> torch.Tensor:
-    """What PickScore and its kin see: PIL pictures -> normalised pixels [N, 3, size, size].
+def preprocess_pil(images: list[Image.Image], size: int) -> torch.Tensor:
+    """What PickScore and its kin see: pictures -> normalised pixels [N, 3, size, size].
 
-    RGB, shorter side to `size` by PIL's anti-aliased bicubic,
-    centre crop, CLIP statistics.
+    RGB, shorter side to `size` by PIL's anti-aliased bicubic, centre crop.
     """
-    import numpy as np
-    from PIL import Image
     batch = []
     for image in images:
-        image = to_rgb(image)
         short = min(image.size)
         target = tuple(size if side == short else int(size * side / short) for side in image.size)
-        image = image.resize(target, Image.Resampling.BICUBIC)
+        image = to_rgb(image).resize(target, Image.Resampling.BICUBIC)
         left, top = (target[0] - size) // 2, (target[1] - size) // 2
-        batch.append(torch.from_numpy(np.asarray(image.crop((left, top, left + size, top + size))).copy()))
-    pixels = torch.stack(batch).permute(0, 3, 1, 2).float() / 255
-    return (pixels - torch.tensor(MEAN).view(1, 3, 1, 1)) / torch.tensor(STD).view(1, 3, 1, 1)
+        batch.append(np.asarray(image.crop((left, top, left + size, top + size))))
+    return _normalised(torch.from_numpy(np.stack(batch)).permute(0, 3, 1, 2).float() / 255)
 
 
-def preference_loss(win_scores: torch.Tensor, lose_scores: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
-    """Eq. 3 as a cross entropy, per pair [N]: `label` is the share of preference for the first, 1, 0 or 0.5 (tie)."""
-    margin = win_scores - lose_scores                                     # log p / (1 - p), Eq. 3
+def preference_loss(win_scores: torch.Tensor, lose_scores: torch.Tensor,
+                    label: torch.Tensor) -> torch.Tensor:
+    """Eq. 3 as a cross entropy [N]; `label`: preference for the first, 1, 0 or 0.5 (tie)."""
+    margin = win_scores - lose_scores           # log p / (1 - p), Eq. 3
     return -(label * F.logsigmoid(margin) + (1 - label) * F.logsigmoid(-margin))

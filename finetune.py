@@ -23,6 +23,7 @@ import torch
 from safetensors.torch import save_file
 
 import lora
+from calls import Calls
 from diffusion import encode_empty, generate, grid
 from loading import DTYPES, NEGATIVE, Pipeline, load_pipeline, load_tiny_decoder
 from prompt_sets import read_prompts
@@ -45,36 +46,42 @@ from weights import InputError
 
 
 @dataclass
-class RunConfig:
-    """What every method needs. P = the paper, O = the released official code, T = measured on tiny."""
+class ModelConfig:
+    """Which model, and in what form. P = the paper, O = the released official code, T = measured on tiny."""
     model: str = opt("tiny", "tiny, sd15, sdxl, a folder or hub id in the diffusers layout, or a "
                      "single-file checkpoint")
-    preset: str = opt("", "whose settings are the defaults: tiny, sd15 or sdxl; empty: the model's own, "
-                      "or what a local folder or single file turns out to be, else sd15",
-                      ("", "tiny", "sd15", "sdxl"))
-    out: str = opt("runs/spo", "run folder: LoRA files, log.jsonl, config.json, checkpoints, sample grids")
-    prompts: str = opt("", "training prompts: .txt, .json, .jsonl, .parquet or a hub data set (P: 4k "
-                       "Pick-a-Pic captions); empty: tiny's own")
-    sample_prompts: int = opt(0, "use this many of them, drawn by the seed (P: 4000); 0: all", least=0)
+    preset: str = opt("", "whose settings are the defaults; empty: the model's own, or what a local folder "
+                      "or single file turns out to be, else sd15", ("", "tiny", "sd15", "sdxl"))
+    out: str = opt("runs/spo", "run folder: LoRA files, log.jsonl, config.json, checkpoints, samples")
     seed: int = opt(0, "every random number of the run is keyed by it", least=0)
     device: str = opt("", "cpu or cuda; empty: a GPU if there is one")
-    dtype: str = opt("bf16", "of the frozen weights; LoRA, schedule and loss are always fp32", tuple(DTYPES))
+    dtype: str = opt("bf16", "of the frozen weights; what is trained is fp32", tuple(DTYPES))
     vae: str = opt("", "another VAE, folder or hub id; empty: the model's own (sdxl: the fp16-safe one)")
-    decoder: str = opt("", "small decoder of the pictures that the judge sees: taesd, a folder, file or "
-                       "hub id; empty: the VAE's")
-    prediction_type: str = opt("", "single files: epsilon or v_prediction; empty: epsilon, or as the "
-                               "folder says", ("", "epsilon", "v_prediction"))
+    prediction_type: str = opt("", "of single files; empty: epsilon, or as the folder says",
+                               ("", "epsilon", "v_prediction"))
     negative: str = opt("", "guidance's other side: zeros, or the empty prompt encoded; empty: as the "
                         "model was trained", ("", "zeros", "encoded"))
-    tokenizer: str = opt("", "single files: folder or hub id with tokenizer/ (and tokenizer_2/); empty: "
-                         "the official one")
+    tokenizer: str = opt("", "of single files: folder or hub id with tokenizer/ (and tokenizer_2/); "
+                         "empty: the official one")
+    guidance_scale: float = opt(5.0, "classifier-free guidance, in sampling and training (P: 5)")
+    resolution: int = opt(0, "picture side in pixels; 0: the model's own", least=0)
+    compile: bool = opt(False, "torch.compile the UNet's blocks, the decoder and the judge")
+    profile: bool = opt(False, "write what the second round or step spends its time on: profile.json "
+                        "(for Perfetto), profile.txt")
+
+
+@dataclass
+class RunConfig(ModelConfig):
+    """What every method that trains a LoRA needs."""
+    prompts: str = opt("", "training prompts: .txt, .json, .jsonl, .parquet or a hub data set (P: 4k "
+                       "Pick-a-Pic captions); empty: tiny's own")
+    sample_prompts: int = opt(0, "use so many of them, drawn by the seed (P: 4000); 0: all", least=0)
+    decoder: str = opt("", "small decoder of the pictures that the judge sees: taesd, a folder, file or "
+                       "hub id; empty: the VAE's")
     # Sampling (P 5.1)
     steps: int = opt(20, "DDIM steps of a trajectory (P: 20)", least=1, most=999)
     eta: float = opt(1.0, "DDIM stochasticity; 0 would leave a step without a probability (P: 1)",
                      above=0, most=1)
-    guidance_scale: float = opt(5.0, "classifier-free guidance, in sampling and in both training "
-                                "forwards (P: 5)")
-    resolution: int = opt(0, "picture side in pixels; 0: the model's own", least=0)
     # Optimization (P 5.1)
     lr: float = opt(6e-5, "AdamW learning rate (P: 6e-5 SD-1.5, 1e-5 SDXL)", least=0)
     weight_decay: float = opt(1e-4, "AdamW weight decay (O)", least=0)
@@ -97,9 +104,6 @@ class RunConfig:
     checkpointing: bool = opt(False, "recompute the UNet's activations in the backward: less memory, slower")
     decoder_check: int = opt(0, "with --decoder: for this many rounds decode with the VAE too and log how "
                              "often it names the same pair", least=0)
-    compile: bool = opt(False, "torch.compile the UNet's blocks, the decoder and the judge")
-    profile: bool = opt(False, "write what the second round spends its time on: profile.json (for "
-                        "Perfetto), profile.txt")
     save_every: int = opt(10, "rounds between checkpoints; the last two stay, and that of the highest "
                           "mean score (LoRA: best/)", least=1)
     grid_every: int = opt(10, "rounds between sample grids; 0: never", least=0)
@@ -141,14 +145,21 @@ def training_prompts(config: RunConfig) -> list[str]:
     return read_prompts(config.prompts, config.sample_prompts, config.seed)
 
 
-def prepare_policy(config: RunConfig, processes: Processes) -> Pipeline:
-    """Load the model, put the LoRA on its UNet, compile if asked."""
+def load_model(config: ModelConfig, processes: Processes) -> Pipeline:
+    """The model that the options name."""
     pipe = load_pipeline(config.model, DTYPES[config.dtype], processes.device, vae=config.vae or None,
                          prediction_type=config.prediction_type, tokenizer=config.tokenizer,
                          zero_negative=NEGATIVE[config.negative])
+    pipe.calls = Calls(processes.device)
     pipe.check_resolution(config.resolution)
     if processes.main:
         check_preset(config, pipe.is_sdxl)
+    return pipe
+
+
+def prepare_policy(config: RunConfig, processes: Processes) -> Pipeline:
+    """Load the model, put the LoRA on its UNet, compile if asked."""
+    pipe = load_model(config, processes)
     pipe.offload = config.memory == "low"
     try:
         lora.add(pipe.unet, config.rank, targets=tuple(config.targets.split(",")), seed=config.seed)

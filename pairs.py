@@ -23,7 +23,9 @@ import numpy as np
 import torch
 from PIL import Image
 
+from calls import upload
 from clip_spm import to_rgb
+from loading import Pipeline
 from prompt_sets import checked_prompt
 from training import permutation
 from weights import InputError, fetch_parquet
@@ -283,3 +285,26 @@ def load_pairs(source: str, side: int) -> Pairs:
         if files:
             return parquet_pairs(train or files, side)
     return folder_pairs(path, side)
+
+
+def readable(pairs: Pairs, i: int) -> torch.Tensor | str:
+    """Pair i's pictures, uint8 [2, 3, S, S], or why they cannot be read."""
+    try:
+        return pairs.pictures(i)
+    except UnreadablePicture as error:
+        return str(error)
+
+
+def stack_pictures(got: list[torch.Tensor | str | None], side: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """What `readable` gave for N pairs (None: not needed) -> uint8 [N, 2, 3, S, S], black where nothing, and [N] false where unreadable."""
+    blank = torch.zeros(2, 3, side, side, dtype=torch.uint8)
+    return (torch.stack([g if isinstance(g, torch.Tensor) else blank for g in got]),
+            torch.tensor([not isinstance(g, str) for g in got]))
+
+
+@torch.no_grad()
+def encode_pairs(pipe: Pipeline, images: torch.Tensor) -> torch.Tensor:
+    """Pictures of N pairs [N, 2, 3, H, W] uint8 -> [N, 2, 2, C, h, w]: mean and standard deviation of both unscaled latents."""
+    vae = pipe.vae.quant_conv.weight
+    moments = pipe.vae.moments(upload(images, vae.device).flatten(0, 1).to(vae.dtype) / 127.5 - 1)            # [2 N, C, h, w] each
+    return torch.stack([m.unflatten(0, (-1, 2)) for m in moments], 1).contiguous()

@@ -1,11 +1,11 @@
-"""The autoencoder of Stable Diffusion: pictures to latents and back (SD-1.5, SDXL and tiny, one class).
+"""The autoencoder of Stable Diffusion, pictures to latents and back: one class for every model.
 
-SPO decodes the predicted clean latent of every candidate so that the step-aware preference model can look at a picture;
-training that model needs the encoder too (paper, section 4.2). Parameter names equal the official
-files' (`vae/diffusion_pytorch_model.safetensors`), so loading is a strict `load_state_dict`. At the end a far smaller
-decoder that may stand in for the large one.
+SPO decodes the predicted clean latent of every candidate so that the step-aware preference model
+can look at a picture; training that model needs the encoder too (paper, section 4.2). Parameter
+names equal the official files' (`vae/diffusion_pytorch_model.safetensors`), so loading is a strict
+`load_state_dict`. At the end: TAESD's decoder, a far smaller one that may stand in for the large.
 
-Shapes: N pictures, 3 x H x W pixels in [-1, 1]; latents N, 4, H / f, W / f with f = 2 ** (levels - 1).
+Shapes: N pictures, 3 x H x W pixels in [-1, 1]; latents N, C, H / f, W / f, f = 2 ** (levels - 1).
 """
 from dataclasses import dataclass, fields
 
@@ -28,16 +28,23 @@ class VAEConfig:
 
     @classmethod
     def from_json(cls, config: dict) -> "VAEConfig":
-        """Keep the known fields of a `config.json`; raise ValueError where it asks for another architecture."""
-        plain = dict(act_fn="silu", shift_factor=None, latents_mean=None, latents_std=None, mid_block_add_attention=True,
-                     use_quant_conv=True, use_post_quant_conv=True)
-        for key, wanted in plain.items():
-            if config.get(key, wanted) != wanted:
-                raise ValueError(f"vae config: {key}={config[key]!r} is not supported, only {wanted!r}")
-        for key, wanted in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
+        """Keep a `config.json`'s known fields; ValueError where it asks for another network."""
+        _insist("vae config", config, dict(
+            act_fn="silu", shift_factor=None, latents_mean=None, latents_std=None,
+            mid_block_add_attention=True, use_quant_conv=True, use_post_quant_conv=True))
+        for key, wanted in (("down_block_types", "DownEncoderBlock2D"),
+                            ("up_block_types", "UpDecoderBlock2D")):
             if set(config.get(key, ())) - {wanted}:
-                raise ValueError(f"vae config: {key}={config[key]!r} is not supported, only {wanted!r}")
+                raise ValueError(
+                    f"vae config: {key}={config[key]!r} is not supported, only {wanted!r}")
         return cls(**{f.name: config[f.name] for f in fields(cls) if f.name in config})
+
+
+def _insist(what: str, config: dict, values: dict) -> None:
+    """ValueError for a field of a configuration that is there and has not its one value."""
+    for key, wanted in values.items():
+        if config.get(key, wanted) != wanted:
+            raise ValueError(f"{what}: {key}={config[key]!r} is not supported, only {wanted!r}")
 
 
 class ResnetBlock(nn.Module):
@@ -68,7 +75,7 @@ class Attention(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         n, c, h, w = x.shape
-        tokens = self.group_norm(x).flatten(2).transpose(1, 2)                          # [N, H*W, C]
+        tokens = self.group_norm(x).flatten(2).transpose(1, 2)      # [N, H*W, C]
         q, k, v = (proj(tokens).unsqueeze(1) for proj in (self.to_q, self.to_k, self.to_v))
         tokens = self.to_out[0](F.scaled_dot_product_attention(q, k, v).squeeze(1))
         return x + tokens.transpose(1, 2).reshape(n, c, h, w)
@@ -85,24 +92,24 @@ class Resample(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.up:
             return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
-        return self.conv(F.pad(x, (0, 1, 0, 1)))      # official weights pad on the right and below only
+        return self.conv(F.pad(x, (0, 1, 0, 1)))        # padded on the right and below only
 
 
 class Level(nn.Module):
     """One resolution: a few residual blocks, then a change of size unless it is the last level."""
 
-    def __init__(self, inner: int, outer: int, layers: int, groups: int, up: bool, resample: bool):
+    def __init__(self, inner: int, outer: int, layers: int, groups: int,
+                 down: bool = False, up: bool = False):
         super().__init__()
-        self.resnets = nn.ModuleList(ResnetBlock(inner if i == 0 else outer, outer, groups) for i in range(layers))
-        name = "upsamplers" if up else "downsamplers"
-        self.add_module(name, nn.ModuleList([Resample(outer, up)]) if resample else None)
-        self.resample_name = name
+        inners = [inner] + [outer] * (layers - 1)
+        self.resnets = nn.ModuleList(ResnetBlock(width, outer, groups) for width in inners)
+        self.downsamplers = nn.ModuleList([Resample(outer, up=False)] if down else [])
+        self.upsamplers = nn.ModuleList([Resample(outer, up=True)] if up else [])
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        for resnet in self.resnets:
-            x = resnet(x)
-        resample = getattr(self, self.resample_name)
-        return x if resample is None else resample[0](x)
+        for layer in (*self.resnets, *self.downsamplers, *self.upsamplers):
+            x = layer(x)
+        return x
 
 
 class MidBlock(nn.Module):
@@ -118,14 +125,15 @@ class MidBlock(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Pictures [N, 3, H, W] -> mean and log-variance of the latents, stacked [N, 2 * C, H / f, W / f]."""
+    """Pictures [N, 3, H, W] -> mean and log-variance of the latents [N, 2 * C, H / f, W / f]."""
 
     def __init__(self, config: VAEConfig):
         super().__init__()
         widths, groups = config.block_out_channels, config.norm_num_groups
         self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
         self.down_blocks = nn.ModuleList(
-            Level(widths[max(i - 1, 0)], width, config.layers_per_block, groups, up=False, resample=i < len(widths) - 1)
+            Level(widths[max(i - 1, 0)], width, config.layers_per_block, groups,
+                  down=i < len(widths) - 1)
             for i, width in enumerate(widths))
         self.mid_block = MidBlock(widths[-1], groups)
         self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=1e-6)
@@ -139,7 +147,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Latents [N, C, H / f, W / f] -> pictures [N, 3, H, W], one residual block more per level than the encoder."""
+    """Latents [N, C, H / f, W / f] -> pictures [N, 3, H, W]; one more residual block a level."""
 
     def __init__(self, config: VAEConfig):
         super().__init__()
@@ -147,8 +155,8 @@ class Decoder(nn.Module):
         self.conv_in = nn.Conv2d(config.latent_channels, widths[0], 3, padding=1)
         self.mid_block = MidBlock(widths[0], groups)
         self.up_blocks = nn.ModuleList(
-            Level(widths[max(i - 1, 0)], width, config.layers_per_block + 1, groups, up=True,
-                  resample=i < len(widths) - 1)
+            Level(widths[max(i - 1, 0)], width, config.layers_per_block + 1, groups,
+                  up=i < len(widths) - 1)
             for i, width in enumerate(widths))
         self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=1e-6)
         self.conv_out = nn.Conv2d(widths[-1], config.out_channels, 3, padding=1)
@@ -163,7 +171,7 @@ class Decoder(nn.Module):
 class VAE(nn.Module):
     """Encoder and decoder with the two 1x1 convolutions between them.
 
-    `encode` and `decode` speak *scaled* latents, the ones the UNet sees: raw latent x scaling_factor.
+    `encode` and `decode` have *scaled* latents, as the UNet sees them: raw latent x scaling_factor.
     """
 
     def __init__(self, config: VAEConfig):
@@ -174,17 +182,17 @@ class VAE(nn.Module):
         self.post_quant_conv = nn.Conv2d(config.latent_channels, config.latent_channels, 1)
 
     def moments(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Pictures [N, 3, H, W] in [-1, 1] -> (mean, std) of the unscaled latents, [N, C, H / f, W / f] each."""
+        """Pictures in [-1, 1] -> (mean, std) of the unscaled latents, [N, C, H / f, W / f] each."""
         mean, log_variance = self.quant_conv(self.encoder(images)).chunk(2, dim=1)
         return mean, (0.5 * log_variance.clamp(-30, 20)).exp()
 
     def encode(self, images: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:
-        """Pictures in [-1, 1] -> scaled latents; a sample if `noise` (latent-shaped) is given, else the mean."""
+        """Pictures in [-1, 1] -> scaled latents: the mean or, with noise of its shape, a sample."""
         mean, std = self.moments(images)
         return (mean if noise is None else mean + std * noise) * self.config.scaling_factor
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """Scaled latents [N, C, h, w] -> pictures [N, 3, h * f, w * f], about [-1, 1], not clamped."""
+        """Scaled latents [N, C, h, w] -> pictures [N, 3, h * f, w * f], about [-1, 1], no clamp."""
         return self.decoder(self.post_quant_conv(latents / self.config.scaling_factor))
 
     @property
@@ -202,15 +210,15 @@ class TinyDecoderConfig:
 
     @classmethod
     def from_json(cls, config: dict) -> "TinyDecoderConfig":
-        """From the `config.json` of diffusers' AutoencoderTiny; raise ValueError where it asks for another architecture."""
-        plain = dict(_class_name="AutoencoderTiny", act_fn="relu", upsample_fn="nearest", upsampling_scaling_factor=2, out_channels=3,
-                     scaling_factor=1.0, shift_factor=0.0)
-        for key, wanted in plain.items():
-            if config.get(key, wanted) != wanted:
-                raise ValueError(f"tiny autoencoder config: {key}={config[key]!r} is not supported, only {wanted!r}")
-        widths, blocks = config.get("decoder_block_out_channels", (64,) * 4), config.get("num_decoder_blocks", (3, 3, 3, 1))
+        """From diffusers' AutoencoderTiny; ValueError where it asks for another network."""
+        _insist("tiny autoencoder config", config, dict(
+            _class_name="AutoencoderTiny", act_fn="relu", upsample_fn="nearest", out_channels=3,
+            upsampling_scaling_factor=2, scaling_factor=1.0, shift_factor=0.0))
+        widths = config.get("decoder_block_out_channels", (64,) * 4)
+        blocks = config.get("num_decoder_blocks", (3, 3, 3, 1))
         if len(set(widths)) != 1 or len(widths) != len(blocks):
-            raise ValueError(f"tiny autoencoder config: decoder_block_out_channels={widths!r} is not supported, only one width throughout")
+            raise ValueError(f"tiny autoencoder config: decoder_block_out_channels={widths!r} "
+                             "is not supported, only one width throughout")
         return cls(config.get("latent_channels", 4), widths[0], tuple(blocks))
 
 
@@ -234,20 +242,22 @@ class TinyBlock(nn.Module):
 
 
 class TinyDecoder(nn.Sequential):
-    """The decoder of a TAESD (`taesd_decoder.pth`, whose names these are): 1.2 M parameters instead of 50 M, no norms, no attention."""
+    """The decoder of a TAESD, named as in `taesd_decoder.pth`: 1.2 M parameters instead of 50 M."""
 
     def __init__(self, config: TinyDecoderConfig):
         width, last = config.width, len(config.blocks) - 1
         layers = [SoftClamp(), nn.Conv2d(config.latent_channels, width, 3, padding=1), nn.ReLU()]
         for i, count in enumerate(config.blocks):
             layers += [TinyBlock(width) for _ in range(count)]
-            layers += [nn.Upsample(scale_factor=2), nn.Conv2d(width, width, 3, padding=1, bias=False)] if i < last else []
+            if i < last:
+                layers += [nn.Upsample(scale_factor=2),
+                           nn.Conv2d(width, width, 3, padding=1, bias=False)]
         super().__init__(*layers, nn.Conv2d(width, 3, 3, padding=1))
         self.config = config
 
     def forward(self, latents: torch.Tensor) -> torch.Tensor:
-        """Scaled latents [N, C, h, w] -> pictures [N, 3, h * f, w * f], about [-1, 1], not clamped. The weights speak [0, 1]."""
-        return 2 * super().forward(latents) - 1
+        """Scaled latents [N, C, h, w] -> pictures [N, 3, h * f, w * f], about [-1, 1], no clamp."""
+        return 2 * super().forward(latents) - 1         # the weights' pictures lie in [0, 1]
 
     @property
     def factor(self) -> int:

@@ -32,7 +32,7 @@ def test_alphas_equal_diffusers():
         assert torch.equal(ours.alphas_cumprod, theirs.alphas_cumprod)
         assert ours.final_alpha_cumprod == float(theirs.final_alpha_cumprod)
     assert ddim.Schedule.from_json(CONFIG).final_alpha_cumprod == pytest.approx(0.99914998, abs=1e-7)
-    assert ddim.Schedule.from_json(CONFIG).alpha(999) == pytest.approx(0.00466010, abs=1e-7)
+    assert float(ddim.alphas_at(ddim.Schedule.from_json(CONFIG), 999)) == pytest.approx(0.00466010, abs=1e-7)
 
 
 def test_defaults_for_missing_fields_equal_diffusers():
