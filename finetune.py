@@ -172,20 +172,20 @@ def prepare_policy(config: RunConfig, processes: Processes) -> Pipeline:
     return pipe
 
 
-def decoders(pipe: Pipeline, config: RunConfig) -> tuple[Callable, Callable | None]:
-    """(latents -> the pictures that the judge sees, the VAE's pictures where a smaller decoder draws)."""
-    dtype = pipe.vae.post_quant_conv.weight.dtype
-    decode = torch.compile(pipe.vae.decode, dynamic=False) if config.compile else pipe.vae.decode
-
-    def by_vae(latents: torch.Tensor) -> torch.Tensor:
-        return decode(latents.to(dtype)).float()
-
-    if not config.decoder:
-        return by_vae, None
-    small = load_tiny_decoder(config.decoder, pipe, DTYPES[config.dtype])
+def vae_decoder(pipe: Pipeline, config: RunConfig) -> Callable:
+    """Latents [N, C, h, w] -> pictures [N, 3, H, W] in about [-1, 1], fp32."""
+    decode, dtype = pipe.vae.decode, pipe.vae.post_quant_conv.weight.dtype
     if config.compile:
-        small.compile(dynamic=False)
-    return lambda latents: small(latents.to(DTYPES[config.dtype])).float(), by_vae
+        decode = torch.compile(decode, dynamic=False)
+    return pipe.calls.wrap(lambda latents: decode(latents.to(dtype)).float(), "decoding")
+
+
+def small_decoder(pipe: Pipeline, config: RunConfig) -> Callable:
+    """The same by the decoder that --decoder names."""
+    decode, dtype = load_tiny_decoder(config.decoder, pipe, DTYPES[config.dtype]), DTYPES[config.dtype]
+    if config.compile:
+        decode.compile(dynamic=False)
+    return pipe.calls.wrap(lambda latents: decode(latents.to(dtype)).float(), "decoding")
 
 
 def compiled_sizes(config: RunConfig, world: int, k: int, rows: int) -> dict[str, tuple[int, ...]]:

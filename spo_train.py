@@ -33,10 +33,11 @@ from finetune import (
     Trainer,
     Turn,
     compiled_sizes,
-    decoders,
     fit_memory,
     prepare_policy,
+    small_decoder,
     training_prompts,
+    vae_decoder,
 )
 from loading import DTYPES, SDXL_VAE, TINY, Pipeline, judge_source, load_clip
 from observers import DecoderCheck, Faults, report
@@ -264,6 +265,8 @@ def sample_round(trainer: Trainer, judge: Judge, turn: Turn, config: SPOConfig,
             with pipe.calls.phase("sampling"):
                 batch = Batch(cond[rows], uncond, text[rows], generators)
                 parts.append(collect(sample_pools(pipe, judge, batch, config, observers)))
+    if not mine:
+        pipe.calls.evaluations = 0                          # thrown away, so not counted
 
     def whole(tensors: list[torch.Tensor]) -> torch.Tensor:
         return processes.gather_rows(torch.cat(tensors)[:len(mine)], total)
@@ -377,6 +380,20 @@ def check(config: SPOConfig) -> None:
         raise InputError("--decoder taesd: knows the latents of SD-1.5 and SDXL, not those of tiny")
 
 
+def load_judge(config: SPOConfig, pipe: Pipeline) -> Judge:
+    """The judge of a model's pictures; InputError where it is step-aware and should not be, or vice versa."""
+    source = config.spm or judge_source(config.model, config.preset, config.judge)
+    clip = load_clip(source, DTYPES[config.dtype], pipe.device)
+    if (config.judge == "spm") != clip.config.step_aware:
+        raise InputError(f"--judge {config.judge}: {source} is "
+                         f"{'' if clip.config.step_aware else 'not '}step-aware")
+    features = clip.image_features
+    if config.compile:
+        features = torch.compile(features, dynamic=False)
+    decode = small_decoder(pipe, config) if config.decoder else vae_decoder(pipe, config)
+    return Judge(clip, decode, pipe.calls.wrap(features, "scoring"), config.decode_batch)
+
+
 def prepare(config: SPOConfig, processes: Processes) -> tuple[Pipeline, Judge, list[Callable]]:
     """The policy, its judge, and the observers of its pools: faults first, then the decoder's check."""
     pipe = prepare_policy(config, processes)
@@ -385,22 +402,12 @@ def prepare(config: SPOConfig, processes: Processes) -> tuple[Pipeline, Judge, l
         raise InputError(
             f"{config.model}: its scheduler sets set_alpha_to_one, so the step from t = {last} has no spread "
             f"and no probability; set it to false in scheduler_config.json, or --t_min {last + 1}")
-    source = config.spm or judge_source(config.model, config.preset, config.judge)
-    clip = load_clip(source, DTYPES[config.dtype], processes.device)
-    if (config.judge == "spm") != clip.config.step_aware:
-        raise InputError(f"--judge {config.judge}: {source} is "
-                         f"{'' if clip.config.step_aware else 'not '}step-aware")
-    features = clip.image_features
-    if config.compile:
-        features = torch.compile(features, dynamic=False)
-    decode, decode_by_vae = decoders(pipe, config)
+    judge = load_judge(config, pipe)
     pipe.calls.sizes = compiled_sizes(config, processes.world, config.k, 1 if config.j == 1 else 2)
-    judge = Judge(clip, pipe.calls.wrap(decode, "decoding"), pipe.calls.wrap(features, "scoring"),
-                  config.decode_batch)
     observers = [Faults(judge)]
-    if decode_by_vae:
+    if config.decoder_check:
         choose = functools.partial(choose_pair, threshold=config.threshold, how=config.pair)
-        observers.append(DecoderCheck(judge, pipe.calls.wrap(decode_by_vae, "decoding"), choose))
+        observers.append(DecoderCheck(judge, vae_decoder(pipe, config), choose))
     return pipe, judge, observers
 
 
