@@ -25,7 +25,7 @@ def fill_up(rows: torch.Tensor, sizes: tuple[int, ...]) -> torch.Tensor:
     size = min((size for size in sizes if size >= len(rows)), default=len(rows))
     if size == len(rows):
         return rows
-    return torch.cat([rows, rows[:1].expand(size - len(rows), *rows.shape[1:])])
+    return torch.cat([rows] + [rows[:1]] * (size - len(rows)))
 
 
 class Clock:

@@ -407,7 +407,7 @@ class Minibatch:
         """Add up the gradients of the loss [N], normalised by the global minibatch, and what is logged."""
         (loss.sum() / self.size).backward()
         self.losses.append(loss.detach())
-        self.sums += torch.stack([loss.detach(), *logged]).sum(1)
+        self.sums += torch.stack([loss, *logged]).detach().sum(1)
 
     def step(self) -> None:
         """Sum the gradients over the processes, clip, and update; a gradient not finite is reported instead."""

@@ -2,6 +2,7 @@
 import dataclasses
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,19 +14,20 @@ import baselines
 import ddim
 import lora
 import spo_train
-from baselines import BaselineConfig, advantages, d3po_as_spo, ddpo_loss, denoising_errors, diffusion_dpo_loss, mapo_loss
+from baselines import BaselineConfig, advantages, d3po_as_spo, ddpo_loss, denoising_errors, density, diffusion_dpo_loss, mapo_loss
 from conftest import assert_close, seeded
-from diffusion import encode_empty, encode_prompts, guided_noise, negative
+from calls import Calls
+from diffusion import Conditioning, encode_empty, encode_prompts, guided_noise, judge_features, negative
 from loading import load_pipeline
 from evaluate import wear
-from helpers import PROMPTS, NoWaiting, call, log_of, shell, unpinned
+from finetune import Trainer
+from helpers import ALONE, PROMPTS, NoWaiting, bare_trainer, call, log_of, shell, turn_of, unpinned
+from observers import report
 from pairs import load_pairs
-from spo_train import Counted, SPOConfig
+from spo_train import SPOConfig
 from test_distributed import LORA, assert_same_run
-from training import Clock, Processes
 from weights import InputError
 
-ALONE = Processes(0, 1, torch.device("cpu"))
 WORDS = ("--steps", 4, "--prompts_per_round", 3, "--pairs_per_step", 5, "--lr", "2e-3", "--dtype", "fp32", "--grid_every", 0)
 
 
@@ -73,7 +75,7 @@ def test_denoising_errors_by_hand(prediction):
     """A network that says what it should has error 0; one that says 0 has the target's mean square."""
     schedule = ddim.Schedule(torch.linspace(0.99, 0.01, 1000), 0.99, prediction)
     latents, noise, t = torch.randn(3, 4, 8, 8, generator=seeded(0)), torch.randn(3, 4, 8, 8, generator=seeded(1)), torch.tensor([3, 500, 990])
-    cond = dataclasses.make_dataclass("C", ["prompt_embeds", "pooled", "time_ids"])(None, None, None)
+    cond = Conditioning(torch.zeros(3, 1, 1))
     alpha = schedule.alphas_cumprod[t].view(-1, 1, 1, 1)
     target = noise if prediction == "epsilon" else alpha ** 0.5 * noise - (1 - alpha) ** 0.5 * latents
 
@@ -81,52 +83,58 @@ def test_denoising_errors_by_hand(prediction):
         assert_close(x, alpha ** 0.5 * latents + (1 - alpha) ** 0.5 * noise)
         return target
 
-    assert_close(denoising_errors(network, schedule, latents, noise, t, cond), torch.zeros(3))
-    errors = denoising_errors(lambda *a: torch.zeros_like(latents), schedule, latents, noise, t, cond)
+    pipe = SimpleNamespace(unet=network, schedule=schedule, calls=Calls())
+    assert_close(denoising_errors(pipe, latents, noise, t, cond), torch.zeros(3))
+    pipe.unet = lambda *a: torch.zeros_like(latents)
+    errors = denoising_errors(pipe, latents, noise, t, cond)
     assert_close(errors, target.square().flatten(1).mean(1))
 
 
 # The walk
 
-def walked(sd, pickscore, method="ddpo"):
-    """(pipe, models, pairs, conditioning, configuration) of one sampled round."""
+def walked(sd, pickscore, method="ddpo", **changes):
+    """(trainer, judge, pairs, configuration) of one sampled round."""
     config = BaselineConfig(model=str(sd), reward=str(pickscore), method=method, steps=6, dtype="fp32", lr=1e-3, beta=0.1, k=3)
-    walk = d3po_as_spo(config)
-    pipe, models = spo_train.prepare(walk, ALONE)
-    pairs, cond = spo_train.sample_round(pipe, models, PROMPTS, [0, 2, 5], encode_empty(pipe), walk, ALONE, Clock(pipe.device), 0)
-    return pipe, models, pairs, cond, config
+    walk = dataclasses.replace(d3po_as_spo(config), **changes)
+    pipe, judge, observers = spo_train.prepare(walk, ALONE)
+    trainer = bare_trainer(pipe, config)
+    return trainer, judge, sampled(trainer, judge, walk, [*observers, density(pipe.schedule, config)]), config
+
+
+def sampled(trainer, judge, walk, observers) -> spo_train.Pairs:
+    """The round of three prompts, walked anew."""
+    return spo_train.sample_round(trainer, judge, turn_of([0, 2, 5]), walk, observers)
 
 
 @pytest.mark.parametrize("method, k", [("ddpo", 2), ("d3po", 3)])
 def test_online_rivals_walk_whole_trajectories_and_are_judged_once(sd, pickscore, method, k):
-    pipe, models, pairs, cond, config = walked(sd, pickscore, method)
+    trainer, judge, pairs, config = walked(sd, pickscore, method)
     assert pairs.x_t.shape[:3] == (3, 6, 2) and pairs.scores.shape == (3, 1, k) and pairs.valid.all()
     assert torch.equal(pairs.x_t[:, 0, 0], pairs.x_t[:, 0, 1]) and not torch.equal(pairs.x_t[:, 1, 0], pairs.x_t[:, 1, 1])
     assert torch.equal(pairs.x_t[:, 1:], pairs.x_next[:, :-1])
     from clip_spm import preprocess_decoded
     with torch.no_grad():                                   # winner and loser: highest and lowest reward of the finished pictures
-        text = spo_train.judge_features(pipe, models.judge, [PROMPTS[i] for i in (0, 2, 5)])
+        text = judge_features(trainer.pipe, judge.clip, [PROMPTS[i] for i in (0, 2, 5)])
         for place, extreme in ((0, pairs.scores.amax(-1)), (1, pairs.scores.amin(-1))):
-            features = models.judge.image_features(preprocess_decoded(pipe.vae.decode(pairs.x_next[:, -1, place]), 16))
-            assert_close(models.judge.score(features, text), extreme[:, 0], 1e-4)
+            features = judge.clip.image_features(preprocess_decoded(trainer.pipe.vae.decode(pairs.x_next[:, -1, place]), 16))
+            assert_close(judge.clip.score(features, text), extreme[:, 0], 1e-4)
 
 
 @pytest.mark.parametrize("j", [1, 2, 6])
 def test_log_prob_at_sampling_is_that_of_the_policy(sd, pickscore, j):
     """What the sampler recorded, recomputed from x_t and x_next; so DDPO's ratio is 1 before the first update."""
-    pipe, models, pairs, cond, config = walked(sd, pickscore)
-    if j < 6:
-        walk = dataclasses.replace(d3po_as_spo(config), j=j, t_max=751)
-        pairs, cond = spo_train.sample_round(pipe, models, PROMPTS, [0, 2, 5], encode_empty(pipe), walk, ALONE, Clock(pipe.device), 0)
+    trainer, judge, pairs, config = walked(sd, pickscore, **(dict(j=j, t_max=751) if j < 6 else {}))
+    pipe, cond = trainer.pipe, pairs.cond
     steps = pipe.schedule.timesteps(6)[-pairs.x_t.shape[1]:]
     uncond = negative(pipe, cond, encode_empty(pipe))
+    log_prob = pairs.notes["log_prob"]
     with torch.no_grad():
         for slot, t in enumerate(steps):
             for place in (0, 1):
                 x_t = pairs.x_t[:, slot, place]
-                mean, std = ddim.step_gaussian(pipe.schedule, x_t, guided_noise(pipe.unet, x_t, t, cond, uncond, 5.0), t, t - 166)
-                assert_close(ddim.log_prob(pairs.x_next[:, slot, place], mean, std), pairs.log_prob[:, slot, place])
-    assert pairs.log_prob.std() > 0.01
+                mean, std = ddim.step_gaussian(pipe.schedule, x_t, guided_noise(pipe, x_t, t, cond, uncond, 5.0), t, t - 166)
+                assert_close(ddim.log_prob(pairs.x_next[:, slot, place], mean, std), log_prob[:, slot, place])
+    assert log_prob.std() > 0.01
 
 
 def test_ddpo_starts_at_ratio_one_and_raises_the_reward(sd, pickscore, prompts, tmp_path):
@@ -135,31 +143,35 @@ def test_ddpo_starts_at_ratio_one_and_raises_the_reward(sd, pickscore, prompts, 
     row = log_of(tmp_path / "run")[0]
     assert row["ratio"] == pytest.approx(1, abs=1e-5) and abs(row["margin"]) < 1e-4 and row["clipped"] < 0.5 and row["updates"] == 1
     assert abs(row["loss"]) < 1e-4                          # advantages have mean zero
-    pipe, models, pairs, cond, config = walked(sd, pickscore)
+    trainer, judge, pairs, config = walked(sd, pickscore)
+    pipe, cond = trainer.pipe, pairs.cond
     gain, steps = advantages(pairs.scores[:, 0], 5.0), pipe.schedule.timesteps(6)
-    optimizer = torch.optim.AdamW(lora.parameters(pipe.unet), lr=2e-3)
-    config = dataclasses.replace(config, pairs_per_step=1000, clip_range=0.2)
+    trainer.optimizer = torch.optim.AdamW(lora.parameters(pipe.unet), lr=2e-3)
+    trainer.config = config = dataclasses.replace(config, pairs_per_step=1000, clip_range=0.2)
+    observers = [spo_train.Faults(judge), density(pipe.schedule, config)]
     for _ in range(3):                                      # the same round (same key) again: the first policy's trajectories are redrawn
-        stats = baselines.ddpo_round(pipe, models, PROMPTS, encode_empty(pipe), config, ALONE, optimizer, [0, 2, 5], (0, 0), Clock(pipe.device), 0)
-    assert stats["updates"] == 1 and stats["bad"] == 0
+        again = sampled(trainer, judge, d3po_as_spo(config), observers)
+        stats = baselines.ddpo_round(trainer, again, turn_of([0, 2, 5]), config)
+    assert stats["updates"] == 1 and trainer.rounds.bad == 0 and report(again, turn_of([0, 2, 5]), True)["not_finite"] == 0
     uncond, total = negative(pipe, cond, encode_empty(pipe)), 0.0
     with torch.no_grad():                                   # on the first trajectories: likelier where the advantage was positive
         for slot, t in enumerate(steps):
             for place in (0, 1):
                 x_t = pairs.x_t[:, slot, place]
-                mean, std = ddim.step_gaussian(pipe.schedule, x_t, guided_noise(pipe.unet, x_t, t, cond, uncond, 5.0), t, t - 166)
-                log_ratio = ddim.log_prob(pairs.x_next[:, slot, place], mean, std) - pairs.log_prob[:, slot, place]
+                mean, std = ddim.step_gaussian(pipe.schedule, x_t, guided_noise(pipe, x_t, t, cond, uncond, 5.0), t, t - 166)
+                log_ratio = ddim.log_prob(pairs.x_next[:, slot, place], mean, std) - pairs.notes["log_prob"][:, slot, place]
                 total += float((gain[:, place] * log_ratio).sum())
     assert total > 1e-4
 
 
 def test_evaluations_are_counted(sd, pickscore, prompts, tmp_path):
     """1 per sample through the UNet, guidance's two sides apart, 3 where a backward follows."""
-    unet = Counted(lambda x, *rest: x)
-    unet(torch.zeros(5, 1))
+    pipe = SimpleNamespace(unet=lambda x, *rest: x, calls=Calls())
+    cond = Conditioning(torch.zeros(5, 1, 1))
+    guided_noise(pipe, torch.zeros(5, 1), 3, cond, None, 5.0)
     with torch.no_grad():
-        unet(torch.zeros(5, 1))
-    assert unet.evaluations == 5 * 3 + 5
+        guided_noise(pipe, torch.zeros(5, 1), 3, cond, None, 5.0)
+    assert pipe.calls.evaluations == 5 * 3 + 5
     call("baselines", "--method", "d3po", "--model", sd, "--reward", pickscore, "--prompts", prompts, "--out", tmp_path / "run", *WORDS,
          "--rounds", 1)
     # Three prompts, four steps, two trajectories from one x_T; then per pair and step policy and reference, at both x_t but for the first.
@@ -214,7 +226,7 @@ def margin(sd, pictures, source: str) -> float:
             latents, cond = mean * pipe.vae.config.scaling_factor, encode_prompts(pipe, [data.captions[i]] * 2)
             for t in range(100, 1000, 100):
                 noise = torch.randn(latents.shape, generator=seeded(t))[:1].expand_as(latents)
-                error = denoising_errors(pipe.unet, pipe.schedule, latents, noise, torch.tensor([t, t]), cond)
+                error = denoising_errors(pipe, latents, noise, torch.tensor([t, t]), cond)
                 total += float(error[1] - error[0]) * (1 if data.label[i] > 0.5 else -1)
     return total / 36
 
@@ -230,31 +242,29 @@ def test_offline_methods_learn_their_pairs(sd, pickscore, pictures, tmp_path, me
 
 def test_a_microbatch_of_ddpo_never_waits_for_the_device(sd, pickscore, monkeypatch):
     """The meta device stands for a GPU."""
-    pipe, models, pairs, cond, config = walked(sd, pickscore)
-    meta, empty, losses = torch.device("meta"), encode_empty(pipe), []
-    moved = {name: getattr(pairs, name).to(meta) for name in ("x_t", "x_next", "log_prob")}
-    pairs, cond, empty = dataclasses.replace(pairs, **moved, fault=torch.ones(3, 1)), *(c.map(lambda v: v.to(meta)) for c in (cond, empty))
+    trainer, judge, pairs, config = walked(sd, pickscore)
+    meta, pipe = torch.device("meta"), trainer.pipe
+    notes = dict(log_prob=pairs.notes["log_prob"].to(meta))
+    pairs = dataclasses.replace(pairs, x_t=pairs.x_t.to(meta), x_next=pairs.x_next.to(meta), notes=notes, cond=pairs.cond.map(lambda v: v.to(meta)))
+    trainer.empty = trainer.empty.map(lambda v: v.to(meta))
     pipe.device = pipe.unet.to(meta).conv_in.weight.device
-    for name, stub in dict(upload=unpinned, sample_round=lambda *inputs: (pairs, cond),
-                           train_minibatches=lambda *inputs: losses.append(inputs[4]) or dict(in_a_row=0)).items():
-        monkeypatch.setattr(baselines, name, stub)
-    baselines.ddpo_round(pipe, models, PROMPTS, empty, config, Processes(1, 2, meta), None, [0, 2, 5], (0, 0), None, 0)
-    losses[0]([0, 4, 5])                                    # the table of the schedule is copied to a device once
+    monkeypatch.setattr(baselines, "upload", unpinned)
+    gain = torch.zeros(3, 2, device=meta)
+    baselines.ddpo_values(trainer, pairs, gain, [0, 4, 5], config)          # the table of the schedule is copied to a device once
     with NoWaiting():
-        losses[0]([1, 7, 3])[0].sum().backward()
+        baselines.ddpo_values(trainer, pairs, gain, [1, 7, 3], config)[0].sum().backward()
 
 
 @pytest.mark.parametrize("method", ["ddpo", "mapo"])
 def test_a_compiled_run_sees_one_shape_and_trains_the_same(sd, pickscore, pictures, prompts, tmp_path, monkeypatch, compilations, method):
     """Minibatches of five slots and fewer, rounds of three and of one: filled up, so that the first round's graphs serve. Grids, too."""
-    round_, after = (baselines.offline_round if method in baselines.OFFLINE else baselines.ddpo_round), []
+    after, end = [], Trainer.end
 
-    def counted(*arguments):
-        stats = round_(*arguments)
+    def counted(*arguments, **settings):
         after.append(len(compilations))
-        return stats
+        return end(*arguments, **settings)
 
-    monkeypatch.setattr(baselines, round_.__name__, counted)
+    monkeypatch.setattr(Trainer, "end", counted)
     words = ("--model", sd, *options(method, pickscore, pictures, prompts), *WORDS, "--rounds", 3, "--pairs_per_step", 8, "--train_batch", 5)
     call("baselines", *words, "--out", tmp_path / "compiled", "--compile", "--grid_every", 1)
     assert len(after) == 3 and after[0] > 10 and set(after) == {len(compilations)}

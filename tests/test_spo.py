@@ -21,17 +21,16 @@ from diffusion import encode_empty, encode_prompts, guided_noise, judge_features
 from loading import load_pipeline
 from evaluate import trace_prompt
 from finetune import FREE, LOW, Totals, Trainer, cut_minibatches, fit_memory, vae_decoder
-from helpers import PROMPTS, NoWaiting, bare_trainer, call, log_of, shell, turn_of, unpinned
+from helpers import ALONE, PROMPTS, NoWaiting, bare_trainer, call, log_of, shell, turn_of, unpinned
 from loading import judge_source
 from observers import FAULTS, DecoderCheck, Faults, report
 from report import draw_trace
 from spo_train import Batch, Pairs, SPOConfig, Steps, choose_pair, pool_groups, spo_loss
-from training import Processes, generator, parse_options
+from training import generator, parse_options
 from weights import InputError
 
 STEPS_20 = [951 - 50 * i for i in range(20)]
 STEPS_6 = [831, 665, 499, 333, 167, 1]
-ALONE = Processes(0, 1, torch.device("cpu"))
 
 
 # Pools and pairs
