@@ -270,6 +270,12 @@ def _single_file(path: Path, dtype: torch.dtype, device: torch.device, tokenizer
     return Pipeline(str(path), tokenizers, encoders, unet, vae, schedule, zero_negative=sdxl, device=device)
 
 
+def original_names(unet: UNet) -> dict[str, str]:
+    """The UNet's parameter names -> those in a single file (`model.diffusion_model.` left out)."""
+    layers, up = unet.config.layers_per_block, unet.config.up_attentions
+    return {key: original_unet_name(key, layers, up) for key in unet.state_dict()}
+
+
 def _folder(source: str, root: Path, dtype: torch.dtype, device: torch.device) -> Pipeline:
     """A checkpoint in the diffusers layout."""
     index = read_json(root / "model_index.json")
