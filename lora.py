@@ -56,19 +56,21 @@ SIDES = {"lora_A.weight": "A", "lora.down.weight": "A", "lora_down.weight": "A",
 class LoRALinear(nn.Linear):
     """A frozen linear map with a trainable low-rank term, in fp32 beside a weight of any dtype.
 
-    It takes over the weight of the map that it replaces, so the base parameter keeps its name, and its own are
-    `<module>.lora_A.weight` [rank, in] and `<module>.lora_B.weight` [out, rank]: diffusers' names.
+    It takes over the weight of the map that it replaces, so the base parameter keeps its name, and
+    its own are `<module>.lora_A.weight` [rank, in], `<module>.lora_B.weight` [out, rank]: peft's.
     """
 
-    def __init__(self, base: nn.Linear, rank: int, alpha: float, generator: torch.Generator | None = None):
+    def __init__(self, base: nn.Linear, rank: int, alpha: float,
+                 generator: torch.Generator | None = None):
         nn.Module.__init__(self)
         self.in_features, self.out_features = base.in_features, base.out_features
         self.weight, self.bias = base.weight, base.bias
-        device = base.weight.device
-        self.lora_A = nn.Linear(self.in_features, rank, bias=False, device=device, dtype=torch.float32)
-        self.lora_B = nn.Linear(rank, self.out_features, bias=False, device=device, dtype=torch.float32)
+        kind = dict(bias=False, device=base.weight.device, dtype=torch.float32)
+        self.lora_A = nn.Linear(base.in_features, rank, **kind)
+        self.lora_B = nn.Linear(rank, base.out_features, **kind)
         with torch.no_grad():           # drawn on the CPU: the same start on every device
-            self.lora_A.weight.copy_(torch.randn(rank, self.in_features, generator=generator) / rank)
+            start = torch.randn(rank, base.in_features, generator=generator)
+            self.lora_A.weight.copy_(start / rank)
             self.lora_B.weight.zero_()
         self.rank, self.alpha, self.scaling = rank, alpha, alpha / rank
         self.enabled = True
@@ -77,19 +79,20 @@ class LoRALinear(nn.Linear):
         y = F.linear(x, self.weight, self.bias)
         if not self.enabled:
             return y
-        # Never merged into a bf16 weight: rounding would eat a small update (design note in README).
+        # Never merged into a bf16 weight: rounding would eat a small update (README).
         low = F.linear(x, self.lora_A.weight.to(x.dtype))
         return y + self.scaling * F.linear(low, self.lora_B.weight.to(x.dtype))
 
 
 def layers(model: nn.Module) -> dict[str, LoRALinear]:
     """Every LoRA layer of a model by module name."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
+    return {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
 
 
 def parameters(model: nn.Module) -> list[nn.Parameter]:
-    """The LoRA parameters. A list: the official code clips nothing, its iterator being exhausted."""
-    return [p for layer in layers(model).values() for p in (layer.lora_A.weight, layer.lora_B.weight)]
+    """The LoRA parameters, as a list: the official code clips none, its iterator is exhausted."""
+    return [p for layer in layers(model).values()
+            for p in (layer.lora_A.weight, layer.lora_B.weight)]
 
 
 def add(model: nn.Module, rank: int, alpha: float | None = None,
@@ -100,9 +103,9 @@ def add(model: nn.Module, rank: int, alpha: float | None = None,
     """
     model.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
-    ends = tuple(f".{target}" for target in targets)
-    found = [name for name, module in model.named_modules() if f".{name}".endswith(ends)
-             and isinstance(module, nn.Linear) and not isinstance(module, LoRALinear)]
+    found = [name for name, module in model.named_modules()
+             if isinstance(module, nn.Linear) and not isinstance(module, LoRALinear)
+             and any(f".{name}".endswith(f".{target}") for target in targets)]
     if not found:
         raise ValueError(f"no linear layer matches the LoRA targets {', '.join(targets)}")
     for name in found:
@@ -156,7 +159,7 @@ def to_kohya(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         module, part = re.fullmatch(r"unet\.(.+)\.lora_([AB])\.weight", key).groups()
         name = "lora_unet_" + module.replace(".", "_")
         out[f"{name}.lora_{'down' if part == 'A' else 'up'}.weight"] = value.contiguous()
-        out[f"{name}.alpha"] = torch.tensor(float(value.shape[0] if part == "A" else value.shape[1]))
+        out[f"{name}.alpha"] = torch.tensor(float(value.shape[0 if part == "A" else 1]))
     return out
 
 
@@ -265,7 +268,7 @@ def merge(model: nn.Module) -> None:
 
 @torch.no_grad()
 def norm(model: nn.Module) -> float:
-    """Frobenius norm of all low-rank terms: how far the policy is from the reference, in weights."""
+    """Frobenius norm of all low-rank terms: how far the policy's weights are from the base's."""
     square = 0.0
     for layer in layers(model).values():        # |B A|^2 is the sum of (A A^T) * (B^T B)
         a, b = layer.lora_A.weight, layer.lora_B.weight
@@ -309,8 +312,8 @@ def open_model(options: argparse.Namespace) -> tuple[UNet, Path, dict[str, torch
     """The model's UNet, yet without weights; where the model is; all tensors if it is one file."""
     model = loading.NAMES.get(options.model, options.model)
     if not model.endswith((".safetensors", ".ckpt")):
-        whole = options.action == "merge"
-        root = loading.fetch_model(model) if whole else fetch(model, ["unet/config.json"])
+        root = (loading.fetch_model(model) if options.action == "merge" else
+                fetch(model, ["unet/config.json"]))
         config = loading.read_config(UNetConfig, root / "unet/config.json")
         return loading.build(UNet, config, root), root, {}
     root = fetch(model, [])
@@ -330,10 +333,8 @@ def save(weights: dict[str, torch.Tensor], target: Path) -> None:
 
 def read_lora(path: Path) -> tuple[dict[str, torch.Tensor], str]:
     """The tensors of a LoRA file, or of the one in a folder; and the file's name."""
-    source = str(path)
-    if os.path.isdir(source):
-        source = str(file_in(source, path))
-    return read_weights(Path(source)), source
+    file = file_in(str(path), path) if os.path.isdir(path) else path
+    return read_weights(file), str(file)
 
 
 def convert(options: argparse.Namespace) -> None:
@@ -380,7 +381,7 @@ def write_folder(unet: UNet, root: Path, target: Path) -> None:
         shutil.copy(root / "unet/config.json", target / "unet")
     index = read_json(root / "model_index.json")
     for part, value in index.items():       # diffusers would look for parts that are not copied
-        if isinstance(value, list) and part != "unet" and not (target / part).is_dir():
+        if isinstance(value, list) and not (target / part).is_dir():
             index[part] = [None, None]
     if "safety_checker" in index:
         index["requires_safety_checker"] = False
