@@ -17,7 +17,7 @@ judged as finished pictures. So what separates them from SPO is exactly what the
 Shapes: N pairs or slots, S steps, C H W latent.
 """
 import dataclasses
-import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -25,13 +25,24 @@ import torch.nn.functional as F
 
 import ddim
 import lora
-import pairs as preference_pairs
 import spo_train
-from diffusion import Conditioning, encode_empty, encode_prompts, guided_noise, negative
+from calls import upload
+from diffusion import Conditioning, encode_prompts, guided_noise, negative
+from finetune import (
+    FREE,
+    RunConfig,
+    Trainer,
+    Turn,
+    compiled_sizes,
+    fit_memory,
+    prepare_policy,
+    training_prompts,
+)
 from loading import Pipeline
-from spm_train import encode_pairs, readable, stack_pictures
-from spo_train import Models, RunConfig, SPOConfig, prepare, prepare_policy, run_rounds, sample_round, spo_round, train_minibatches
-from training import Clock, Processes, Run, fill_up, generator, opt, parse_options, run_script, start_processes, upload
+from observers import report, sound_scores
+from pairs import Pairs, encode_pairs, load_pairs, readable, stack_pictures, world_pairs
+from spo_train import SPOConfig, prepare, sample_round, train_on_pairs
+from training import Processes, Run, generator, opt, parse_options, run_script, start_processes
 from weights import InputError
 
 METHODS = {         # where each starts from unless the command line says otherwise
@@ -86,37 +97,60 @@ def ddpo_loss(log_ratio: torch.Tensor, advantage: torch.Tensor, clip_range: floa
     return torch.maximum(-advantage * ratio, -advantage * ratio.clamp(1 - clip_range, 1 + clip_range))
 
 
-def ddpo_round(pipe: Pipeline, models: Models, prompts: list[str], empty: Conditioning | None, config: BaselineConfig,
-               processes: Processes, optimizer: torch.optim.Optimizer, indices: list[int], key: tuple, clock: Clock, bad: int) -> dict:
-    """Two trajectories a prompt; every step of both is one policy-gradient sample. As `run_rounds` wants it."""
-    walk = d3po_as_spo(config)
-    pairs, cond = sample_round(pipe, models, prompts, indices, empty, walk, processes, clock, key[0])
-    timesteps, count = pipe.schedule.timesteps(config.steps), config.steps
-    stride = len(pipe.schedule.alphas_cumprod) // count
-    texts, sound = [prompts[i] for i in indices], pairs.scores[:, 0][pairs.fault[:, 0] == 0]            # [B', 2]
-    gain = torch.zeros(len(indices), 2, device=pipe.device)
-    if len(sound):
-        gain[pairs.fault[:, 0] == 0] = advantages(sound, config.advantage_clip)
+def density(schedule: ddim.Schedule, config: BaselineConfig) -> Callable:
+    """An observer of pools: the log-density of every step under the policy that drew it, [B, J, 2]."""
+    def observe(pool, batch) -> None:
+        values = []
+        for j, t in enumerate(pool.timesteps):
+            noise = pool.noise[:, j]                                                # [B, K, C, H, W]
+            std = ddim.step_std(schedule, t, t - schedule.stride(config.steps), config.eta)
+            log_prob = ddim.log_prob((std * noise).flatten(0, 1), 0.0, std).view(noise.shape[:2])
+            values.append(torch.stack([spo_train.pick(log_prob, i) for i in (pool.win, pool.lose)], 1))
+        pool.notes["log_prob"] = torch.stack(values, 1)
+    return observe
 
-    def loss_of(part: list[int]) -> torch.Tensor:
-        """Slots (prompt, step) -> [4, n]; the two samples of a slot are averaged."""
-        slots = fill_up(part, config.train_batch if config.compile else 0)
-        index = [(s // count, s % count, which, timesteps[s % count]) for which in (0, 1) for s in slots]
-        prompt, step, which, t = upload(torch.tensor(index).t(), pipe.device)
-        x_t, c = pairs.x_t[prompt, step, which], cond.map(lambda v: v[prompt])
-        noise_pred = guided_noise(models.unet, x_t, t, c, negative(pipe, c, empty), config.guidance_scale)
-        mean, std = ddim.step_gaussian(pipe.schedule, x_t, noise_pred, t, t - stride, config.eta)
-        log_ratio = ddim.log_prob(pairs.x_next[prompt, step, which], mean, std) - pairs.log_prob[prompt, step, which]
-        advantage = gain[prompt, which]
-        rows = [ddpo_loss(log_ratio, advantage, config.clip_range), advantage * log_ratio.detach(), log_ratio.detach().exp(),
-                ((log_ratio.detach().exp() - 1).abs() > config.clip_range).float()]
-        return torch.stack(rows).unflatten(1, (2, len(slots))).mean(1)[:, :len(part)]
 
-    faults = spo_train.report_faults(pairs, texts, [list(range(count))], timesteps, key) if processes.main else 0
-    stats = train_minibatches(
-        pipe, optimizer, pairs.valid.flatten().nonzero()[:, 0].tolist(), ("loss", "margin", "ratio", "clipped"), loss_of,
-        lambda s: f"a step at t = {timesteps[s % count]}, prompt {texts[s // count]!r}", config, processes, clock, key, bad)
-    return stats | dict(bad=stats.pop("in_a_row") + (not len(sound)), score=float(sound.mean()) if len(sound) else None, not_finite=faults)
+def ddpo_values(trainer: Trainer, pairs: spo_train.Pairs, gain: torch.Tensor,
+                slots: list[int], config: BaselineConfig) -> list[torch.Tensor]:
+    """Both samples of each slot, averaged: the loss [N], then what is only logged.
+
+    `gain` [B, 2] are the advantages of a prompt's two trajectories.
+    """
+    pipe, count = trainer.pipe, len(pairs.timesteps)
+    index = [(s // count, s % count, which, pairs.timesteps[s % count])
+             for which in (0, 1) for s in slots]
+    prompt, step, which, t = upload(torch.tensor(index).t(), pipe.device)           # [2 N] each
+    x_t, cond = pairs.x_t[prompt, step, which], pairs.cond[prompt]
+    uncond = negative(pipe, cond, trainer.empty)
+    noise_pred = guided_noise(pipe, x_t, t, cond, uncond, config.guidance_scale)
+    t_prev = t - pipe.schedule.stride(config.steps)
+    mean, std = ddim.step_gaussian(pipe.schedule, x_t, noise_pred, t, t_prev, config.eta)
+    log_ratio = ddim.log_prob(pairs.x_next[prompt, step, which], mean, std)
+    log_ratio = log_ratio - pairs.notes["log_prob"][prompt, step, which]
+    advantage, now = gain[prompt, which], log_ratio.detach()
+    outside = ((now.exp() - 1).abs() > config.clip_range).float()
+    values = [ddpo_loss(log_ratio, advantage, config.clip_range), advantage * now, now.exp(), outside]
+    return list(torch.stack(values).unflatten(1, (2, len(slots))).mean(1))
+
+
+def ddpo_round(trainer: Trainer, pairs: spo_train.Pairs, turn: Turn, config: BaselineConfig) -> dict:
+    """Two trajectories a prompt; every step of both is one policy-gradient sample."""
+    gain = torch.zeros(len(turn.indices), 2, device=trainer.pipe.device)
+    sound, scores = pairs.notes["fault"][:, 0] == 0, sound_scores(pairs)
+    if len(scores):
+        gain[sound] = advantages(scores, config.advantage_clip)
+
+    def place_of(slot: int) -> str:
+        prompt, step = divmod(slot, len(pairs.timesteps))
+        return f"a step at t = {pairs.timesteps[step]}, prompt {turn.texts[prompt]!r}"
+
+    slots = pairs.valid.flatten().nonzero()[:, 0].tolist()
+    for minibatch in trainer.minibatches(slots, ("loss", "margin", "ratio", "clipped"), turn, place_of):
+        for part in minibatch:
+            loss, *logged = ddpo_values(trainer, pairs, gain, part, config)
+            minibatch.backward(loss, logged)
+        minibatch.step()
+    return trainer.totals.means() | dict(pairs=len(slots))
 
 
 def diffusion_dpo_loss(win: torch.Tensor, lose: torch.Tensor, win_ref: torch.Tensor, lose_ref: torch.Tensor, beta: float) -> torch.Tensor:
@@ -131,82 +165,137 @@ def mapo_loss(win: torch.Tensor, lose: torch.Tensor, beta: float, snr: float = 0
     return win - beta * F.logsigmoid(scale * (phi(win) - phi(lose)))
 
 
-def denoising_errors(unet, schedule: ddim.Schedule, latents: torch.Tensor, noise: torch.Tensor, timestep: torch.Tensor,
-                     cond: Conditioning) -> torch.Tensor:
-    """Mean squared error of the network's output [N] on clean latents [N, C, H, W] noised to timesteps [N]; no guidance."""
-    alpha = ddim.alphas_at(schedule, timestep)
-    target = noise if schedule.prediction_type == "epsilon" else alpha.sqrt() * noise - (1 - alpha).sqrt() * latents
-    output = unet(ddim.add_noise(schedule, latents, noise, timestep), timestep, cond.prompt_embeds, cond.pooled, cond.time_ids)
-    return (output.float() - target).square().mean(dim=(1, 2, 3))
+def denoising_errors(pipe: Pipeline, latents: torch.Tensor, noise: torch.Tensor,
+                     timestep: torch.Tensor, cond: Conditioning) -> torch.Tensor:
+    """Mean squared error of the network's output [N], without guidance.
+
+    It sees clean latents [N, C, H, W] noised to timesteps [N].
+    """
+    schedule = pipe.schedule
+    target = noise
+    if schedule.prediction_type == "v_prediction":
+        alpha = ddim.alphas_at(schedule, timestep)
+        target = alpha.sqrt() * noise - (1 - alpha).sqrt() * latents
+    x_t = ddim.add_noise(schedule, latents, noise, timestep)
+    output = guided_noise(pipe, x_t, timestep, cond, None, 1.0)
+    return (output - target).square().mean(dim=(1, 2, 3))
 
 
-def offline_round(pipe: Pipeline, models: Models, data: preference_pairs.Pairs, used: list[int], config: BaselineConfig,
-                  processes: Processes, optimizer: torch.optim.Optimizer, indices: list[int], key: tuple, clock: Clock, bad: int) -> dict:
-    """Each of `indices` (into `used`) is a pair of pictures, noised alike at one random timestep. As `run_rounds` wants it."""
+def noised_pairs(trainer: Trainer, data: Pairs, rows: list[int], images: torch.Tensor,
+                 epoch: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Pictures of N pairs -> clean latents and noise [2 N, C, H, W], timesteps [2 N].
+
+    Both pictures of a pair get the same noise at the same timestep.
+    """
+    pipe, seed = trainer.pipe, trainer.config.seed
+    generators = [generator(seed, "noise", epoch, i) for i in rows]
+    last = len(pipe.schedule.alphas_cumprod)
+    t = torch.stack([torch.randint(last, (1,), generator=g) for g in generators])               # [N, 1]
+    mean, std = (m.flatten(0, 1).float() for m in encode_pairs(pipe, images).unbind(1))         # [2 N, ...]
+    draws = torch.stack([torch.randn(3, *mean.shape[1:], generator=g) for g in generators])
+    draws = upload(draws, pipe.device)
+    latents = (mean + std * draws[:, 1:].flatten(0, 1)) * pipe.vae.config.scaling_factor
+    noise = draws[:, :1].expand(-1, 2, *mean.shape[1:]).flatten(0, 1)
+    return latents, noise, upload(t, pipe.device).expand(-1, 2).flatten()
+
+
+def offline_values(trainer: Trainer, data: Pairs, rows: list[int], epoch: int) -> list[torch.Tensor]:
+    """Some pairs of pictures, by their numbers: the loss [N], then what is only logged."""
+    pipe, config = trainer.pipe, trainer.config
+    images, seen = stack_pictures([readable(data, i) for i in rows], pipe.side(config.resolution))
+    latents, noise, t = noised_pairs(trainer, data, rows, images, epoch)
+    captions = [data.captions[i] for i in rows]
+    cond = encode_prompts(pipe, captions, config.resolution or None).repeat(2)
+    label = upload(data.label[rows], pipe.device)
+    first, second = torch.where(label > 0.5, 0, 1), torch.where(label > 0.5, 1, 0)
+    order = torch.stack([first, second], 1)                                 # [N, 2]: winner, loser
+
+    def errors() -> torch.Tensor:                                           # [2, N]
+        return denoising_errors(pipe, latents, noise, t, cond).view(-1, 2).gather(1, order).t()
+
+    win, lose = errors()
+    if config.method == "mapo":
+        margin = lose - win
+        loss = mapo_loss(win, lose, config.beta)
+    else:
+        with torch.no_grad(), lora.disabled(pipe.unet):
+            win_ref, lose_ref = errors()
+        margin = (lose - lose_ref) - (win - win_ref)
+        loss = diffusion_dpo_loss(win, lose, win_ref, lose_ref, config.beta)
+    values = [loss, margin.detach(), (margin > 0).float(), win.detach(), lose.detach()]
+    return list(torch.stack(values) * upload(seen, pipe.device))
+
+
+def offline_round(trainer: Trainer, data: Pairs, used: list[int], turn: Turn) -> dict:
+    """Each of the round's indices (into `used`) is a pair of pictures, noised at one random timestep."""
+    def place_of(place: int) -> str:
+        return f"the pair of caption {turn.texts[place]!r}"
+
+    slots = list(range(len(turn.indices)))
     names = ("loss", "margin", "accuracy", "error_win", "error_lose")
+    for minibatch in trainer.minibatches(slots, names, turn, place_of):
+        for part in minibatch:
+            rows = [used[turn.indices[place]] for place in part]
+            loss, *logged = offline_values(trainer, data, rows, turn.epoch)
+            minibatch.backward(loss, logged)
+        minibatch.step()
+    return trainer.totals.means() | dict(pairs=len(slots))
 
-    def loss_of(part: list[int]) -> torch.Tensor:
-        """Places in `indices` -> [5, n]: the loss, and what is only logged."""
-        size = config.train_batch if config.compile else 0
-        rows = fill_up([used[indices[i]] for i in part], size)
-        images, seen = stack_pictures(fill_up([readable(data, i) for i in rows[:len(part)]], size), pipe.side(config.resolution))
-        generators = [generator(config.seed, "noise", key[0], i) for i in rows]
-        last = len(pipe.schedule.alphas_cumprod)
-        t = upload(torch.stack([torch.randint(last, (1,), generator=g) for g in generators]), pipe.device)       # [N, 1]
-        mean, std = (m.flatten(0, 1).float() for m in encode_pairs(pipe, images).unbind(1))                 # [2 N, C, H, W] each
-        draws = upload(torch.stack([torch.randn(3, *mean.shape[1:], generator=g) for g in generators]), pipe.device)
-        latents = (mean + std * draws[:, 1:].flatten(0, 1)) * pipe.vae.config.scaling_factor
-        noise, t = draws[:, :1].expand(-1, 2, *mean.shape[1:]).flatten(0, 1), t.expand(-1, 2).flatten()
-        cond = encode_prompts(pipe, [data.captions[i] for i in rows], config.resolution or None).map(lambda v: v.repeat_interleave(2, 0))
-        label = upload(data.label[rows], pipe.device)
-        order = torch.stack([torch.where(label > 0.5, 0, 1), torch.where(label > 0.5, 1, 0)], 1)            # [N, 2]: winner, loser
 
-        def errors() -> torch.Tensor:                                                                       # [2, N]
-            return denoising_errors(models.unet, pipe.schedule, latents, noise, t, cond).view(-1, 2).gather(1, order).t()
+def train_online(config: BaselineConfig, run: Run, processes: Processes, prompts: list[str]) -> None:
+    """DDPO or D3PO, from prompts."""
+    walk = d3po_as_spo(config)
+    pipe, judge, observers = prepare(walk, processes)
+    with Trainer(config, run, pipe, prompts, judge.clip, config.method) as trainer:
+        for turn in trainer.turns():
+            watching = observers if turn.step < config.decoder_check else observers[:1]
+            if config.method == "ddpo":
+                watching = [density(pipe.schedule, config), *watching]
+            pairs = sample_round(trainer, judge, turn, walk, watching)
+            seen = report(pairs, turn, processes.main)
+            if config.method == "ddpo":
+                stats = ddpo_round(trainer, pairs, turn, config)
+                seen = dict(score=seen["score"], not_finite=seen["not_finite"])
+            else:
+                stats = train_on_pairs(trainer, pairs, turn, walk)
+            trainer.end(turn, stats | seen, sound=seen["score"] is not None)
 
-        win, lose = errors()
-        if config.method == "mapo":
-            margin, loss = lose - win, mapo_loss(win, lose, config.beta)
-        else:
-            with torch.no_grad(), lora.disabled(pipe.unet):
-                win_ref, lose_ref = errors()
-            margin, loss = (lose - lose_ref) - (win - win_ref), diffusion_dpo_loss(win, lose, win_ref, lose_ref, config.beta)
-        values = torch.stack([loss, margin.detach(), (margin > 0).float(), win.detach(), lose.detach()])
-        return (values * upload(seen, pipe.device))[:, :len(part)]
 
-    stats = train_minibatches(pipe, optimizer, list(range(len(indices))), names, loss_of,
-                              lambda i: f"the pair of caption {data.captions[used[indices[i]]]!r}", config, processes, clock, key, bad)
-    return stats | dict(bad=stats.pop("in_a_row"), score=None)
+def train_offline(config: BaselineConfig, run: Run, processes: Processes) -> None:
+    """Diffusion-DPO or MAPO, from pictures that people compared."""
+    if not config.pairs and config.preset != "tiny":
+        raise InputError(f"--method {config.method} learns from pictures; give --pairs a folder or Parquet "
+                         "file of preference pairs")
+    pipe = prepare_policy(config, processes)
+    pipe.calls.sizes = compiled_sizes(config, processes.world, 1, 2)
+    if config.pairs:
+        data = load_pairs(config.pairs, pipe.side(config.resolution))
+    else:
+        data = world_pairs(config.count, config.seed)
+    used = [i for i, label in enumerate(data.label.tolist()) if label != 0.5]           # a tie has no winner
+    if not used:
+        raise InputError(f"{config.pairs}: every pair is a tie")
+    captions = [data.captions[i] for i in used]
+    with Trainer(config, run, pipe, captions, None, config.method) as trainer:
+        for turn in trainer.turns():
+            trainer.end(turn, offline_round(trainer, data, used, turn) | dict(score=None))
 
 
 def main() -> None:
     """Train as the command line says; continue if the run folder holds the same run."""
     config = parse_options(BaselineConfig, PRESETS, description=__doc__)
     processes = start_processes(config.device or None)
-    config, own = spo_train.fit_memory(config, PRESETS, processes.device), METHODS[config.method]
+    config = fit_memory(config, PRESETS, processes.device)
+    own = METHODS[config.method]
     config = dataclasses.replace(config, lr=config.lr or own["lr"], beta=config.beta or own["beta"])
-    walk = d3po_as_spo(config)
-    spo_train.check(walk)
+    spo_train.check(d3po_as_spo(config))
     offline = config.method in OFFLINE
-    prompts = [] if offline else spo_train.training_prompts(config)
-    run = Run(config.out, config, processes, spo_train.FREE)
-    if not offline:
-        pipe, models = prepare(walk, processes)
-        arguments = (pipe, models, prompts, encode_empty(pipe))
-        one_round = functools.partial(*((spo_round, *arguments, walk) if config.method == "d3po" else (ddpo_round, *arguments, config)),
-                                      processes)
+    prompts = [] if offline else training_prompts(config)
+    run = Run(config.out, config, processes, FREE)
+    if offline:
+        train_offline(config, run, processes)
     else:
-        if not config.pairs and config.preset != "tiny":
-            raise InputError(f"--method {config.method} learns from pictures; give --pairs a folder or Parquet file of preference pairs")
-        pipe, models = prepare_policy(config, processes)
-        data = preference_pairs.load_pairs(config.pairs, pipe.side(config.resolution)) if config.pairs else \
-            preference_pairs.world_pairs(config.count, config.seed)
-        used = [i for i, label in enumerate(data.label.tolist()) if label != 0.5]               # a tie has no winner
-        if not used:
-            raise InputError(f"{config.pairs}: every pair is a tie")
-        prompts = [data.captions[i] for i in used]
-        one_round = functools.partial(offline_round, pipe, models, data, used, config, processes)
-    run_rounds(config, run, processes, prompts, pipe, models, one_round, config.method)
+        train_online(config, run, processes, prompts)
 
 
 if __name__ == "__main__":

@@ -48,7 +48,11 @@ class Schedule:
         count = len(self.alphas_cumprod)
         if not 1 <= steps <= count - self.steps_offset:
             raise ValueError(f"steps must lie in 1..{count - self.steps_offset}, not {steps}")
-        return [i * (count // steps) + self.steps_offset for i in range(steps)][::-1]
+        return [i * self.stride(steps) + self.steps_offset for i in range(steps)][::-1]
+
+    def stride(self, steps: int) -> int:
+        """From one timestep of such a run to the next: 20 -> 50."""
+        return len(self.alphas_cumprod) // steps
 
 
 def _betas(config: dict) -> torch.Tensor:
@@ -110,6 +114,14 @@ def predict_x0(schedule: Schedule, latents: torch.Tensor, noise_pred: torch.Tens
     return predict_x0_eps(schedule, latents, noise_pred, alphas_at(schedule, timestep))[0]
 
 
+def step_std(schedule: Schedule, timestep: torch.Tensor | int, previous: torch.Tensor | int,
+             eta: float = 1.0) -> torch.Tensor:
+    """The standard deviation of a step, as `step_gaussian` has it; no network is asked."""
+    alpha, alpha_prev = alphas_at(schedule, timestep), alphas_at(schedule, previous)
+    variance = (1 - alpha_prev) / (1 - alpha) * (1 - alpha / alpha_prev)        # DDIM, Eq. 16
+    return eta * variance.sqrt()
+
+
 def step_gaussian(schedule: Schedule, latents: torch.Tensor, noise_pred: torch.Tensor,
                   timestep: torch.Tensor | int, previous: torch.Tensor | int,
                   eta: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -121,8 +133,7 @@ def step_gaussian(schedule: Schedule, latents: torch.Tensor, noise_pred: torch.T
     """
     alpha, alpha_prev = alphas_at(schedule, timestep), alphas_at(schedule, previous)
     x0, eps = predict_x0_eps(schedule, latents, noise_pred, alpha)
-    variance = (1 - alpha_prev) / (1 - alpha) * (1 - alpha / alpha_prev)        # DDIM, Eq. 16
-    std = eta * variance.sqrt()
+    std = step_std(schedule, timestep, previous, eta)
     mean = alpha_prev.sqrt() * x0 + (1 - alpha_prev - std ** 2).sqrt() * eps    # DDIM, Eq. 12
     return mean, std
 

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 import ddim
+from clip_spm import CLIP
 from loading import Pipeline
 
 
@@ -25,6 +26,14 @@ class Conditioning:
     def map(self, function) -> "Conditioning":
         """Apply a function to every tensor: indexing, moving, repeating."""
         return Conditioning(*(None if t is None else function(t) for t in (self.prompt_embeds, self.pooled, self.time_ids)))
+
+    def __getitem__(self, rows) -> "Conditioning":
+        """Some of the samples: an index, a slice."""
+        return self.map(lambda t: t[rows])
+
+    def repeat(self, k: int) -> "Conditioning":
+        """Every sample k times in a row."""
+        return self.map(lambda t: t.repeat_interleave(k, 0))
 
     @staticmethod
     def cat(parts: list["Conditioning"]) -> "Conditioning":
@@ -52,10 +61,9 @@ def encode_prompts(pipe: Pipeline, prompts: list[str], resolution: int | None = 
     """
     embeds, pooled = [], None
     for tokenizer, encoder in zip(pipe.tokenizers, pipe.text_encoders):
-        length = encoder.config.text.max_position_embeddings
-        ids = tokenizer(prompts, padding="max_length", truncation=True, max_length=length).input_ids
+        ids = tokenize(tokenizer, prompts, encoder).to(pipe.device)
         with on_device(encoder, pipe.device, pipe.offload):
-            penultimate, last, end = encoder.text_model(torch.tensor(ids, device=pipe.device))
+            penultimate, last, end = encoder.text_model(ids)
             pooled = encoder.text_projection(end) if pipe.is_sdxl and encoder.config.projection_dim else pooled
         embeds.append(penultimate if pipe.is_sdxl else last)
     prompt_embeds = torch.cat(embeds, dim=-1)
@@ -64,6 +72,21 @@ def encode_prompts(pipe: Pipeline, prompts: list[str], resolution: int | None = 
     side = pipe.side(resolution)
     time_ids = torch.tensor([[side, side, 0, 0, side, side]], dtype=torch.float32, device=pipe.device)
     return Conditioning(prompt_embeds, pooled, time_ids.repeat(len(prompts), 1))
+
+
+def tokenize(tokenizer, texts: list[str], clip: CLIP) -> torch.Tensor:
+    """Token ids [N, L] at the length that a CLIP's text tower reads."""
+    length = clip.config.text.max_position_embeddings
+    ids = tokenizer(texts, padding="max_length", truncation=True, max_length=length).input_ids
+    return torch.tensor(ids)
+
+
+@torch.no_grad()
+def judge_features(pipe: Pipeline, judge: CLIP, prompts: list[str]) -> torch.Tensor:
+    """The judge's text features [N, P]. All CLIPs here share one vocabulary; padding does not matter."""
+    ids = tokenize(pipe.tokenizers[0], prompts, judge).to(pipe.device)
+    with on_device(judge.text_model, pipe.device, pipe.offload):
+        return judge.text_features(ids)
 
 
 def negative(pipe: Pipeline, conditioning: Conditioning, encoded: Conditioning | None = None) -> Conditioning:
@@ -81,20 +104,28 @@ def encode_empty(pipe: Pipeline) -> Conditioning | None:
     return None if pipe.zero_negative else encode_prompts(pipe, [""])
 
 
-def guided_noise(unet, latents: torch.Tensor, timestep: torch.Tensor | int, cond: Conditioning,
-                 uncond: Conditioning | None, guidance_scale: float) -> torch.Tensor:
-    """Classifier-free guidance: one forward over [unconditional; conditional] -> noise_pred [N, C, H, W], fp32.
+def guided_noise(pipe: Pipeline, latents: torch.Tensor, timestep: torch.Tensor | int,
+                 cond: Conditioning, uncond: Conditioning | None, guidance_scale: float) -> torch.Tensor:
+    """Classifier-free guidance: one forward of the UNet over [unconditional; conditional].
 
-    `timestep` is one number or [N]. With `uncond` None or guidance_scale 1 only the conditional half is computed.
+    Latents [N, C, H, W] at `timestep`, one number or [N] -> noise_pred [N, C, H, W], fp32. With `uncond` None
+    or guidance_scale 1 only the conditional half is computed.
     """
-    if isinstance(timestep, int):           # filled on the device: a copy would wait for it, and a compiled UNet is not made anew
-        timestep = torch.full((len(latents),), timestep, device=latents.device)
-    if uncond is None or guidance_scale == 1:
-        return unet(latents, timestep, cond.prompt_embeds, cond.pooled, cond.time_ids).float()
-    both = Conditioning.cat([uncond, cond])
-    out = unet(torch.cat([latents, latents]), torch.cat([timestep, timestep]), both.prompt_embeds, both.pooled, both.time_ids).float()
+    n = len(latents)
+    if isinstance(timestep, int):           # filled on the device: a copy would wait for it
+        timestep = torch.full((n,), timestep, device=latents.device)
+    latents, timestep = pipe.calls.fill(latents), pipe.calls.fill(timestep)
+    cond = cond.map(pipe.calls.fill)
+    guided = uncond is not None and guidance_scale != 1
+    if guided:
+        cond = Conditioning.cat([uncond.map(pipe.calls.fill), cond])
+        latents, timestep = torch.cat([latents, latents]), torch.cat([timestep, timestep])
+    pipe.calls.count(len(latents))
+    out = pipe.unet(latents, timestep, cond.prompt_embeds, cond.pooled, cond.time_ids).float()
+    if not guided:
+        return out[:n]
     unconditional, conditional = out.chunk(2)
-    return unconditional + guidance_scale * (conditional - unconditional)
+    return (unconditional + guidance_scale * (conditional - unconditional))[:n]
 
 
 @torch.no_grad()
@@ -115,9 +146,9 @@ def generate_latents(pipe: Pipeline, prompts: list[str], seeds: list[int], steps
     cond = encode_prompts(pipe, prompts, resolution)
     uncond = negative(pipe, cond, encode_empty(pipe))
     timesteps = pipe.schedule.timesteps(steps)
-    stride = len(pipe.schedule.alphas_cumprod) // steps
+    stride = pipe.schedule.stride(steps)
     for t in timesteps:
-        noise_pred = guided_noise(pipe.unet, latents, t, cond, uncond, guidance_scale)
+        noise_pred = guided_noise(pipe, latents, t, cond, uncond, guidance_scale)
         mean, std = ddim.step_gaussian(pipe.schedule, latents, noise_pred, t, t - stride, eta)
         latents = mean + std * draw() if eta > 0 else mean
     return latents

@@ -27,14 +27,26 @@ from tqdm import tqdm
 
 import geneval
 import lora
-from diffusion import decode, generate, generate_latents, grid, to_pil
+from diffusion import (
+    decode,
+    encode_empty,
+    encode_prompts,
+    generate,
+    generate_latents,
+    grid,
+    judge_features,
+    negative,
+    to_pil,
+)
 from loading import DTYPES, NEGATIVE, SDXL_VAE, TINY, Pipeline, first_tokenizer, load_pipeline
 from metrics import WITH_TOKENIZER, Metric, fingerprint, load_metric, metric_sources
+from observers import Trace
 from prompt_sets import PromptSet, prompt_set
 from report import draw_trace, read_logs, write_report
 from study import tally, write_study
 from training import (
     Processes,
+    generator,
     opt,
     parse_options,
     run_script,
@@ -377,17 +389,28 @@ def draw_prompt(pipe: Pipeline, models: dict[str, str], config: EvaluateConfig, 
         print(folder / f"{name}{tail}.png")
 
 
+def trace_prompt(pipe: Pipeline, judge, prompt: str, config, seed: int = 0) -> list[dict]:
+    """Sample one trajectory of `prompt` as SPO trains on it (an SPOConfig) -> its pools, for draw_trace."""
+    from spo_train import Batch, sample_pools
+    cond = encode_prompts(pipe, [prompt], config.resolution or None)
+    batch = Batch(cond, negative(pipe, cond, encode_empty(pipe)), judge_features(pipe, judge.clip, [prompt]),
+                  [generator(seed, "trace", prompt)])
+    judge = replace(judge)
+    trace = Trace(judge)
+    sample_pools(pipe, judge, batch, config, [trace])
+    return trace.rows
+
+
 def draw_trajectories(pipe: Pipeline, models: dict[str, str], config: EvaluateConfig, folder: Path) -> None:
     """Draw one SPO trajectory per candidate with the settings that the model is trained with."""
-    import spo_train
+    from spo_train import PRESETS, SPOConfig, load_judge
     preset = preset_of(config.model)
     own = dict(model=config.model, preset=preset, spm=config.spm, dtype=config.dtype)
-    settings = spo_train.SPOConfig(**(spo_train.PRESETS[preset] | own))
-    judge = spo_train.load_judge(settings, pipe.device)
+    settings = SPOConfig(**(PRESETS[preset] | own))
+    judge = load_judge(settings, pipe)
     for name, source in models.items():
         wear(pipe, source)
-        calls = spo_train.Models(pipe.unet, lambda z: decode(pipe, z), judge, judge.image_features)
-        pools = spo_train.trace_prompt(pipe, calls, config.trace, settings, config.seed)
+        pools = trace_prompt(pipe, judge, config.trace, settings, config.seed)
         picture = draw_trace(pools, max(96, min(256, pipe.side(config.resolution))))
         write_atomic(folder / f"trace-{name}.png", lambda p, picture=picture: picture.save(p, format="PNG"))
         print(folder / f"trace-{name}.png")

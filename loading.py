@@ -13,6 +13,7 @@ from typing import get_args, get_origin, get_type_hints
 import torch
 
 import ddim
+from calls import Calls
 from clip_spm import CLIP, CLIPConfig, TowerConfig, clip_h, clip_l
 from unet import UNet, UNetConfig
 from vae import VAE, TinyDecoder, TinyDecoderConfig, VAEConfig
@@ -30,6 +31,7 @@ from weights import (
     original_tiny_decoder,
     original_unet_name,
     original_vae_name,
+    preset_of,
     read_json,
     read_weights,
     rename,
@@ -86,6 +88,7 @@ class Pipeline:
     zero_negative: bool = False     # SDXL trains and samples with all-zero negative conditioning
     offload: bool = False           # the text encoders wait on the CPU until they are needed
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    calls: Calls = field(default_factory=Calls)         # what the UNet is asked for: counted, timed
 
     @property
     def is_sdxl(self) -> bool:
@@ -226,6 +229,23 @@ def load_clip(source: str, dtype: torch.dtype = torch.float32,
     config = read_config(CLIPConfig, beside) if beside.is_file() else config or clip_h()
     clip = build(CLIP, replace(config, step_aware=step_aware), beside)
     return load_strict(clip, weights, file, dtype, device)
+
+
+def judge_source(model: str, preset: str, judge: str) -> str:
+    """Where the weights of a model's own judge are: spm, step-blind or pickscore.
+
+    Raises InputError where there are none.
+    """
+    preset = preset or preset_of(model)
+    if preset == "tiny":
+        names = {"spm": "spm", "step-blind": "spm_step_blind", "pickscore": "pickscore"}
+        return str(TINY / names[judge])
+    if judge == "pickscore":
+        return "yuvalkirstain/PickScore_v1"
+    if judge == "spm":
+        return SPMS[preset]
+    raise InputError(f"--judge {judge} with --preset {preset}: "
+                     "say with --spm where its weights are")
 
 
 def load_tiny_decoder(source: str, pipe: Pipeline,

@@ -1,10 +1,14 @@
-"""Preference pairs for the step-aware preference model, read as they are needed: a folder, Parquet files, or the tiny world.
+"""Preference pairs for the step-aware preference model, read as they are needed.
 
-    FOLDER/pairs.jsonl   one object a line: caption, image_0, image_1, label_0, label_1 (1 / 0; 0.5 twice for a tie)
-    *.parquet            Pick-a-Pic's columns: caption, jpg_0, jpg_1, label_0; has_label, num_example_per_prompt if there
+    FOLDER/pairs.jsonl   one object a line: caption, image_0, image_1, label_0, label_1 (1 / 0;
+                         0.5 twice for a tie)
+    *.parquet            Pick-a-Pic's columns: caption, jpg_0, jpg_1, label_0; has_label,
+                         num_example_per_prompt if there
+    world_pairs          the tiny world's own
 
-Captions and labels are held in memory, pictures are not. Where pictures lie together on disk (a row group of a Parquet
-file), they are used at about the same time: an epoch shuffles the groups, then the rows of a few groups at a time.
+Captions and labels are held in memory, pictures are not. Where pictures lie together on disk (a row
+group of a Parquet file), they are used at about the same time: an epoch shuffles the groups, then
+the rows of a few groups at a time.
 """
 import io
 import json
@@ -12,20 +16,22 @@ import os
 import threading
 from collections import Counter, OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 
+from calls import upload
 from clip_spm import to_rgb
-from training import permutation
+from loading import Pipeline
 from prompt_sets import checked_prompt
+from training import permutation
 from weights import InputError, fetch_parquet
 
 SMALLEST = 8            # pixels of a picture's shorter side
-WINDOW = 4096           # rows shuffled together; a process keeps at most about two windows of encoded pictures
+WINDOW = 4096           # rows shuffled together; a process caches about two windows of pictures
 
 
 class UnreadablePicture(InputError):
@@ -34,69 +40,95 @@ class UnreadablePicture(InputError):
 
 @dataclass
 class Pairs:
-    """N preference pairs; `pictures(i)` reads pair i as uint8 [2, 3, S, S], by several threads if need be, or raises UnreadablePicture."""
-    captions: list[str]
-    label: torch.Tensor                             # [N] 1: the first is liked, 0: the second, 0.5: tie
-    weight: torch.Tensor                            # [N] 1 / pairs of the same prompt
-    groups: list[range]                             # rows that lie together
-    pictures: Callable[[int], torch.Tensor]
-    together: list[str] | None = None               # [N] rows with the same entry may share pictures; None: no two rows do
+    """N preference pairs.
 
+    `pictures(i)` reads pair i as uint8 [2, 3, S, S], in several threads if need be, or raises
+    UnreadablePicture.
+    """
+    captions: list[str]
+    label: torch.Tensor                 # [N] 1: the first is liked, 0: the second, 0.5: tie
+    weight: torch.Tensor                # [N] 1 / pairs of the same prompt
+    groups: list[range]                 # rows that lie together
+    pictures: Callable[[int], torch.Tensor]
+    together: list[str] | None = None   # [N] equal entries may share pictures; None: no rows do
+
+
+# Which rows are used, in what order
 
 def hold_out(pairs: Pairs, count: int, seed: int) -> tuple[list[int], set[int]]:
-    """At most `count` rows and a quarter of all, drawn by the seed -> (those, in order; the others). No picture is on both sides."""
-    total, rows, held = len(pairs.captions), {}, []
-    for i in range(total):
-        rows.setdefault(pairs.together[i] if pairs.together else i, []).append(i)
+    """(rows held out, in order; the others), drawn by the seed: no picture is on both sides.
+
+    At most `count` rows are held out, and at most a quarter of all.
+    """
+    total = len(pairs.captions)
+    keys = pairs.together or range(total)
+    rows = {}
+    for i, key in enumerate(keys):
+        rows.setdefault(key, []).append(i)
     count = min(count, total // 4)
-    for first in permutation(total, seed, "validation"):
-        group = rows.pop(pairs.together[first] if pairs.together else first, [])
-        if group and len(held) + len(group) <= count:
+    held = []
+    for i in permutation(total, seed, "validation"):
+        group = rows.pop(keys[i], [])
+        if len(held) + len(group) <= count:
             held += group
-        if len(held) == count:
-            break
     return sorted(held), set(range(total)) - set(held)
 
 
 def epoch_order(pairs: Pairs, used: set[int], seed: int, epoch: int) -> list[int]:
     """All `used` rows in the shuffled order of an epoch; neighbours come from few groups."""
-    rows, out, part = [pairs.groups[g] for g in permutation(len(pairs.groups), seed, "groups", epoch)], [], []
-    for i, group in enumerate(rows):
-        part += [r for r in group if r in used]
-        if len(part) >= WINDOW or i + 1 == len(rows):
-            out += [part[j] for j in permutation(len(part), seed, "order", epoch, i)]
-            part = []
+    order = permutation(len(pairs.groups), seed, "groups", epoch)
+    out, window = [], []
+    for i, group in enumerate(order):
+        window += [row for row in pairs.groups[group] if row in used]
+        if len(window) >= WINDOW or i + 1 == len(order):
+            out += [window[j] for j in permutation(len(window), seed, "order", epoch, i)]
+            window = []
     return out
 
 
-def square(file, side: int) -> torch.Tensor:
-    """The middle of a picture (a path or an open file), its shorter side resized to `side` -> uint8 [3, side, side].
+# What every source has in common
 
-    Any mode that PIL reads: 16-bit greys keep their upper byte, transparency is put on white. Raises UnreadablePicture.
+def square(file, side: int) -> torch.Tensor:
+    """The middle of a picture, its shorter side resized to `side` -> uint8 [3, side, side].
+
+    `file`: a path or an open file. Any mode that PIL reads: 16-bit greys keep their upper byte,
+    transparency is put on white. Raises UnreadablePicture.
     """
     try:
         image = Image.open(file)
-        if min(image.size) < SMALLEST:
+        size = np.array(image.size)
+        if size.min() < SMALLEST:
             raise UnreadablePicture(f"{image.width} x {image.height} pixels")
         if image.mode.startswith("I"):
-            image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
-        image = to_rgb(image)
-        # Only what will be seen is resized: the whole of a picture of 8 x 30,000 pixels would fill the memory.
-        scale, box = side / min(image.size), []
-        for length in image.size:
-            whole = max(side, round(length * scale))
-            box.append(((whole - side) // 2 * length / whole, ((whole - side) // 2 + side) * length / whole))
-        image = image.resize((side, side), Image.Resampling.LANCZOS, box=(box[0][0], box[1][0], box[0][1], box[1][1]))
+            upper = (np.asarray(image).astype(np.int64) >> 8).clip(0, 255)
+            image = Image.fromarray(upper.astype(np.uint8))
+        # Only what will be seen is resized: all of 8 x 30,000 pixels would fill the memory.
+        whole = np.maximum(side, (size * (side / size.min())).round())      # sides after resizing
+        begin = (whole - side) // 2                             # of the square in them
+        box = (*(begin * size / whole), *((begin + side) * size / whole))
+        image = to_rgb(image).resize((side, side), Image.Resampling.LANCZOS, box)
     except Exception as error:          # PIL's many decoders raise what they like
         raise UnreadablePicture((str(error) or type(error).__name__).splitlines()[0]) from None
     return torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1)
 
 
-def prompt_weights(captions: list[str]) -> torch.Tensor:
-    """1 / number of pairs with the same caption."""
-    counts = Counter(captions)
-    return torch.tensor([1 / counts[c] for c in captions])
+def prompt_weights(captions: list[str], sizes: list[int | None]) -> torch.Tensor:
+    """[N] 1 / pairs of the same prompt: of all there are (`sizes`, if known), else of these."""
+    if not all(sizes):
+        counts = Counter(captions)
+        sizes = [counts[c] for c in captions]
+    return torch.tensor([1 / n for n in sizes])
 
+
+def check_pair(caption, label, place: str) -> None:
+    """InputError that begins with its place where they cannot be a pair's."""
+    if not isinstance(caption, str):
+        raise InputError(f"{place} has a caption that is no text")
+    if not isinstance(label, int | float) or label not in (0, 0.5, 1):
+        raise InputError(f"{place} has label_0 {label!r}; it must be 1, 0, or 0.5 for a tie")
+
+
+# The sources
 
 def world_pairs(count: int, seed: int) -> Pairs:
     """The tiny world's own preferences."""
@@ -105,37 +137,21 @@ def world_pairs(count: int, seed: int) -> Pairs:
     return Pairs(captions, label, torch.ones(count), [range(count)], lambda i: images[i])
 
 
-def checked_label(label, place: str) -> float:
-    """A label as it must be; InputError that begins with its place otherwise."""
-    if not isinstance(label, int | float) or label not in (0, 0.5, 1):
-        raise InputError(f"{place} has label_0 {label!r}; it must be 1, 0, or 0.5 for a tie")
-    return float(label)
-
-
 def folder_pairs(folder: Path, side: int) -> Pairs:
-    """A folder with pairs.jsonl. Raises InputError that names the line; a bad picture is reported when it is read."""
+    """A folder with pairs.jsonl. Raises InputError that names the line.
+
+    A bad picture is reported when it is read.
+    """
     path = folder / "pairs.jsonl"
     try:
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+        rows = [json.loads(line) for line in lines if line.strip()]
     except (OSError, RecursionError, ValueError) as error:
         raise InputError(f"{path}: cannot be read ({error})") from None
-    for i, row in enumerate(rows):
-        missing = [k for k in ("caption", "image_0", "image_1", "label_0") if not isinstance(row, dict) or k not in row]
-        if missing:
-            raise InputError(f"{path}: line {i + 1} lacks {', '.join(missing)}")
-        if not isinstance(row["caption"], str):
-            raise InputError(f"{path}: line {i + 1} has a caption that is no text")
-        checked_prompt(row["caption"], f"{path}: line {i + 1}")
-        checked_label(row["label_0"], f"{path}: line {i + 1}")
-        if not isinstance(size := row.get("num_example_per_prompt", 1), int | float) or not size > 0:
-            raise InputError(f"{path}: line {i + 1} has num_example_per_prompt {size!r}; it must be above 0")
-        for name in (row["image_0"], row["image_1"]):
-            if not isinstance(name, str) or Path(name).is_absolute() or ".." in Path(name).parts:
-                raise InputError(f"{path}: line {i + 1} names the picture {name!r}; it must be a file in this folder")
-            if not os.path.isfile(folder / name):
-                raise InputError(f"{path}: line {i + 1} names {name}, which does not exist")
     if not rows:
         raise InputError(f"{path}: holds no pairs")
+    for i, row in enumerate(rows):
+        check_row(row, folder, f"{path}: line {i + 1}")
 
     def picture(name: str) -> torch.Tensor:
         try:
@@ -144,89 +160,151 @@ def folder_pairs(folder: Path, side: int) -> Pairs:
             raise UnreadablePicture(f"{folder / name}: not a readable picture ({error})") from None
 
     captions = [row["caption"] for row in rows]
-    weight = torch.tensor([1 / row["num_example_per_prompt"] for row in rows]) \
-        if all("num_example_per_prompt" in row for row in rows) else prompt_weights(captions)
-    return Pairs(captions, torch.tensor([float(row["label_0"]) for row in rows]), weight, [range(i, i + 1) for i in range(len(rows))],
-                 lambda i: torch.stack([picture(rows[i]["image_0"]), picture(rows[i]["image_1"])]), captions)
+    labels = torch.tensor([row["label_0"] for row in rows]).float()
+    weights = prompt_weights(captions, [row.get("num_example_per_prompt") for row in rows])
+    return Pairs(captions, labels, weights, [range(i, i + 1) for i in range(len(rows))],
+                 lambda i: torch.stack([picture(rows[i][k]) for k in ("image_0", "image_1")]),
+                 together=captions)
+
+
+def check_row(row: dict, folder: Path, place: str) -> None:
+    """InputError that begins with its place for a row of pairs.jsonl that is no pair."""
+    missing = [k for k in ("caption", "image_0", "image_1", "label_0")
+               if not isinstance(row, dict) or k not in row]
+    if missing:
+        raise InputError(f"{place} lacks {', '.join(missing)}")
+    check_pair(row["caption"], row["label_0"], place)
+    checked_prompt(row["caption"], place)
+    size = row.get("num_example_per_prompt", 1)
+    if not isinstance(size, int | float) or not size > 0:
+        raise InputError(f"{place} has num_example_per_prompt {size!r}; it must be above 0")
+    for name in (row["image_0"], row["image_1"]):
+        if not isinstance(name, str) or Path(name).is_absolute() or ".." in Path(name).parts:
+            raise InputError(f"{place} names the picture {name!r}; "
+                             "it must be a file in this folder")
+        if not os.path.isfile(folder / name):
+            raise InputError(f"{place} names {name}, which does not exist")
 
 
 def parquet_pairs(files: list[Path], side: int) -> Pairs:
-    """Parquet files with Pick-a-Pic's columns; rows without a label are left out. Needs pyarrow, an optional extra.
+    """Parquet files with Pick-a-Pic's columns; rows without a label are left out.
 
-    Every process reads all captions and labels, and whole row groups of pictures, but decodes only the pictures it is asked for.
+    Needs pyarrow, an optional extra. Every process reads all captions and labels, and whole row
+    groups of pictures, but decodes only the pictures it is asked for.
     """
     try:
-        import pyarrow.parquet as pq
+        from pyarrow.parquet import ParquetFile
     except ImportError:
-        raise InputError(f"{files[0]}: reading Parquet needs pyarrow; pip install pyarrow") from None
-    captions, labels, weights, groups, places = [], [], [], [], []
-    handles = []
-    for path in files:
+        raise InputError(f"{files[0]}: reading Parquet needs pyarrow; "
+                         "pip install pyarrow") from None
+    handles, groups = [], []
+    rows = []                           # (place, caption, label, num_example_per_prompt or None)
+    for file, path in enumerate(files):
         try:
-            handle = pq.ParquetFile(path)
-            names = set(handle.schema_arrow.names)
-            missing = [k for k in ("caption", "jpg_0", "jpg_1", "label_0") if k not in names]
+            handles.append(ParquetFile(path))
+            there = set(handles[file].schema_arrow.names)
+            missing = [k for k in ("caption", "jpg_0", "jpg_1", "label_0") if k not in there]
             if missing:
-                raise InputError(f"{path}: lacks the columns {', '.join(missing)}; it has {', '.join(sorted(names))}")
-            wanted = [k for k in ("caption", "label_0", "has_label", "num_example_per_prompt") if k in names]
-            for g in range(handle.num_row_groups):
-                table, begin = handle.read_row_group(g, columns=wanted).to_pydict(), len(captions)
-                for row in range(len(table["caption"])):
-                    label, place = table["label_0"][row], f"{path}: row {row} of row group {g}"
-                    if label is None or (not table["has_label"][row] if "has_label" in table else label != label):      # None or NaN
-                        continue
-                    if not isinstance(table["caption"][row], str):
-                        raise InputError(f"{place} has a caption that is no text")
-                    captions.append(table["caption"][row])
-                    labels.append(checked_label(label, place))
-                    weights.append(table["num_example_per_prompt"][row] if "num_example_per_prompt" in table else None)
-                    places.append((len(handles), g, row))
-                groups.append(range(begin, len(captions)))
+                raise InputError(f"{path}: lacks the columns {', '.join(missing)}; "
+                                 f"it has {', '.join(sorted(there))}")
+            for group in range(handles[file].num_row_groups):
+                begin = len(rows)
+                rows += [((file, group, row), *values)
+                         for row, *values in labelled_rows(handles[file], group, path)]
+                groups.append(range(begin, len(rows)))
         except (OSError, ValueError) as error:
-            raise InputError(f"{path}: not a readable Parquet file ({str(error).splitlines()[0]})") from None
-        handles.append(handle)
-    if not captions:
+            raise InputError(f"{path}: not a readable Parquet file "
+                             f"({str(error).splitlines()[0]})") from None
+    if not rows:
         raise InputError(f"{files[0]}: holds no labelled pairs")
-    cache: OrderedDict = OrderedDict()                  # (file, group) -> its encoded pictures, least recently used first
-    lock = threading.Lock()
-
-    def encoded(file: int, group: int) -> tuple[list[bytes], list[bytes]]:
-        """A row group's encoded pictures, jpg_0 and jpg_1."""
-        with lock:
-            if (file, group) not in cache:
-                try:
-                    table = handles[file].read_row_group(group, columns=["jpg_0", "jpg_1"]).to_pydict()
-                except (OSError, ValueError) as error:
-                    raise UnreadablePicture(f"row group {group} is damaged: {str(error).splitlines()[0]}") from None
-                cache[file, group] = table["jpg_0"], table["jpg_1"]
-                while len(cache) > 1 and sum(len(v[0]) for v in cache.values()) > 2 * WINDOW:
-                    cache.popitem(last=False)
-            cache.move_to_end((file, group))
-            return cache[file, group]
+    places, captions, labels, sizes = map(list, zip(*rows))
+    encoded = RowGroups(handles)
 
     def pictures(i: int) -> torch.Tensor:
         file, group, row = places[i]
         try:
-            return torch.stack([square(io.BytesIO(column[row]), side) for column in encoded(file, group)])
+            return torch.stack([square(io.BytesIO(column[row]), side)
+                                for column in encoded.pictures(file, group)])
         except (TypeError, UnreadablePicture) as error:         # TypeError: no bytes
-            raise UnreadablePicture(f"{files[file]}: row {row} of row group {group} holds no readable pictures ({error})") from None
+            raise UnreadablePicture(f"{files[file]}: row {row} of row group {group} "
+                                    f"holds no readable pictures ({error})") from None
 
-    known = all(w for w in weights)
-    return Pairs(captions, torch.tensor(labels), 1 / torch.tensor(weights).float() if known else prompt_weights(captions), groups, pictures,
-                 captions)
+    return Pairs(captions, torch.tensor(labels).float(), prompt_weights(captions, sizes), groups,
+                 pictures, together=captions)
+
+
+def labelled_rows(handle, group: int, path: Path):
+    """Yield (row, caption, label, num_example_per_prompt or None) of the rows with a label."""
+    wanted = ["caption", "label_0", "has_label", "num_example_per_prompt"]
+    table = handle.read_row_group(group, columns=wanted).to_pydict()        # those that are there
+    labels = table["label_0"]
+    labelled = table.get("has_label", [label == label for label in labels])         # not NaN
+    sizes = table.get("num_example_per_prompt", [None] * len(labels))
+    for row, caption in enumerate(table["caption"]):
+        if labelled[row] and labels[row] is not None:
+            check_pair(caption, labels[row], f"{path}: row {row} of row group {group}")
+            yield row, caption, labels[row], sizes[row]
+
+
+@dataclass
+class RowGroups:
+    """The encoded pictures of Parquet files, read by the row group; those used last are kept."""
+    handles: list
+    kept: OrderedDict = field(default_factory=OrderedDict)          # the longest unused first
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def pictures(self, file: int, group: int) -> tuple[list[bytes], list[bytes]]:
+        """jpg_0 and jpg_1 of all rows of a row group; several threads may ask."""
+        with self.lock:
+            columns = self.kept.pop((file, group), None)
+            if columns is None:
+                try:
+                    table = self.handles[file].read_row_group(group, ["jpg_0", "jpg_1"]).to_pydict()
+                    columns = (table["jpg_0"], table["jpg_1"])
+                except (OSError, ValueError) as error:
+                    raise UnreadablePicture(f"row group {group} is damaged: "
+                                            f"{str(error).splitlines()[0]}") from None
+            self.kept[file, group] = columns
+            while len(self.kept) > 1 and sum(len(c[0]) for c in self.kept.values()) > 2 * WINDOW:
+                self.kept.popitem(last=False)
+            return columns
 
 
 def load_pairs(source: str, side: int) -> Pairs:
-    """A folder (pairs.jsonl, or Parquet files in it), one Parquet file, or a hub data set `owner/name[/file.parquet]`.
+    """A folder (pairs.jsonl or Parquet files), a Parquet file, or a hub data set of such files.
 
-    Pictures are cut to squares of `side` pixels. Raises InputError where something is missing or malformed.
+    A data set is `owner/name[/file.parquet]`. Pictures are cut to squares of `side` pixels. Raises
+    InputError where something is missing or malformed.
     """
     path = fetch_parquet(source)
     if path.is_file() and path.suffix == ".parquet":
         return parquet_pairs([path], side)
     if path.is_dir() and not (path / "pairs.jsonl").exists():
         files = sorted(path.rglob("*.parquet"))
-        train = [f for f in files if f.name.startswith("train")]           # a hub data set also holds its other splits
+        train = [f for f in files if f.name.startswith("train")]        # without other splits
         if files:
             return parquet_pairs(train or files, side)
     return folder_pairs(path, side)
+
+
+def readable(pairs: Pairs, i: int) -> torch.Tensor | str:
+    """Pair i's pictures, uint8 [2, 3, S, S], or why they cannot be read."""
+    try:
+        return pairs.pictures(i)
+    except UnreadablePicture as error:
+        return str(error)
+
+
+def stack_pictures(got: list[torch.Tensor | str | None], side: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """What `readable` gave for N pairs (None: not needed) -> uint8 [N, 2, 3, S, S], black where nothing, and [N] false where unreadable."""
+    blank = torch.zeros(2, 3, side, side, dtype=torch.uint8)
+    return (torch.stack([g if isinstance(g, torch.Tensor) else blank for g in got]),
+            torch.tensor([not isinstance(g, str) for g in got]))
+
+
+@torch.no_grad()
+def encode_pairs(pipe: Pipeline, images: torch.Tensor) -> torch.Tensor:
+    """Pictures of N pairs [N, 2, 3, H, W] uint8 -> [N, 2, 2, C, h, w]: mean and standard deviation of both unscaled latents."""
+    vae = pipe.vae.quant_conv.weight
+    moments = pipe.vae.moments(upload(images, vae.device).flatten(0, 1).to(vae.dtype) / 127.5 - 1)            # [2 N, C, h, w] each
+    return torch.stack([m.unflatten(0, (-1, 2)) for m in moments], 1).contiguous()

@@ -26,14 +26,13 @@ import ddim
 from clip_spm import CLIP, make_step_aware, preference_loss, preprocess_decoded
 from diffusion import Conditioning, decode, encode_empty, encode_prompts, guided_noise, negative
 from loading import DTYPES, NEGATIVE, SDXL_VAE, TINY, Pipeline, load_clip, load_pipeline
-from pairs import Pairs, UnreadablePicture, epoch_order, hold_out, load_pairs, world_pairs
+from calls import Clock, upload
+from pairs import Pairs, encode_pairs, epoch_order, hold_out, load_pairs, readable, stack_pictures, world_pairs
 from training import (
     TOO_MANY,
-    Clock,
     Processes,
     Run,
     check_preset,
-    fill_up,
     fingerprint,
     generator,
     learning_rate,
@@ -43,7 +42,6 @@ from training import (
     run_script,
     say_compiling,
     start_processes,
-    upload,
     warn,
     write_atomic,
     write_json,
@@ -106,21 +104,6 @@ PRESETS = {
 FREE = ("out", "preset", "device", "micro_batch", "cache_latents", "compile", "profile", "save_every", "max_unreadable")
 
 
-def readable(pairs: Pairs, i: int) -> torch.Tensor | str:
-    """Pair i's pictures, uint8 [2, 3, S, S], or why they cannot be read."""
-    try:
-        return pairs.pictures(i)
-    except UnreadablePicture as error:
-        return str(error)
-
-
-def stack_pictures(got: list[torch.Tensor | str | None], side: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """What `readable` gave for N pairs (None: not needed) -> uint8 [N, 2, 3, S, S], black where nothing, and [N] false where unreadable."""
-    blank = torch.zeros(2, 3, side, side, dtype=torch.uint8)
-    return (torch.stack([g if isinstance(g, torch.Tensor) else blank for g in got]),
-            torch.tensor([not isinstance(g, str) for g in got]))
-
-
 @torch.no_grad()
 def relabel(clip: CLIP, images: torch.Tensor, text: torch.Tensor, threshold: float = 0.1) -> torch.Tensor:
     """PickScore's own opinion of clean pairs [N, 2, 3, H, W] uint8 -> 1, 0, or 0.5 if its softmax differs by at most 0.1."""
@@ -128,14 +111,6 @@ def relabel(clip: CLIP, images: torch.Tensor, text: torch.Tensor, threshold: flo
     first, second = clip.score(clip.image_features(pixels), text.repeat_interleave(2, 0)).view(-1, 2).softmax(1).unbind(1)
     gap = first - second
     return torch.where(gap.abs() <= threshold, 0.5, (gap > 0).float())
-
-
-@torch.no_grad()
-def encode_pairs(pipe: Pipeline, images: torch.Tensor) -> torch.Tensor:
-    """Pictures of N pairs [N, 2, 3, H, W] uint8 -> [N, 2, 2, C, h, w]: mean and standard deviation of both unscaled latents."""
-    vae = pipe.vae.quant_conv.weight
-    moments = pipe.vae.moments(upload(images, vae.device).flatten(0, 1).to(vae.dtype) / 127.5 - 1)            # [2 N, C, h, w] each
-    return torch.stack([m.unflatten(0, (-1, 2)) for m in moments], 1).contiguous()
 
 
 def open_latents(folder: Path, pipe: Pipeline, side: int, count: int) -> torch.Tensor:

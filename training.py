@@ -228,19 +228,24 @@ class Processes:
         if self.any(bool(problem)):
             raise InputError(problem or "stopped, see another process's message")
 
-    def droppable(self, work):
-        """work(), which holds no collective and may be thrown away: a signal ends it at once. Then all raise Stopped."""
-        out = None
+    @contextlib.contextmanager
+    def droppable(self):
+        """Work that holds no collective and may be thrown away: a signal ends it at once. Then all raise Stopped."""
         try:
             self.dropping = True
-            if not self.stop:
-                out = work()
+            if self.stop:
+                raise Stopped
+            yield
             self.dropping = False
         except Stopped:
             pass
         if self.any(bool(self.stop)):
             raise Stopped
-        return out
+
+    def gather_rows(self, rows: torch.Tensor, total: int) -> torch.Tensor:
+        """Everybody's [n, ...] -> [total, ...] in the order that `share` dealt them out."""
+        missing = -(-total // self.world) - len(rows)           # messages have one shape: filled with zeros
+        return self.gather(torch.cat([rows, rows.new_zeros(missing, *rows.shape[1:])]))[:total]
 
     def leave(self, done: int, total: int, what: str) -> typing.NoReturn:
         """End this process before the work is done, with a signal's exit status: nobody is to take it for finished."""
@@ -291,16 +296,6 @@ def generator(*key) -> torch.Generator:
 def permutation(count: int, *key) -> list[int]:
     """A keyed shuffle of 0..count-1."""
     return torch.randperm(count, generator=generator(*key)).tolist()
-
-
-def upload(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A CPU tensor to the device, without waiting for what the device is doing."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
-
-
-def fill_up(rows: list, size: int) -> list:
-    """`rows` with its first one repeated up to `size`: a compiled network sees one shape only. Nobody reads what is computed for them."""
-    return rows + rows[:1] * (size - len(rows))
 
 
 @contextlib.contextmanager
@@ -513,6 +508,89 @@ class Run:
             handle.truncate(size)
 
 
+class Rounds:
+    """The rounds of a run, or its steps: progress bar, clock, log, when to save, how to leave.
+
+        for step in rounds:                         # from the last checkpoint on
+            ...
+            rounds.end(record, "prompts", count)    # then .due: a checkpoint is; .ending: a signal came
+    """
+
+    def __init__(self, run: Run, total: int, unit: str, config, clock, name: str):
+        self.run, self.processes = run, run.processes
+        self.total, self.unit, self.name = total, unit, name
+        self.config = config                # of which save_every, compile and profile count here
+        self.clock = clock
+        self.done = 0                       # how many are, in earlier processes too
+        self.bad = 0                        # in a row that were not finite
+        self.recent: list[float] = []       # scores since the last checkpoint
+        self.took: list[float] = []         # seconds of each
+        self.due = False
+        self.ending = False
+
+    def restore(self, state: dict) -> None:
+        """Go on where a checkpoint ends."""
+        self.done = state["step"]
+        self.bad = state.get("bad", 0)
+        self.recent = state.get("recent", [])
+
+    def announce(self, what: str) -> None:
+        """Print the options and what begins."""
+        if self.processes.main:
+            for name, value in dataclasses.asdict(self.config).items():
+                print(f"{name:18} {value}")
+            print(what, flush=True)
+
+    def __iter__(self) -> typing.Iterator[int]:
+        second = min(self.done + 1, self.total - 1)
+        self.progress = tqdm(total=self.total, initial=self.done, desc=self.name, unit=self.unit,
+                             disable=not self.processes.main)
+        for step in range(self.done, self.total):
+            self.started = time.perf_counter()
+            wanted = self.config.profile and self.processes.main and step == second
+            with profiled(self.run.folder, self.processes.device, wanted):
+                yield step
+        self.progress.close()
+
+    def end(self, record: dict, things: str, count: int, score: float | None, shown: dict) -> None:
+        """Log `record` with its speed in `things` per second; decide whether to save and to leave."""
+        seconds = time.perf_counter() - self.started
+        self.done += 1
+        self.took.append(seconds)
+        phases = {phase: round(value, 3) for phase, value in self.clock.seconds().items()}
+        record |= {f"{things}_per_second": count / seconds, "seconds": phases,
+                   "eta_minutes": (self.total - self.done) * seconds / 60}
+        if self.processes.device.type == "cuda":
+            record["peak_memory_gb"] = torch.cuda.max_memory_allocated(self.processes.device) / 1e9
+        self.run.log(record)
+        self.progress.set_postfix(shown, refresh=False)
+        self.progress.update()
+        if self.config.compile and self.processes.main:
+            say_compiling(self.took, self.unit)
+        if score is not None:
+            self.recent.append(score)
+        last = self.done == self.total
+        self.due = last or self.done % self.config.save_every == 0 and not self.bad
+        self.ending = self.processes.any(bool(self.processes.stop))
+
+    def take_score(self) -> float | None:
+        """The mean score since the last checkpoint, where one is due; counted anew from here on."""
+        if not self.due or not self.recent:
+            return None
+        score = sum(self.recent) / len(self.recent)
+        self.recent = []
+        return score
+
+    def save(self, score: float | None, **state) -> None:
+        """Write a checkpoint of `state`; for every process."""
+        self.run.save(self.done, dict(state, recent=self.recent, bad=self.bad), score)
+
+    def leave(self) -> typing.NoReturn:
+        """End the process before the work is done."""
+        self.progress.close()
+        self.processes.leave(self.done, self.total, f"{self.unit}s")
+
+
 def _sha256(path: Path) -> str:
     with open(path, "rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
@@ -558,32 +636,3 @@ def say_compiling(seconds: list[float], unit: str) -> None:
     """Once two rounds or steps are done: what compiling took. `seconds`: of each so far."""
     if len(seconds) == 2:
         tqdm.write(f"compiling took about {max(seconds[0] - seconds[1], 0):.0f} s (the first {unit} less the second)")
-
-
-class Clock:
-    """Seconds spent in named phases; on a GPU by events, so that measuring does not wait for it."""
-
-    def __init__(self, device: torch.device):
-        self.cuda, self.marks = device.type == "cuda", []
-
-    @contextlib.contextmanager
-    def __call__(self, phase: str):
-        begin = self._now()
-        yield
-        self.marks.append((phase, begin, self._now()))
-
-    def _now(self):
-        if not self.cuda:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def seconds(self) -> dict[str, float]:
-        """Phase -> seconds so far."""
-        if self.cuda:
-            torch.cuda.synchronize()
-        out: dict[str, float] = {}
-        for phase, begin, end in self.marks:
-            out[phase] = out.get(phase, 0.0) + (begin.elapsed_time(end) / 1000 if self.cuda else end - begin)
-        return out

@@ -8,15 +8,20 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 import clip_spm
+import lora
 import spm_train
 from conftest import randomize, sd15_shaped, sdxl_shaped, seeded
+from diffusion import encode_empty
+from finetune import Trainer, Turn
 from loading import TINY, load_clip
+from training import Processes
 
 ROOT = Path(__file__).resolve().parent.parent
 PROMPTS = ["a red circle", "two blue squares", "a green cross above a yellow triangle", "three cyan crosses", "a purple square",
@@ -142,3 +147,20 @@ def log_of(folder: Path, timing: bool = False) -> list[dict]:
     rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     measured = () if timing else ("seconds", "eta_minutes", "prompts_per_second", "pairs_per_second")
     return [{k: v for k, v in row.items() if k not in measured} for row in rows]
+
+
+ALONE = Processes(0, 1, torch.device("cpu"))
+
+
+def bare_trainer(pipe, config, optimizer=None, processes=ALONE, prompts=PROMPTS) -> Trainer:
+    """A trainer without a run folder, for what needs its pipe, its minibatches or its prompts."""
+    trainer = object.__new__(Trainer)
+    trainer.pipe, trainer.config, trainer.optimizer, trainer.processes = pipe, config, optimizer, processes
+    trainer.prompts, trainer.empty, trainer.weights = prompts, encode_empty(pipe), lora.parameters(pipe.unet)
+    trainer.rounds = SimpleNamespace(bad=0)
+    return trainer
+
+
+def turn_of(indices, epoch: int = 0, place: int = 0, prompts=PROMPTS) -> Turn:
+    """A round of some of the prompts."""
+    return Turn(0, epoch, place, list(indices), [prompts[i] for i in indices])

@@ -1,5 +1,6 @@
 """spo_train.py: pools, pairs, the loss and its gradients, MSPO's slots, and every option for one round."""
 import dataclasses
+import functools
 import json
 import math
 from collections import Counter
@@ -14,14 +15,18 @@ from safetensors.torch import load_file, save_file
 import ddim
 import gentle
 import lora
-import report
 import spo_train
 from conftest import assert_close, assert_same_gradients, randomize, seeded
-from diffusion import encode_empty, encode_prompts, guided_noise, negative
+from diffusion import encode_empty, encode_prompts, guided_noise, judge_features, negative
 from loading import load_pipeline
-from helpers import PROMPTS, NoWaiting, call, log_of, shell, unpinned
-from spo_train import Pairs, SPOConfig, choose_pair, cut_minibatches, pool_groups, spo_loss
-from training import Clock, Processes, generator
+from evaluate import trace_prompt
+from finetune import FREE, LOW, Totals, Trainer, cut_minibatches, fit_memory, vae_decoder
+from helpers import PROMPTS, NoWaiting, bare_trainer, call, log_of, shell, turn_of, unpinned
+from loading import judge_source
+from observers import FAULTS, DecoderCheck, Faults, report
+from report import draw_trace
+from spo_train import Batch, Pairs, SPOConfig, Steps, choose_pair, pool_groups, spo_loss
+from training import Processes, generator, parse_options
 from weights import InputError
 
 STEPS_20 = [951 - 50 * i for i in range(20)]
@@ -136,26 +141,36 @@ def test_minibatches_are_shuffled_by_key():
 # Sampling on the random checkpoint
 
 def setup(sd, spm, double: bool = False, **changes):
-    """(pipe, models, config, cond, uncond, text features) of the seven prompts.
+    """(pipe, judge, config, cond, uncond, text features) of the seven prompts.
 
     `double`: the UNet in fp64, so that results of differently batched forwards differ by mathematics alone, not by rounding.
     """
     config = SPOConfig(**(dict(model=str(sd), spm=str(spm), dtype="fp32", steps=6, k=3, threshold=0.0, lr=1e-3) | changes))
     torch.manual_seed(0)
-    pipe, models = spo_train.prepare(config, ALONE)
+    pipe, judge, observers = spo_train.prepare(config, ALONE)
+    judge.decode = observers[0].pictures.decode             # `sample` watches with observers of its own
     if double:
         pipe.unet.double()
     cond = encode_prompts(pipe, PROMPTS)
-    return pipe, models, config, cond, negative(pipe, cond, encode_empty(pipe)), spo_train.judge_features(pipe, models.judge, PROMPTS)
+    return pipe, judge, config, cond, negative(pipe, cond, encode_empty(pipe)), judge_features(pipe, judge.clip, PROMPTS)
 
 
-def sample(parts, chosen=None, **changes) -> Pairs:
-    """Pairs of some of the prompts; each prompt's generator is keyed by its place in the list."""
-    pipe, models, config, cond, uncond, text = parts
+def sample(parts, chosen=None, check=None, **changes) -> Pairs:
+    """Pairs of some of the prompts; each prompt's generator is keyed by its place in the list.
+
+    `check`: what decodes for a DecoderCheck.
+    """
+    pipe, judge, config, cond, uncond, text = parts
+    config = dataclasses.replace(config, **changes)
     chosen = list(range(len(PROMPTS))) if chosen is None else chosen
-    cond, uncond = (c.map(lambda v: v[chosen]) for c in (cond, uncond))
-    return spo_train.sample_pairs(pipe, models, cond, uncond, text[chosen], [generator(0, "pool", 0, i) for i in chosen],
-                                  dataclasses.replace(config, **changes), Clock(pipe.device))
+    batch = Batch(cond[chosen], uncond[chosen], text[chosen], [generator(0, "pool", 0, i) for i in chosen])
+    judge = dataclasses.replace(judge, chunk=config.decode_batch)
+    observers = [Faults(judge)]
+    if check:
+        choose = functools.partial(choose_pair, threshold=config.threshold, how=config.pair)
+        observers.append(DecoderCheck(judge, check, choose))
+    pools = spo_train.sample_pools(pipe, judge, batch, config, observers)
+    return dataclasses.replace(spo_train.collect(pools), cond=cond[chosen])
 
 
 @pytest.fixture
@@ -209,10 +224,10 @@ def test_trajectory_goes_on_from_the_chosen_candidate(parts, j):
 
 def test_one_pool_recomputed_by_hand(parts):
     """Candidates are mean + sigma x noise of the keyed generator; the random start is the third kind of draw."""
-    pipe, models, config, cond, uncond, text = parts
+    pipe, judge, config, cond, uncond, text = parts
     pairs, i = sample(parts, [2, 4, 5]), 1                  # the middle one of three prompts, prompt 4 of the list
     g, c, u = generator(0, "pool", 0, 4), cond.map(lambda v: v[4:5]), uncond.map(lambda v: v[4:5])
-    step = lambda x, t: ddim.step_gaussian(pipe.schedule, x, guided_noise(pipe.unet, x, t, c, u, 5.0), t, t - 166)
+    step = lambda x, t: ddim.step_gaussian(pipe.schedule, x, guided_noise(pipe, x, t, c, u, 5.0), t, t - 166)
     with torch.no_grad():
         mean, std = step(torch.randn(1, 4, 8, 8, generator=g), 831)
         x_t = mean + std * torch.randn(1, 4, 8, 8, generator=g)
@@ -229,16 +244,21 @@ def test_one_pool_recomputed_by_hand(parts):
 def test_scores_are_the_judge_on_the_next_timestep(parts):
     """x0 predicted at the next smaller timestep, decoded, with that timestep; after the last step the latent itself at 0."""
     from clip_spm import preprocess_decoded
-    pipe, models, config, cond, uncond, text = parts
+    pipe, judge, config, cond, uncond, text = parts
     pairs = sample(parts, k=2)
     with torch.no_grad():
         for slot, t in enumerate(STEPS_6[2:] + [0]):
             x = pairs.x_next[:, slot].flatten(0, 1)
             c, u = (v.map(lambda w: w.repeat_interleave(2, 0)) for v in (cond, uncond))
-            x0 = x if t == 0 else ddim.predict_x0(pipe.schedule, x, guided_noise(pipe.unet, x, t, c, u, 5.0), t)
-            features = models.judge.image_features(preprocess_decoded(pipe.vae.decode(x0), 16), torch.full((14,), t))
-            scores = models.judge.score(features, text.repeat_interleave(2, 0)).view(7, 2)
+            x0 = x if t == 0 else ddim.predict_x0(pipe.schedule, x, guided_noise(pipe, x, t, c, u, 5.0), t)
+            features = judge.clip.image_features(preprocess_decoded(pipe.vae.decode(x0), 16), torch.full((14,), t))
+            scores = judge.clip.score(features, text.repeat_interleave(2, 0)).view(7, 2)
             assert_close(scores, pairs.scores[:, slot].sort(descending=True).values, 1e-4)
+
+
+def tensors(pairs: Pairs) -> list[torch.Tensor]:
+    """Everything that a prompt's pools gave."""
+    return [pairs.x_t, pairs.x_next, pairs.valid, pairs.scores, *pairs.notes.values()]
 
 
 @pytest.mark.parametrize("changes", [{}, dict(j=2, pair="random")])
@@ -246,7 +266,7 @@ def test_pool_does_not_depend_on_the_batch(parts, changes):
     whole = sample(parts, [0, 3, 6], **changes)
     for place, i in enumerate([0, 3, 6]):
         alone = sample(parts, [i], **changes)
-        for ours, theirs in zip(dataclasses.astuple(alone), dataclasses.astuple(whole)):
+        for ours, theirs in zip(tensors(alone), tensors(whole), strict=True):
             assert_close(ours[0].float(), theirs[place].float())
 
 
@@ -263,18 +283,19 @@ def test_nothing_is_sampled_below_t_min(parts):
 
 def train(parts, pairs, optimizer, times=1, processes=ALONE, **changes) -> list[dict]:
     """Several rounds of updates on the same pairs."""
-    pipe, models, config, cond, uncond, text = parts
+    pipe, judge, config, cond, uncond, text = parts
     config = dataclasses.replace(config, **changes)
-    return [spo_train.train_on_pairs(pipe, models, optimizer, pairs, cond, encode_empty(pipe), config, processes, Clock(pipe.device), (i, 0))
-            for i in range(times)]
+    trainer = bare_trainer(pipe, config, optimizer, processes)
+    pairs = dataclasses.replace(pairs, cond=cond)
+    return [spo_train.train_on_pairs(trainer, pairs, turn_of(range(len(PROMPTS)), i), config) for i in range(times)]
 
 
 def ratios_of(parts, pairs, slot: int, t: int, shared: bool):
     """Log-ratios of all prompts at one slot, through the function under test."""
-    pipe, models, config, cond, uncond, text = parts
-    steps = torch.full((7,), t)
-    return spo_train.pair_log_ratios(pipe.unet, pipe.unet, pipe.schedule, pairs.x_t[:, slot], pairs.x_next[:, slot], steps, steps - 166,
-                                     [shared] * 7, cond, uncond, 5.0)
+    pipe, judge, config, cond, uncond, text = parts
+    apart = torch.arange(0 if shared else 7)
+    steps = Steps(pairs.x_t[:, slot], pairs.x_next[:, slot], torch.full((7,), t), apart, cond, uncond)
+    return spo_train.pair_log_ratios(pipe, steps, config)
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
@@ -304,7 +325,7 @@ def test_reference_is_untouched_by_training(parts, sd):
 
 def four_forwards(parts, pairs, batch, t, config) -> torch.Tensor:
     """Eq. 4 as it stands: policy and reference, winner and loser, each on its own; the mean over a minibatch of (prompt, slot)."""
-    pipe, models, _, cond, uncond, text = parts
+    pipe, judge, _, cond, uncond, text = parts
     total = 0.0
     for prompt, slot in batch:
         c, u, log_ratio = cond.map(lambda v: v[[prompt]]), uncond.map(lambda v: v[[prompt]]), []
@@ -312,7 +333,7 @@ def four_forwards(parts, pairs, batch, t, config) -> torch.Tensor:
             log_p = []
             for off in (False, True):
                 with lora.disabled(pipe.unet) if off else torch.enable_grad():
-                    noise_pred = guided_noise(pipe.unet, x_t[None], t[slot], c, u, config.guidance_scale)
+                    noise_pred = guided_noise(pipe, x_t[None], t[slot], c, u, config.guidance_scale)
                 mean, std = ddim.step_gaussian(pipe.schedule, x_t[None], noise_pred, t[slot], t[slot] - 166)
                 log_p.append(torch.distributions.Normal(mean, std.expand_as(mean)).log_prob(x_next).mean())
             log_ratio.append((log_p[0] - log_p[1].detach()).clamp(math.log(1 - config.clamp), math.log(1 + config.clamp)))
@@ -394,11 +415,12 @@ def test_a_gradient_that_is_not_finite_is_skipped(parts):
     assert all(torch.isfinite(p).all() for p in lora.parameters(parts[0].unet))
 
 
-@pytest.mark.parametrize("broken, fault", [("unet", 1), ("decode", 2), ("image_features", 3)])
+@pytest.mark.parametrize("broken, fault", [("unet", 1), ("decode", 2), ("features", 3)])
 def test_what_is_not_finite_is_found_reported_and_not_used(parts, capsys, broken, fault):
     """The third pool of the second prompt only; everything else is as it was."""
-    pipe, models, config = parts[:3]
-    clean, original, calls = sample(parts), getattr(models, broken), []
+    pipe, judge, config = parts[:3]
+    owner, name = (pipe.unet, "forward") if broken == "unet" else (judge, broken)
+    clean, original, calls = sample(parts), getattr(owner, name), []
 
     def poisoned(*args, **kwargs):
         out = original(*args, **kwargs)
@@ -406,22 +428,22 @@ def test_what_is_not_finite_is_found_reported_and_not_used(parts, capsys, broken
         calls.append(len(out))
         return out.index_fill(0, torch.tensor([4]), float("nan")) if len(out) == pools and calls.count(pools) == 3 else out
 
-    setattr(models, broken, poisoned)
+    setattr(owner, name, poisoned)
     pairs = sample(parts, decode_batch=64)
-    wrong = pairs.fault.nonzero().tolist()
-    assert wrong[0] == [1, 2] and pairs.fault[1, 2] == fault and {p for p, _ in wrong} == {1}
-    assert not pairs.valid[1, 2] and torch.equal(pairs.valid[0], clean.valid[0]) and not clean.fault.any()
+    found = pairs.notes["fault"]
+    wrong = found.nonzero().tolist()
+    assert wrong[0] == [1, 2] and found[1, 2] == fault and {p for p, _ in wrong} == {1}
+    assert not pairs.valid[1, 2] and torch.equal(pairs.valid[0], clean.valid[0]) and not clean.notes["fault"].any()
     groups = spo_train.pool_groups(pipe.schedule.timesteps(6), config.t_min, config.t_max, 1)
-    assert spo_train.report_faults(pairs, PROMPTS, groups, pipe.schedule.timesteps(6), (0, 0)) == len(wrong)
+    assert report(pairs, turn_of(range(7)), True)["not_finite"] == len(wrong)
     said = capsys.readouterr().err
-    assert spo_train.FAULTS[fault] in said and PROMPTS[1] in said and f"t = {pipe.schedule.timesteps(6)[groups[2][0]]}" in said
+    assert FAULTS[fault] in said and PROMPTS[1] in said and f"t = {pipe.schedule.timesteps(6)[groups[2][0]]}" in said
 
 
 def test_a_loss_that_is_not_finite_is_reported_with_its_prompt(parts, capsys):
     pairs = sample(parts)
     pairs.x_next[3, 1] = float("inf")
-    stats = spo_train.train_on_pairs(parts[0], parts[1], torch.optim.AdamW(lora.parameters(parts[0].unet), lr=1e-3), pairs, parts[3],
-                                     encode_empty(parts[0]), parts[2], ALONE, Clock(parts[0].device), (0, 0), PROMPTS)
+    stats = train(parts, pairs, torch.optim.AdamW(lora.parameters(parts[0].unet), lr=1e-3))[0]
     said = capsys.readouterr().err
     assert stats["skipped"] == 1 and said.count("warning") == 1 and PROMPTS[3] in said and "the loss of a pair at t = " in said
 
@@ -460,10 +482,11 @@ def test_a_lora_that_draws_nothing_finite_is_not_the_last_good_one(sd, spm, prom
     real, rounds = spo_train.sample_round, []
 
     def ruined(*args, **kwargs):
-        pairs, cond = real(*args, **kwargs)
+        pairs = real(*args, **kwargs)
         rounds.append(1)
-        return (pairs, cond) if len(rounds) <= 2 else (dataclasses.replace(pairs, fault=torch.full_like(pairs.fault, 2),
-                                                                           valid=torch.zeros_like(pairs.valid)), cond)
+        if len(rounds) <= 2:
+            return pairs
+        return dataclasses.replace(pairs, notes=dict(fault=torch.full_like(pairs.notes["fault"], 2)), valid=torch.zeros_like(pairs.valid))
 
     monkeypatch.setattr(spo_train, "sample_round", ruined)
     with pytest.raises(InputError, match="round 12: 10 optimizer steps in a row, or rounds"):
@@ -505,16 +528,16 @@ SMALL = dict(sample_batch=1, train_batch=1, decode_batch=1, checkpointing=True)
 def test_memory_decides_batches_that_the_command_line_does_not(monkeypatch, words, device, size, wanted):
     """Command line over --memory over the model's preset; nothing else changes."""
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda place: SimpleNamespace(total_memory=size * 2 ** 30))
-    given = spo_train.parse_options(SPOConfig, spo_train.PRESETS, words.split())
-    config = spo_train.fit_memory(given, spo_train.PRESETS, torch.device(device), words.split())
+    given = parse_options(SPOConfig, spo_train.PRESETS, words.split())
+    config = fit_memory(given, spo_train.PRESETS, torch.device(device), words.split())
     assert {name: getattr(config, name) for name in wanted} == wanted
     changed = {f.name for f in dataclasses.fields(config) if getattr(config, f.name) != getattr(given, f.name)}
-    assert changed <= {"memory", *SMALL} <= set(spo_train.FREE)
+    assert changed <= {"memory", *SMALL} <= set(FREE)
 
 
 def test_a_model_of_ones_own_gets_the_settings_of_its_kind(sd, sdxl, tmp_path):
     """By a folder's UNet or a single file's tensors; a hub id does not tell, and --preset wins over all."""
-    parse = lambda *words: spo_train.parse_options(SPOConfig, spo_train.PRESETS, [str(w) for w in words])  # noqa: E731
+    parse = lambda *words: parse_options(SPOConfig, spo_train.PRESETS, [str(w) for w in words])  # noqa: E731
     single = tmp_path / "mine.safetensors"
     save_file({"conditioner.embedders.1.model.ln_final.weight": torch.ones(1)}, single)
     (tmp_path / "broken.safetensors").write_bytes(b"no")
@@ -523,9 +546,9 @@ def test_a_model_of_ones_own_gets_the_settings_of_its_kind(sd, sdxl, tmp_path):
         config = parse("--model", *words)
         assert config.preset == want and config == dataclasses.replace(parse("--model", want), model=str(words[0]))
         low = ["--model", *map(str, words), "--memory", "low"]
-        small = spo_train.fit_memory(parse(*low), spo_train.PRESETS, torch.device("cpu"), low)
-        assert small.preset == want and small.train_batch == spo_train.LOW.get(want, spo_train.LOW[""])["train_batch"]
-        assert {"tiny": "tiny/model/spm", "sd15": "sd-v1-5_step", "sdxl": "/sdxl_step"}[want] in spo_train.judge_source(config)
+        small = fit_memory(parse(*low), spo_train.PRESETS, torch.device("cpu"), low)
+        assert small.preset == want and small.train_batch == LOW.get(want, LOW[""])["train_batch"]
+        assert {"tiny": "tiny/model/spm", "sd15": "sd-v1-5_step", "sdxl": "/sdxl_step"}[want] in judge_source(config.model, config.preset, config.judge)
     with pytest.raises(InputError, match="--preset mine: choose one of , tiny, sd15, sdxl"):
         parse("--preset", "mine")
 
@@ -555,15 +578,15 @@ def test_low_memory_trains_the_same_lora(request, spm, prompts, tmp_path, monkey
 
 def test_text_encoders_are_on_the_device_only_while_they_encode(sdxl, spm):
     """With `offload`; without, nothing moves. A device that only says where it was asked to be."""
-    pipe, models, config = setup(sdxl, spm, memory="low")[:3]
-    encoders = [*pipe.text_encoders, models.judge]
-    movers, places, used = [*pipe.text_encoders, models.judge.text_model], {}, []
+    pipe, judge, config = setup(sdxl, spm, memory="low")[:3]
+    encoders = [*pipe.text_encoders, judge.clip]
+    movers, places, used = [*pipe.text_encoders, judge.clip.text_model], {}, []
     for i, (mover, encoder) in enumerate(zip(movers, encoders)):
         mover.to = lambda place, i=i: places.update({i: str(place)})
         encoder.text_model.register_forward_pre_hook(lambda module, inputs, i=i: used.append((i, dict(places))))
+    trainer, config = bare_trainer(pipe, config), dataclasses.replace(config, sample_batch=1)
     pipe.device = torch.device("cpu", 0)
-    plan = lambda: spo_train.sample_round(pipe, models, PROMPTS, [0, 1, 2], encode_empty(pipe), dataclasses.replace(config, sample_batch=1), ALONE,
-                                          Clock(torch.device("cpu")), 0)
+    plan = lambda: spo_train.sample_round(trainer, judge, turn_of([0, 1, 2]), config)  # noqa: E731
     plan()
     assert used == [(0, {0: "cpu:0"}), (1, {0: "cpu", 1: "cpu:0"}), (2, {0: "cpu", 1: "cpu", 2: "cpu:0"})]     # once a round each
     assert places == {0: "cpu", 1: "cpu", 2: "cpu"}
@@ -620,20 +643,21 @@ def taesd(tmp_path_factory):
 def test_the_judge_sees_what_the_small_decoder_draws(sd, spm, taesd, j):
     """Its scores make the pairs; whether the VAE's would make the same is noted for pools with a pair, and changes nothing."""
     small, vae = setup(sd, spm, decoder=str(taesd), j=j, threshold=0.1), setup(sd, spm, j=j, threshold=0.1)
-    full = small[1].check
+    full = vae_decoder(small[0], small[2])
     z = torch.randn(3, 4, 8, 8, generator=seeded(0))
     assert torch.equal(full(z), vae[1].decode(z)) and (small[1].decode(z) - full(z)).abs().max() > 0.1
-    checked = sample(small)
-    small[1].check = None
+    checked = sample(small, check=full)
     plain, other = sample(small), sample(vae)
-    for field in ("x_t", "x_next", "valid", "scores", "fault"):
+    for field in ("x_t", "x_next", "valid", "scores"):
         assert torch.equal(getattr(checked, field), getattr(plain, field)), field
-    assert not plain.agreement.any() and not other.agreement.any() and not torch.equal(plain.scores, other.scores)
+    assert torch.equal(checked.notes["fault"], plain.notes["fault"])
+    assert "agreement" not in plain.notes and "agreement" not in other.notes and not torch.equal(plain.scores, other.scores)
     # The first pool is the same candidates for both decoders, so both runs can be compared by hand.
     same = (plain.scores[:, 0].argmax(1) == other.scores[:, 0].argmax(1)) & (plain.scores[:, 0].argmin(1) == other.scores[:, 0].argmin(1))
-    assert checked.agreement[:, 0].tolist() == [(1 if s else -1) if v else 0 for s, v in zip(same, plain.valid[:, 0])]
+    agreement = checked.notes["agreement"]
+    assert agreement[:, 0].tolist() == [(1 if s else -1) if v else 0 for s, v in zip(same, plain.valid[:, 0])]
     first = [0, 1, 2, 3, 4] if j == 1 else [0, 3]
-    assert torch.equal(checked.agreement != 0, checked.valid[:, first]) and {-1, 0, 1} == set(checked.agreement.flatten().tolist())
+    assert torch.equal(agreement != 0, checked.valid[:, first]) and {-1, 0, 1} == set(agreement.flatten().tolist())
 
 
 def test_a_run_with_the_small_decoder_says_how_often_it_agrees(sd, spm, prompts, taesd, tmp_path):
@@ -715,15 +739,15 @@ def test_help_names_every_option():
 
 def test_trace_draws_every_pool(parts):
     """The paper's Figure 3: a row per pool, a cell per candidate."""
-    pipe, models, config = parts[:3]
-    image = report.draw_trace(spo_train.trace_prompt(pipe, models, PROMPTS[0], config))
+    pipe, judge, config = parts[:3]
+    image = draw_trace(trace_prompt(pipe, judge, PROMPTS[0], config))
     assert image.size == (64 + 3 * 108, 5 * 124 + 16) and len(image.getcolors(10 ** 6)) > 50
 
 
 def test_trace_marks_winner_loser_and_the_chosen():
     """Two rows of three grey pictures: frames green around winners and red around losers, a blue dot under the chosen; grey without a pair."""
     row = dict(opened=51, timestep=1, images=torch.zeros(3, 3, 8, 8), scores=[3.0, 2.0, 1.0], win=0, lose=2, chosen=1, valid=True)
-    image = report.draw_trace([row, dict(row, win=1, lose=0, chosen=2, valid=False)], 256)
+    image = draw_trace([row, dict(row, win=1, lose=0, chosen=2, valid=False)], 256)
     assert image.size == (64 + 3 * 268, 2 * 284 + 16)
     frame = lambda r, c: image.getpixel((64 + 268 * c + 6 - 3, 284 * r + 6 + 100))  # noqa: E731
     dot = lambda r, c: image.getpixel((64 + 268 * c + 6 + 256 - 8, 284 * r + 6 + 256 + 10))  # noqa: E731
@@ -738,23 +762,34 @@ def test_trace_marks_winner_loser_and_the_chosen():
 @pytest.mark.parametrize("j", [1, 2])
 def test_a_round_never_waits_for_the_device(request, parts, monkeypatch, j):
     """Neither the walk nor a microbatch. The meta device stands for a GPU, where there is none."""
-    pipe, models, config, cond, uncond, text = parts
+    pipe, judge, config, cond, uncond, text = parts
     config, place = dataclasses.replace(config, j=j), "cuda" if torch.cuda.is_available() else "meta"
     if place == "meta":
         monkeypatch.setattr(spo_train, "upload", unpinned)
+    trainer = bare_trainer(pipe, config)
     pipe.device = torch.device(place)
-    for module in (pipe.unet, pipe.vae, models.judge):
+    for module in (pipe.unet, pipe.vae, judge.clip):
         module.to(place)
-    losses = []
-    monkeypatch.setattr(spo_train, "train_minibatches", lambda *arguments: losses.append(arguments[4]) or {})
     cond, uncond = (c.map(lambda v: v.to(place)) for c in (cond, uncond))
+    trainer.empty = uncond[:1]
+
+    class One(list):
+        """A minibatch of one part, of whose loss only the gradient is asked."""
+
+        def backward(self, loss, logged):
+            loss.sum().backward()
+
+        def step(self):
+            pass
+
+    monkeypatch.setattr(trainer, "minibatches", lambda *_: [One([list(range(1, 6))])])
+    monkeypatch.setattr(trainer, "totals", Totals(()), raising=False)
 
     def round_(text: torch.Tensor) -> None:
-        pairs = spo_train.sample_pairs(pipe, models, cond, uncond, text, [generator(0, i) for i in range(len(PROMPTS))], config,
-                                       Clock(torch.device("cpu")))
-        every = dataclasses.replace(pairs, valid=torch.ones(pairs.valid.shape))
-        spo_train.train_on_pairs(pipe, models, None, every, cond, uncond.map(lambda v: v[:1]), config, ALONE, None, (0, 0))
-        losses.pop()(list(range(1, 6)))[0].sum().backward()
+        batch = Batch(cond, uncond, text, [generator(0, i) for i in range(len(PROMPTS))])
+        pairs = spo_train.collect(spo_train.sample_pools(pipe, judge, batch, config))
+        every = dataclasses.replace(pairs, valid=torch.ones(pairs.valid.shape), cond=cond)
+        spo_train.train_on_pairs(trainer, every, turn_of(range(len(PROMPTS))), config)
 
     text = text.to(place)
     round_(text)                                            # tables are copied to a device once
@@ -771,14 +806,13 @@ def test_a_round_never_waits_for_the_device(request, parts, monkeypatch, j):
 @pytest.mark.parametrize("train_batch", [10, 1])
 def test_nothing_is_compiled_anew_after_the_first_round(sd, spm, prompts, tmp_path, monkeypatch, compilations, train_batch):
     """Rounds of three prompts, of three and of one, whatever number of pairs, grids: the same graphs serve, and train what eager does."""
-    after, round_ = [], spo_train.spo_round
+    after, end = [], Trainer.end
 
-    def counted(*arguments):
-        stats = round_(*arguments)
+    def counted(*arguments, **settings):
         after.append(len(compilations))
-        return stats
+        return end(*arguments, **settings)
 
-    monkeypatch.setattr(spo_train, "spo_round", counted)
+    monkeypatch.setattr(Trainer, "end", counted)
     words = ("--model", sd, "--spm", spm, "--prompts", prompts, "--dtype", "fp32", "--steps", 4, "--k", 2, "--j", 2, "--prompts_per_round", 3,
              "--pairs_per_step", 10, "--train_batch", train_batch, "--decode_batch", 4, "--threshold", 0.05, "--lr", "2e-3", "--grid_every", 1)
     call("spo_train", *words, "--rounds", 3, "--compile", "--out", tmp_path / "compiled")

@@ -1,1 +1,1 @@
-"""The embedded laboratory: a procedural world, and the checkpoint that this project trained on it."""
+"""The embedded laboratory: a procedural world, and the checkpoint trained on it from nothing."""

@@ -1,4 +1,4 @@
-"""A world in which the truth is known: captions, pictures, and what is right and beautiful about them.
+"""A world in which the truth is known: captions, pictures, what is right and beautiful about them.
 
 A picture shows one, two or three coloured shapes on a light ground. Its caption fixes the content.
 Two hidden factors that no caption mentions fix how well it is *rendered*: how vivid the colours are
@@ -8,12 +8,13 @@ one caption blends two things that often disagree (paper, sections 1 and 4.6):
     alignment   does the picture show what the caption says?   read from the pixels by a verifier
     aesthetics  is it vivid and clean?                         read from the pixels by a formula
 
-No model is ever trained on either of these two numbers. PickScore and the step-aware preference model see
-only the blended labels of `generic_preference`, and SPO sees only the step-aware preference model.
+No model is ever trained on either of these two numbers. PickScore and the step-aware preference
+model see only the blended labels of `generic_preference`, and SPO sees only the latter of the two.
 
 Shapes of tensors: N pictures, 3 channels, S x S pixels (S = 64), values in [0, 1].
 """
 import functools
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -22,7 +23,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 SIZE = 64
-COLOURS = {  # sRGB in 0..255, hues at least 35 degrees apart so that a washed-out one can still be named
+COLOURS = {  # sRGB in 0..255; hues at least 35 degrees apart, so that a pale one has a name
     "red": (226, 42, 46), "yellow": (247, 188, 20), "green": (44, 166, 62),
     "cyan": (20, 186, 196), "blue": (38, 92, 228), "purple": (154, 48, 208),
 }
@@ -37,7 +38,7 @@ RGB = torch.tensor([COLOURS[c] for c in COLOURS], dtype=torch.float32) / 255
 
 @dataclass(frozen=True)
 class Caption:
-    """What a picture must show: `objects` as (colour, shape); `relation` of the first to the second."""
+    """What a picture must show: (colour, shape) of its `objects`; `relation` of first to second."""
     text: str
     kind: str                                   # "single" | "count" | "relation"
     objects: tuple[tuple[str, str], ...]
@@ -49,14 +50,19 @@ def all_captions() -> list[Caption]:
     things = [(c, s) for c in COLOURS for s in SHAPES]
     plural = {s: s + ("es" if s == "cross" else "s") for s in SHAPES}
     single = [Caption(f"a {c} {s}", "single", ((c, s),)) for c, s in things]
-    count = [Caption(f"{COUNTS[n]} {c} {plural[s]}", "count", ((c, s),) * n) for n in COUNTS for c, s in things]
-    relation = [Caption(f"a {a[0]} {a[1]} {r} a {b[0]} {b[1]}", "relation", (a, b), r)
-                for r in RELATIONS for a in things for b in things if a[0] != b[0]]
+    count = [
+        Caption(f"{COUNTS[n]} {c} {plural[s]}", "count", ((c, s),) * n)
+        for n in COUNTS for c, s in things
+    ]
+    relation = [
+        Caption(f"a {a[0]} {a[1]} {r} a {b[0]} {b[1]}", "relation", (a, b), r)
+        for r in RELATIONS for a in things for b in things if a[0] != b[0]
+    ]
     return single + count + relation
 
 
 def split_captions(seed: int = 0) -> tuple[list[Caption], list[Caption]]:
-    """(training captions, 256 held-out captions): 4 singles, 8 counts, 122 relations said both ways round.
+    """(training captions, 256 held-out ones: 4 singles, 8 counts, 122 relations said both ways).
 
     "A left of B" and "B right of A" describe one scene, so they are held out together.
     """
@@ -74,8 +80,19 @@ def split_captions(seed: int = 0) -> tuple[list[Caption], list[Caption]]:
     return [c for c in captions if c.text not in texts], held
 
 
+def draw_captions(
+    count: int, generator: torch.Generator, shares: tuple[float, ...] = (0.2, 0.2, 0.6)
+) -> list[Caption]:
+    """`count` training captions; `shares` of singles, counts and relations."""
+    train, _ = split_captions()
+    kinds = [[c for c in train if c.kind == kind] for kind in ("single", "count", "relation")]
+    share = torch.tensor(shares).multinomial(count, replacement=True, generator=generator)
+    draw = torch.rand(count, generator=generator)
+    return [kinds[k][int(u * len(kinds[k]))] for k, u in zip(share.tolist(), draw.tolist())]
+
+
 def _place(caption: Caption, rand) -> list[tuple[float, float, float]]:
-    """Centre and radius in pixels, (x, y, r), of every object of a caption; `rand(low, high)` draws a number."""
+    """(x, y, r) in pixels, centre and radius, of a caption's objects; `rand(low, high)` draws."""
     if caption.kind == "single":
         r = rand(13, 20)
         return [(rand(r + 3, SIZE - r - 3), rand(r + 3, SIZE - r - 3), r)]
@@ -83,68 +100,80 @@ def _place(caption: Caption, rand) -> list[tuple[float, float, float]]:
         dx, dy = RELATIONS[caption.relation]
         near, far = [(rand(15, 19), rand(20, 44)) for _ in range(2)]
         sizes = [rand(9, 12.5) for _ in range(2)]
-        along = (near[0], SIZE - far[0])        # the two halves of the axis that the relation is about
-        first, second = (along if dx + dy < 0 else along[::-1])
+        halves = near[0], SIZE - far[0]         # of the axis that the relation is about
+        first, second = halves if dx + dy < 0 else halves[::-1]
         if dx:
             return [(first, near[1], sizes[0]), (second, far[1], sizes[1])]
         return [(near[1], first, sizes[0]), (far[1], second, sizes[1])]
     while True:                                  # a few of a kind: anywhere, but apart
         r = rand(8, 10.5)
         spots = [(rand(r + 3, SIZE - r - 3), rand(r + 3, SIZE - r - 3), r) for _ in caption.objects]
-        if all(math.dist(a[:2], b[:2]) > 2.5 * r + 2 for i, a in enumerate(spots) for b in spots[:i]):
+        if all(math.dist(a[:2], b[:2]) > 2.5 * r + 2 for a, b in itertools.combinations(spots, 2)):
             return spots
 
 
-def signed_distance(shape: torch.Tensor, dx: torch.Tensor, dy: torch.Tensor, r: torch.Tensor) -> torch.Tensor:
-    """Distance in pixels from the edge of a shape, negative inside; `shape` indexes SHAPES. All broadcast."""
+def signed_distance(
+    shape: torch.Tensor, dx: torch.Tensor, dy: torch.Tensor, r: torch.Tensor
+) -> torch.Tensor:
+    """Pixels from a shape's edge, negative inside; `shape` indexes SHAPES. All broadcast."""
     circle = (dx.square() + dy.square()).sqrt() - r
     square = torch.maximum(dx.abs(), dy.abs()) - 0.88 * r
-    slope = (1.0 / 1.85, 1 / math.hypot(1, 1 / 1.85))        # half width per unit of height of the triangle
-    triangle = torch.maximum((dx.abs() - (dy + 1.05 * r) * slope[0]) * slope[1], dy - 0.8 * r)
+    slope = 1 / 1.85                                        # the triangle's half width per height
+    flank = (dx.abs() - (dy + 1.05 * r) * slope) * (1 / math.hypot(1, slope))
+    triangle = torch.maximum(flank, dy - 0.8 * r)
     arm = torch.maximum(dx.abs() - r, dy.abs() - 0.34 * r)
     cross = torch.minimum(arm, torch.maximum(dy.abs() - r, dx.abs() - 0.34 * r))
-    return torch.where(shape == 0, circle, torch.where(shape == 1, square, torch.where(shape == 2, triangle, cross)))
+    angular = torch.where(shape == 2, triangle, cross)
+    return torch.where(shape == 0, circle, torch.where(shape == 1, square, angular))
 
 
-def render(captions: list[Caption], generator: torch.Generator, vividness: torch.Tensor | None = None,
-           cleanliness: torch.Tensor | None = None, slip: torch.Tensor | None = None) -> torch.Tensor:
-    """Draw one picture per caption -> [N, 3, 64, 64] in [0, 1]. Factors in [0, 1], [N]; uniform if not given.
+def render(
+    captions: list[Caption],
+    generator: torch.Generator,
+    vividness: torch.Tensor | None = None,
+    cleanliness: torch.Tensor | None = None,
+    slip: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Draw one picture per caption -> [N, 3, S, S] in [0, 1].
 
-    `slip` [N] mixes that share of the next colour of the circle into every colour: a painter who missed the hue.
+    `vividness` and `cleanliness` [N] in [0, 1]; uniform if not given. `slip` [N] in [-1, 1], a
+    painter who misses the hue: the share of the colour circle's next colour (< 0: the last one's).
     """
     n = len(captions)
     vividness = torch.rand(n, generator=generator) if vividness is None else vividness
     cleanliness = torch.rand(n, generator=generator) if cleanliness is None else cleanliness
     pool = iter(torch.rand(n * 400, generator=generator).tolist())
-    colour_of, shape_of = {c: i for i, c in enumerate(COLOURS)}, {s: i for i, s in enumerate(SHAPES)}
-    rows = torch.zeros(n, 3, 5)                                             # colour, shape, x, y, radius
-    rows[:, :, 3] = -1e3                                                    # an absent object lies far away
+    names = list(COLOURS)
+    rows = torch.zeros(n, 3, 5)                         # colour, shape, x, y, radius
+    rows[:, :, 3] = -1e3                                # an absent object lies far away
     for i, caption in enumerate(captions):
         spots = _place(caption, lambda low, high: low + (high - low) * next(pool))
         for j, ((c, s), spot) in enumerate(zip(caption.objects, spots)):
-            rows[i, j] = torch.tensor([colour_of[c], shape_of[s], *spot])
+            rows[i, j] = torch.tensor([names.index(c), SHAPES.index(s), *spot])
 
     axis = torch.arange(SIZE) + 0.5
     y, x = axis[:, None], axis[None, :]
-    # The ground: a light tone that darkens a little downwards, with grey blotches where it is not clean.
+    # The ground: light, a little darker further down, with grey blotches where it is not clean.
     tone = 0.955 + 0.03 * torch.rand(n, 1, 1, 1, generator=generator) - 0.07 * (y / SIZE)
     tint = 0.012 * (torch.rand(n, 3, 1, 1, generator=generator) - 0.5)
-    blotch = F.interpolate(torch.randn(n, 1, 5, 5, generator=generator), SIZE, mode="bicubic", align_corners=True)
+    coarse = torch.randn(n, 1, 5, 5, generator=generator)
+    blotch = F.interpolate(coarse, SIZE, mode="bicubic", align_corners=True)
     blotch = blotch.clamp(-1.5, 1.5) / 3 + 0.5
     image = tone + tint - BLOTCH * (1 - cleanliness.view(n, 1, 1, 1)) * blotch
     for j in range(3):
-        colour, shape, cx, cy, r = (v.view(n, 1, 1) for v in rows[:, j].unbind(1))
-        edge = signed_distance(shape, x - cx, y - cy, r)                    # [N, S, S]
+        _, shape, cx, cy, r = (v.view(n, 1, 1) for v in rows[:, j].unbind(1))
+        edge = signed_distance(shape, x - cx, y - cy, r)                # [N, S, S]
         shadow = signed_distance(shape, x - cx - 1.5, y - cy - 2, r)
         image = image * (1 - 0.10 * ((2 - shadow) / 4).clamp(0, 1)[:, None])
-        pure = RGB[rows[:, j, 0].long()].view(n, 3, 1, 1)
-        if slip is not None:            # forwards or backwards around the circle of hues
-            other = RGB[(rows[:, j, 0].long() + slip.sign().long()) % len(RGB)].view(n, 3, 1, 1)
+        hue = rows[:, j, 0].long()
+        pure = RGB[hue].view(n, 3, 1, 1)
+        if slip is not None:
+            other = RGB[(hue + slip.sign().long()) % len(RGB)].view(n, 3, 1, 1)
             pure = pure + slip.abs().view(n, 1, 1, 1) * (other - pure)
         grey = pure.mean(1, keepdim=True) * 0.4 + 0.42
         strength = (PALE + (1 - PALE) * vividness).view(n, 1, 1, 1)
         light = 1 - 0.09 * ((x - cx + y - cy) / (2 * r.clamp(min=1))).clamp(-1, 1)[:, None]
-        cover = (0.5 - edge).clamp(0, 1)[:, None]                           # [N, 1, S, S], anti-aliased
+        cover = (0.5 - edge).clamp(0, 1)[:, None]                       # [N, 1, S, S], anti-aliased
         image = image * (1 - cover) + cover * (grey + strength * (pure - grey)) * light
     return image.clamp(0, 1)
 
@@ -161,36 +190,43 @@ class Thing:
 def _templates(side: int = 24) -> torch.Tensor:
     """Each shape's mask, stretched to its own bounding box -> [4, side * side]."""
     axis = torch.arange(96) - 47.5
-    masks = []
-    for i in range(len(SHAPES)):
-        mask = signed_distance(torch.tensor(i), axis[None, :], axis[:, None], torch.tensor(36.0)) < 0
-        masks.append(_fit(mask, side))
-    return torch.stack(masks)
+    shape = torch.arange(len(SHAPES)).view(-1, 1, 1)
+    masks = signed_distance(shape, axis[None, :], axis[:, None], torch.tensor(36.0)) < 0
+    return torch.stack([_fit(mask, side) for mask in masks])
 
 
 def _fit(mask: torch.Tensor, side: int = 24) -> torch.Tensor:
     """Cut a [S, S] boolean mask to its bounding box and stretch it -> [side * side] in [0, 1]."""
     ys, xs = mask.any(1).nonzero(), mask.any(0).nonzero()
-    box = mask[int(ys[0]):int(ys[-1]) + 1, int(xs[0]):int(xs[-1]) + 1].float()
-    return F.interpolate(box[None, None], (side, side), mode="bilinear", align_corners=False).flatten()
+    box = mask[None, None, int(ys[0]):int(ys[-1]) + 1, int(xs[0]):int(xs[-1]) + 1].float()
+    return F.interpolate(box, (side, side), mode="bilinear", align_corners=False).flatten()
 
 
 def _chroma(images: torch.Tensor) -> torch.Tensor:
-    """Largest minus smallest channel -> [N, S, S]; grey is 0."""
+    """Largest minus smallest channel of [N, 3, ...] -> [N, ...]; grey is 0."""
     return images.amax(1) - images.amin(1)
 
 
+def _direction(images: torch.Tensor) -> torch.Tensor:
+    """The hue of [N, 3, ...] as a unit vector across the grey axis -> [N, 3, ...]."""
+    return F.normalize(images - images.mean(1, keepdim=True), dim=1)
+
+
 def _dilate(maps: torch.Tensor, reach: int) -> torch.Tensor:
-    """The largest value of [N, S, S], none negative, within `reach` pixels each way; by axes, five times as fast as max_pool2d."""
+    """The largest value of [N, S, S], none negative, within `reach` pixels each way.
+
+    One axis after the other: five times as fast as max_pool2d.
+    """
     padded = F.pad(maps, (reach,) * 4)
     for axis in (1, 2):
         size = padded.shape[axis] - 2 * reach
-        padded = functools.reduce(torch.maximum, (padded.narrow(axis, i, size) for i in range(2 * reach + 1)))
+        shifted = (padded.narrow(axis, i, size) for i in range(2 * reach + 1))
+        padded = functools.reduce(torch.maximum, shifted)
     return padded
 
 
 def _components(mask: torch.Tensor) -> torch.Tensor:
-    """Label the connected regions of boolean masks [N, S, S]; 0 is the ground, labels are unique per picture."""
+    """Number the connected regions of each boolean mask [N, S, S]; 0 is the ground."""
     n, h, w = mask.shape
     label = torch.arange(1, h * w + 1, dtype=torch.float32).view(1, h, w) * mask
     while True:                                  # the largest label floods its region
@@ -208,7 +244,8 @@ def find_things(images: torch.Tensor) -> list[list[Thing]]:
     images = images.float().clamp(0, 1)
     labels = _components(_chroma(images) > 0.11)
     templates = _templates()
-    hues = F.normalize(RGB - RGB.mean(1, keepdim=True), dim=1)              # [6, 3] direction of each colour
+    hues = _direction(RGB)
+    names = list(COLOURS)
     found = []
     for image, label in zip(images, labels):
         things = []
@@ -218,15 +255,15 @@ def find_things(images: torch.Tensor) -> list[list[Thing]]:
             if value == 0 or area < 24:
                 continue
             mean = image[:, region].mean(1)
-            colour = int((hues @ F.normalize(mean - mean.mean(), dim=0)).argmax())
+            colour = names[int((hues @ F.normalize(mean - mean.mean(), dim=0)).argmax())]
             mask = _fit(region)
             overlap = torch.minimum(templates, mask).sum(1) / torch.maximum(templates, mask).sum(1)
             ys, xs = region.nonzero().float().unbind(1)
             wide, high = xs.max() - xs.min() + 1, ys.max() - ys.min() + 1
+            shape = SHAPES[int(overlap.argmax())]
             if overlap.max() < 0.6 or not 0.6 < wide / high < 1.65:
-                things.append(Thing(list(COLOURS)[colour], "blob", float(xs.mean()), float(ys.mean())))
-                continue
-            things.append(Thing(list(COLOURS)[colour], SHAPES[int(overlap.argmax())], float(xs.mean()), float(ys.mean())))
+                shape = "blob"
+            things.append(Thing(colour, shape, float(xs.mean()), float(ys.mean())))
         found.append(things)
     return found
 
@@ -244,16 +281,16 @@ def fulfils(things: list[Thing], caption: Caption) -> bool:
 def stands(first: Thing, second: Thing, relation: str) -> bool:
     """Is the first clearly `relation` ("left of", ...) the second?"""
     dx, dy = RELATIONS[relation]
-    along, across = (first.x - second.x) * abs(dx) + (first.y - second.y) * abs(dy), \
-        (first.x - second.x) * abs(dy) + (first.y - second.y) * abs(dx)
+    x, y = first.x - second.x, first.y - second.y
+    along, across = (x, y) if dx else (y, x)
     return along * (dx + dy) > 6 and abs(along) > 0.5 * abs(across)
 
 
 def geneval(things: list[Thing], caption: Caption) -> dict[str, bool]:
-    """This world's GenEval (paper, Table 3): what a picture gets right of its caption, tag by tag.
+    """This world's GenEval (paper, Table 3): what a picture gets right of its caption, by tag.
 
-    single, counting, two: the shapes, whatever their colours. colours, binding: each shape in its own colour. position: the two
-    shapes as the relation says, whatever their colours.
+    single, counting, two: the shapes, whatever their colours. colours, binding: each shape in its
+    own colour. position: the two shapes as the relation says, whatever their colours.
     """
     shapes, wanted = [t.shape for t in things], [s for _, s in caption.objects]
     coloured = [(t.colour, t.shape) for t in things]
@@ -263,7 +300,10 @@ def geneval(things: list[Thing], caption: Caption) -> dict[str, bool]:
         return dict(single=there, colours=bound)
     if caption.kind == "count":
         return dict(counting=shapes.count(wanted[0]) == len(wanted))
-    placed = any(a is not b and (a.shape, b.shape) == tuple(wanted) and stands(a, b, caption.relation) for a in things for b in things)
+    placed = any(
+        [a.shape, b.shape] == wanted and stands(a, b, caption.relation)
+        for a, b in itertools.permutations(things, 2)
+    )
     return dict(two=there, position=placed, binding=bound)
 
 
@@ -273,32 +313,40 @@ def alignment(images: torch.Tensor, captions: list[Caption]) -> torch.Tensor:
 
 
 def aesthetics(images: torch.Tensor) -> torch.Tensor:
-    """10 x the mean of vividness and cleanliness, both read from the pixels -> [N] in 0..10; blind to the caption."""
+    """5 x (vividness + cleanliness) of [N, 3, S, S] -> [N] in 0..10; blind to the caption."""
     images = images.float().clamp(0, 1)
-    chroma = _chroma(images)
-    mask = chroma > 0.11
-    inner = 1 - _dilate(1 - mask.float(), 1)                                # without the anti-aliased edge
-    ground = 1 - _dilate(mask.float(), 4)                                   # without edge and shadow
-    hues = F.normalize(RGB - RGB.mean(1, keepdim=True), dim=1)
-    direction = F.normalize(images - images.mean(1, keepdim=True), dim=1)
-    nearest = torch.einsum("kc,nchw->nkhw", hues, direction).argmax(1)      # colour name of every pixel
-    full = (RGB.amax(1) - RGB.amin(1))[nearest]
-    vivid = ((chroma / full).clamp(max=1) * inner).sum((1, 2)) / inner.sum((1, 2)).clamp(min=1)
-    vivid = ((vivid - PALE) / (0.98 - PALE)).clamp(0, 1)
-    # Cleanliness: what is left of the ground's brightness after its best plane is taken away.
+    mask = (_chroma(images) > 0.11).float()
+    return 5 * (_vividness(images, mask) + _cleanliness(images, mask))
+
+
+def _vividness(images: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Chroma of the coloured pixels, as a share of their colour's full one -> [N] in 0..1."""
+    inner = 1 - _dilate(1 - mask, 1)                                    # no anti-aliased edge
+    nearest = torch.einsum("kc,nchw->nkhw", _direction(RGB), _direction(images)).argmax(1)
+    share = (_chroma(images) / _chroma(RGB)[nearest]).clamp(max=1)
+    vivid = (share * inner).sum((1, 2)) / inner.sum((1, 2)).clamp(min=1)
+    return ((vivid - PALE) / (0.98 - PALE)).clamp(0, 1)
+
+
+def _cleanliness(images: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """How close the ground's brightness is to a plane -> [N] in 0..1."""
     n, s = images.shape[0], images.shape[-1]
     axis = torch.linspace(-1, 1, s)
-    plane = torch.stack([torch.ones(s, s), axis[None, :].expand(s, s), axis[:, None].expand(s, s)], -1).view(1, -1, 3)
-    weight, light = ground.view(n, -1, 1), images.mean(1).view(n, -1, 1)
+    x, y = torch.meshgrid(axis, axis, indexing="xy")
+    plane = torch.stack([torch.ones(s, s), x, y], -1).view(1, -1, 3)
+    weight = (1 - _dilate(mask, 4)).view(n, -1, 1)                      # no edge, no shadow
+    light = images.mean(1).view(n, -1, 1)
     normal = plane.transpose(1, 2) @ (plane * weight) + 1e-4 * torch.eye(3)
     fit = torch.linalg.solve(normal, plane.transpose(1, 2) @ (light * weight))
-    error = (((light - plane @ fit).square() * weight).sum((1, 2)) / weight.sum((1, 2)).clamp(min=1)).sqrt()
-    clean = (1 - (error - 0.004) / 0.085).clamp(0, 1)
-    return 5 * (vivid + clean)
+    squares = (light - plane @ fit).square() * weight
+    error = (squares.sum((1, 2)) / weight.sum((1, 2)).clamp(min=1)).sqrt()
+    return (1 - (error - 0.004) / 0.085).clamp(0, 1)
 
 
-def generic_preference(aligned: torch.Tensor, beauty: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Which of two pictures a person of this world likes: 1 if the first, else 0; inputs [N, 2] -> [N].
+def generic_preference(
+    aligned: torch.Tensor, beauty: torch.Tensor, generator: torch.Generator
+) -> torch.Tensor:
+    """Which of two pictures a person of this world likes: 1 the first, 0 the second; [N, 2] -> [N].
 
     Bernoulli of sigmoid((10 x alignment + 0.5 x aesthetics) / 0.6), first against second.
     """
@@ -307,7 +355,7 @@ def generic_preference(aligned: torch.Tensor, beauty: torch.Tensor, generator: t
 
 
 def mistaken(caption: Caption, captions: list[Caption], rand: torch.Generator) -> Caption:
-    """A caption that a careless painter might have painted instead: one word differs (relations: order too)."""
+    """What a careless painter might have painted instead: at most two words of the caption differ."""
     while True:
         other = captions[int(torch.randint(len(captions), (1,), generator=rand))]
         if other.kind == caption.kind and other.text != caption.text:
@@ -316,27 +364,30 @@ def mistaken(caption: Caption, captions: list[Caption], rand: torch.Generator) -
                 return other
 
 
-def preference_pairs(count: int, seed: int, mistakes: float = 0.35) -> tuple[torch.Tensor, list[str], torch.Tensor]:
-    """Generic preference data of this world: pictures uint8 [N, 2, 3, S, S], captions, labels [N] (1: first liked).
+def preference_pairs(
+    count: int, seed: int, mistakes: float = 0.35
+) -> tuple[torch.Tensor, list[str], torch.Tensor]:
+    """Generic preference data: pictures uint8 [N, 2, 3, S, S], captions, labels [N] (1: the first).
 
-    Two painters paint each training caption with their own rendering; each gets the content wrong with probability
-    `mistakes`, and half of the time misses the hue by anything up to a whole neighbouring colour. What the labels
-    blend is the truth as read from the pixels.
+    Two painters paint each training caption with their own rendering; each gets the content wrong
+    with probability `mistakes`, and half of the time misses the hue by anything up to a whole
+    neighbouring colour. What the labels blend is the truth as read from the pixels.
     """
-    train, _ = split_captions()
-    kinds = [[c for c in train if c.kind == kind] for kind in ("single", "count", "relation")]
     rand = torch.Generator().manual_seed(seed)
-    share = torch.tensor([0.2, 0.2, 0.6]).multinomial(count, replacement=True, generator=rand).tolist()
-    draw = torch.rand(count, generator=rand).tolist()
-    captions = [kinds[k][int(u * len(kinds[k]))] for k, u in zip(share, draw)]
-    wrong = torch.rand(count, 2, generator=rand) < mistakes
-    painted = [mistaken(c, train, rand) if w else c for c, row in zip(captions, wrong.tolist()) for w in row]
-    slip = (2 * torch.rand(2 * count, generator=rand) - 1) * (torch.rand(2 * count, generator=rand) < 0.5)
+    captions = draw_captions(count, rand)
+    train, _ = split_captions()
     asked = [c for c in captions for _ in range(2)]
+    wrong = torch.rand(2 * count, generator=rand) < mistakes
+    painted = [mistaken(c, train, rand) if w else c for c, w in zip(asked, wrong.tolist())]
+    slip = 2 * torch.rand(2 * count, generator=rand) - 1
+    slip *= torch.rand(2 * count, generator=rand) < 0.5
     images, aligned, beauty = [], [], []
     for i in tqdm(range(0, 2 * count, 256), desc="painting pairs", disable=count < 4000):
-        images.append((render(painted[i:i + 256], rand, slip=slip[i:i + 256]) * 255).round().byte())
+        drawn = render(painted[i:i + 256], rand, slip=slip[i:i + 256])
+        images.append((drawn * 255).round().byte())
         aligned.append(alignment(images[-1] / 255, asked[i:i + 256]))
         beauty.append(aesthetics(images[-1] / 255))
-    labels = generic_preference(torch.cat(aligned).view(count, 2), torch.cat(beauty).view(count, 2), rand)
+    labels = generic_preference(
+        torch.cat(aligned).view(count, 2), torch.cat(beauty).view(count, 2), rand
+    )
     return torch.cat(images).view(count, 2, 3, SIZE, SIZE), [c.text for c in captions], labels

@@ -1,0 +1,444 @@
+"""What every method that trains a LoRA shares: options, rounds of prompts, minibatches, samples.
+
+    with Trainer(config, run, pipe, prompts, judge) as trainer:
+        for turn in trainer.turns():                    # rounds of prompts, from the last checkpoint on
+            for minibatch in trainer.minibatches(slots, names, turn, place_of):
+                for part in minibatch:
+                    minibatch.backward(loss, logged)
+                minibatch.step()
+            trainer.end(turn, stats)                    # log, checkpoint, samples; leaves on a signal
+
+SPO (spo_train.py) and its rivals (baselines.py) differ in what stands inside; the loop is theirs.
+
+Shapes: N slots, a slot being whatever a method learns from: a step of a pair, a pair of pictures.
+"""
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+import lora
+from calls import Calls
+from diffusion import encode_empty, generate, grid
+from loading import DTYPES, NEGATIVE, Pipeline, load_pipeline, load_tiny_decoder
+from prompt_sets import read_prompts
+from training import (
+    TOO_MANY,
+    Processes,
+    Rounds,
+    Run,
+    Stopped,
+    check_preset,
+    fingerprint,
+    opt,
+    parse_options,
+    permutation,
+    warn,
+    write_atomic,
+)
+from unet import compile_blocks
+from weights import InputError
+
+
+@dataclass
+class ModelConfig:
+    """Which model, and in what form. P = the paper, O = the released official code, T = measured on tiny."""
+    model: str = opt("tiny", "tiny, sd15, sdxl, a folder or hub id in the diffusers layout, or a "
+                     "single-file checkpoint")
+    preset: str = opt("", "whose settings are the defaults; empty: the model's own, or what a local folder "
+                      "or single file turns out to be, else sd15", ("", "tiny", "sd15", "sdxl"))
+    out: str = opt("runs/spo", "run folder: LoRA files, log.jsonl, config.json, checkpoints, samples")
+    seed: int = opt(0, "every random number of the run is keyed by it", least=0)
+    device: str = opt("", "cpu or cuda; empty: a GPU if there is one")
+    dtype: str = opt("bf16", "of the frozen weights; what is trained is fp32", tuple(DTYPES))
+    vae: str = opt("", "another VAE, folder or hub id; empty: the model's own (sdxl: the fp16-safe one)")
+    prediction_type: str = opt("", "of single files; empty: epsilon, or as the folder says",
+                               ("", "epsilon", "v_prediction"))
+    negative: str = opt("", "guidance's other side: zeros, or the empty prompt encoded; empty: as the "
+                        "model was trained", ("", "zeros", "encoded"))
+    tokenizer: str = opt("", "of single files: folder or hub id with tokenizer/ (and tokenizer_2/); "
+                         "empty: the official one")
+    guidance_scale: float = opt(5.0, "classifier-free guidance, in sampling and training (P: 5)")
+    resolution: int = opt(0, "picture side in pixels; 0: the model's own", least=0)
+    compile: bool = opt(False, "torch.compile the UNet's blocks, the decoder and the judge")
+    profile: bool = opt(False, "write what the second round or step spends its time on: profile.json "
+                        "(for Perfetto), profile.txt")
+
+
+@dataclass
+class RunConfig(ModelConfig):
+    """What every method that trains a LoRA needs."""
+    prompts: str = opt("", "training prompts: .txt, .json, .jsonl, .parquet or a hub data set (P: 4k "
+                       "Pick-a-Pic captions); empty: tiny's own")
+    sample_prompts: int = opt(0, "use so many of them, drawn by the seed (P: 4000); 0: all", least=0)
+    decoder: str = opt("", "small decoder of the pictures that the judge sees: taesd, a folder, file or "
+                       "hub id; empty: the VAE's")
+    # Sampling (P 5.1)
+    steps: int = opt(20, "DDIM steps of a trajectory (P: 20)", least=1, most=999)
+    eta: float = opt(1.0, "DDIM stochasticity; 0 would leave a step without a probability (P: 1)",
+                     above=0, most=1)
+    # Optimization (P 5.1)
+    lr: float = opt(6e-5, "AdamW learning rate (P: 6e-5 SD-1.5, 1e-5 SDXL)", least=0)
+    weight_decay: float = opt(1e-4, "AdamW weight decay (O)", least=0)
+    clip_norm: float = opt(1.0, "bound on the gradient norm (O: 1.0, though theirs clips nothing)", above=0)
+    rank: int = opt(4, "LoRA rank (P: 4 SD-1.5, 64 SDXL); alpha = rank", least=1)
+    targets: str = opt(",".join(lora.TARGETS), "linear layers that get LoRA, by the end of their names (O)")
+    epochs: int = opt(10, "passes over the prompts (P: 10)", least=1)
+    rounds: int = opt(0, "stop after this many rounds; 0: when the epochs are done", least=0)
+    prompts_per_round: int = opt(40, "global batch of prompts per round (O: 4 x 10 SD-1.5, 4 x 2 SDXL)",
+                                 least=1)
+    pairs_per_step: int = opt(40, "global batch of pairs per optimizer step (P: 40 SD-1.5; 8 x 2 SDXL)",
+                              least=1)
+    # What fits, and how often; none of these changes the mathematics
+    memory: str = opt("auto", "low: small batches, checkpointing, text encoders on the card only while "
+                      "they encode; normal: the batches below; auto: low on cards under 32 GB (sd15) or "
+                      "64 GB (sdxl)", ("auto", "normal", "low"))
+    sample_batch: int = opt(10, "prompts that one process samples at a time", least=1)
+    train_batch: int = opt(10, "pairs in one forward and backward", least=1)
+    decode_batch: int = opt(16, "latents that the VAE decodes at a time", least=1)
+    checkpointing: bool = opt(False, "recompute the UNet's activations in the backward: less memory, slower")
+    decoder_check: int = opt(0, "with --decoder: for this many rounds decode with the VAE too and log how "
+                             "often it names the same pair", least=0)
+    save_every: int = opt(10, "rounds between checkpoints; the last two stay, and that of the highest "
+                          "mean score (LoRA: best/)", least=1)
+    grid_every: int = opt(10, "rounds between sample grids; 0: never", least=0)
+    snapshot_every: int = opt(0, "rounds between LoRAs that stay, in loras/; 0: none", least=0)
+
+
+LOW = {         # estimated, not measured: sd15 within 10 GB at 512 pixels, sdxl within 24 GB at 1024
+    "sd15": dict(sample_batch=2, train_batch=4, decode_batch=2, checkpointing=True),
+    "": dict(sample_batch=1, train_batch=1, decode_batch=1, checkpointing=True),    # every other preset
+}
+# What may differ where a run goes on. What a preset sets is compared itself.
+FREE = ("out", "preset", "device", "epochs", "rounds", "memory", "sample_batch", "train_batch",
+        "decode_batch", "checkpointing", "compile", "decoder_check", "profile", "save_every",
+        "grid_every", "snapshot_every")
+
+
+def fit_memory(config: RunConfig, presets: dict[str, dict], device: torch.device,
+               arguments: list[str] | None = None) -> RunConfig:
+    """The configuration with `memory` decided, normal or low.
+
+    Low's batches hold where the command line, `arguments` (None: this process's own), names no others.
+    """
+    low = config.memory == "low"
+    if config.memory == "auto" and device.type == "cuda":
+        needs = {"tiny": 0, "sd15": 32e9, "sdxl": 64e9}[config.preset]      # sdxl is estimated
+        low = torch.cuda.get_device_properties(device).total_memory < needs
+    if low:
+        small = LOW.get(config.preset, LOW[""])
+        presets = {config.preset: presets.get(config.preset, {}) | small}
+        config = parse_options(type(config), presets, arguments)
+    return dataclasses.replace(config, memory="low" if low else "normal")
+
+
+def training_prompts(config: RunConfig) -> list[str]:
+    """The prompts to train on; InputError where none are named."""
+    if not config.prompts:
+        raise InputError("--prompts: name a file of training prompts, e.g. SPO's own "
+                         "4k_training_prompts.json (only tiny brings its own)")
+    return read_prompts(config.prompts, config.sample_prompts, config.seed)
+
+
+def load_model(config: ModelConfig, processes: Processes) -> Pipeline:
+    """The model that the options name."""
+    pipe = load_pipeline(config.model, DTYPES[config.dtype], processes.device, vae=config.vae or None,
+                         prediction_type=config.prediction_type, tokenizer=config.tokenizer,
+                         zero_negative=NEGATIVE[config.negative])
+    pipe.calls = Calls(processes.device)
+    pipe.check_resolution(config.resolution)
+    if processes.main:
+        check_preset(config, pipe.is_sdxl)
+    return pipe
+
+
+def prepare_policy(config: RunConfig, processes: Processes) -> Pipeline:
+    """Load the model, put the LoRA on its UNet, compile if asked."""
+    pipe = load_model(config, processes)
+    pipe.offload = config.memory == "low"
+    try:
+        lora.add(pipe.unet, config.rank, targets=tuple(config.targets.split(",")), seed=config.seed)
+    except ValueError as error:
+        raise InputError(f"--targets {config.targets}: {error}") from None
+    pipe.unet.checkpointing = config.checkpointing
+    if config.compile:
+        compile_blocks(pipe.unet)
+        pipe.vae.to(memory_format=torch.channels_last)
+    return pipe
+
+
+def vae_decoder(pipe: Pipeline, config: RunConfig) -> Callable:
+    """Latents [N, C, h, w] -> pictures [N, 3, H, W] in about [-1, 1], fp32."""
+    decode, dtype = pipe.vae.decode, pipe.vae.post_quant_conv.weight.dtype
+    if config.compile:
+        decode = torch.compile(decode, dynamic=False)
+    return pipe.calls.wrap(lambda latents: decode(latents.to(dtype)).float(), "decoding")
+
+
+def small_decoder(pipe: Pipeline, config: RunConfig) -> Callable:
+    """The same by the decoder that --decoder names."""
+    decode, dtype = load_tiny_decoder(config.decoder, pipe, DTYPES[config.dtype]), DTYPES[config.dtype]
+    if config.compile:
+        decode.compile(dynamic=False)
+    return pipe.calls.wrap(lambda latents: decode(latents.to(dtype)).float(), "decoding")
+
+
+def compiled_sizes(config: RunConfig, world: int, k: int, rows: int) -> dict[str, tuple[int, ...]]:
+    """How many samples the compiled networks see in each phase: k candidates, up to `rows` a slot."""
+    if not config.compile:
+        return {}
+    prompts = min(config.sample_batch, -(-config.prompts_per_round // world))
+    latents = (config.decode_batch, prompts * k % config.decode_batch)
+    # Slots one at a time take one row or two; more of them are always filled up.
+    training = (config.train_batch * rows,) if config.train_batch > 1 else (1, 2)
+    return dict(sampling=(prompts, prompts * k), training=training, decoding=latents, scoring=latents)
+
+
+def save_lora(pipe: Pipeline, folder: Path) -> None:
+    """The LoRA for diffusers (`load_lora_weights(folder)`) and as kohya's (ComfyUI, A1111)."""
+    weights = lora.state(pipe.unet)
+    both = {"pytorch_lora_weights.safetensors": weights, "lora_kohya.safetensors": lora.to_kohya(weights)}
+    for name, tensors in both.items():
+        write_atomic(folder / name,
+                     functools.partial(save_file, tensors, metadata={"format": "pt"}))
+
+
+def draw_samples(pipe: Pipeline, prompts: list[str], config: RunConfig, path: Path) -> None:
+    """A grid of the same 16 training prompts and seeds every time."""
+    some = [prompts[i] for i in permutation(len(prompts), 0, "preview")[:16]]
+    batch = min(config.sample_batch, config.decode_batch)
+    with torch.compiler.set_stance("force_eager"):          # its batches have other shapes
+        images = generate(pipe, some, list(range(len(some))), batch, steps=config.steps,
+                          guidance_scale=config.guidance_scale, resolution=config.resolution or None)
+    write_atomic(path, functools.partial(grid(images, 8).save, format="PNG"))
+
+
+def copied(weights: list[torch.Tensor]) -> list[torch.Tensor]:
+    """The weights on the CPU, as they are now."""
+    return [p.detach().to("cpu", copy=True) for p in weights]
+
+
+@torch.no_grad()
+def put(weights: list[torch.Tensor], values: list[torch.Tensor]) -> None:
+    """Put values into the weights."""
+    for p, value in zip(weights, values, strict=True):
+        p.copy_(value)
+
+
+@dataclass
+class Turn:
+    """One round: which prompts, and what keys its random numbers."""
+    step: int               # of the run, from 0
+    epoch: int
+    place: int              # within the epoch
+    indices: list[int]      # of its prompts
+    texts: list[str]        # the prompts themselves
+
+    @property
+    def name(self) -> str:
+        """How messages speak of it."""
+        return f"epoch {self.epoch}, round {self.place} of it"
+
+
+class Trainer:
+    """A LoRA in training: rounds of prompts, minibatches, checkpoints. Resumes and stops cleanly."""
+
+    def __init__(self, config: RunConfig, run: Run, pipe: Pipeline, prompts: list[str],
+                 judge: torch.nn.Module | None = None, name: str = "spo"):
+        self.config, self.run, self.processes = config, run, run.processes
+        self.pipe, self.prompts = pipe, prompts
+        self.empty = encode_empty(pipe)
+        self.rounds_per_epoch = -(-len(prompts) // config.prompts_per_round)
+        total = min(config.rounds or math.inf, config.epochs * self.rounds_per_epoch)
+        self.rounds = Rounds(run, total, "round", config, pipe.calls.clock, name)
+        self.weights = lora.parameters(pipe.unet)
+        self.optimizer = torch.optim.AdamW(self.weights, lr=config.lr, betas=(0.9, 0.999), eps=1e-8,
+                                           weight_decay=config.weight_decay)
+        self.totals = Totals(())
+        state = run.resume(
+            prompts=fingerprint(prompts), model=fingerprint(pipe.unet, pipe.vae, *pipe.text_encoders),
+            judge=fingerprint(*[judge] if judge else []))
+        if state:
+            put(self.weights, state["lora"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.rounds.restore(state)
+        self.rounds.announce(
+            f"{len(prompts)} prompts, {total} rounds of {config.prompts_per_round}, LoRA of "
+            f"{sum(p.numel() for p in self.weights):,} parameters, {self.processes.world} x "
+            f"{pipe.device}, starting at round {self.rounds.done}")
+        self.begin = self.rounds.done
+        self.before = self.good = copied(self.weights)      # good: drew finite pictures, for all we know
+
+    def __enter__(self) -> "Trainer":
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        """A signal during work that may be dropped: save what is done, and leave."""
+        if kind is Stopped:
+            if self.rounds.done > self.begin:
+                self.save()
+            self.rounds.leave()
+        if kind is None and self.processes.main:
+            self.conclude()
+
+    def turns(self) -> Iterator[Turn]:
+        """The rounds, each with its share of the epoch's shuffled prompts."""
+        for step in self.rounds:
+            epoch, place = divmod(step, self.rounds_per_epoch)
+            order = permutation(len(self.prompts), self.config.seed, "order", epoch)
+            first = place * self.config.prompts_per_round
+            indices = order[first:first + self.config.prompts_per_round]
+            self.before, self.pipe.calls.evaluations = copied(self.weights), 0
+            yield Turn(step, epoch, place, indices, [self.prompts[i] for i in indices])
+
+    def minibatches(self, slots: list[int], names: tuple[str, ...], turn: Turn,
+                    place_of: Callable[[int], str]) -> "Iterator[Minibatch]":
+        """Each of the `slots` once, in shuffled minibatches, the same on every process.
+
+        `names`: of what is logged, the loss first; `place_of(slot)`: where it is from, for messages.
+        """
+        self.totals = Totals(names)
+        key = (self.config.seed, "pairs", turn.epoch, turn.place)
+        for batch in cut_minibatches(slots, self.config.pairs_per_step, *key):
+            yield Minibatch(self, batch, turn, place_of)
+            if self.rounds.bad >= TOO_MANY:
+                break
+
+    def end(self, turn: Turn, stats: dict, sound: bool = True) -> None:
+        """Log a round; save, draw samples, leave, as is due. Raises InputError after TOO_MANY bad ones.
+
+        `sound`: was there anything finite to learn from?
+        """
+        config, pipe, rounds = self.config, self.pipe, self.rounds
+        rounds.bad += not sound
+        if stats["score"] is not None or not rounds.bad:
+            self.good = self.before
+        evaluations = torch.tensor([float(pipe.calls.evaluations)], device=pipe.device, dtype=torch.float64)
+        self.processes.sum([evaluations])
+        record = dict(round=turn.step + 1, epoch=turn.epoch, **stats, lora_norm=lora.norm(pipe.unet),
+                      evaluations=int(evaluations))
+        shown = {k: f"{stats[k]:.4g}" for k in ("score", "pairs", "margin") if stats[k] is not None}
+        rounds.end(record, "prompts", len(turn.indices), stats["score"], shown)
+        if self.processes.main and config.snapshot_every and rounds.done % config.snapshot_every == 0:
+            save_lora(pipe, self.run.folder / "loras" / f"{rounds.done:05d}")
+        if rounds.bad >= TOO_MANY:
+            self.give_up()
+        if rounds.due or rounds.ending:
+            self.save()
+        last = rounds.done == rounds.total
+        if self.processes.main and config.grid_every and (rounds.done % config.grid_every == 0 or last):
+            draw_samples(pipe, self.prompts, config, self.run.folder / f"samples-{rounds.done:05d}.png")
+        self.processes.barrier()
+        if rounds.ending and not last:
+            rounds.leave()
+
+    def save(self) -> None:
+        """LoRA files, then the checkpoint: whoever is killed in between writes them again."""
+        score = self.rounds.take_score()
+        if self.processes.main:
+            save_lora(self.pipe, self.run.folder)
+            if self.run.is_best(score):
+                save_lora(self.pipe, self.run.folder / "best")
+        self.rounds.save(score, lora=copied(self.weights), optimizer=self.optimizer.state_dict())
+
+    def give_up(self) -> None:
+        """Leave the last good LoRA behind, and say so."""
+        put(self.weights, self.good)
+        if self.processes.main:
+            save_lora(self.pipe, self.run.folder)
+        raise InputError(
+            f"round {self.rounds.done}: {TOO_MANY} optimizer steps in a row, or rounds, were not finite; "
+            f"the last good LoRA is in {self.run.folder} (try a lower --lr, or --dtype fp32)")
+
+    def conclude(self) -> None:
+        """What is left behind, and where."""
+        checked = [row for row in self.run.read_log() if "decoder_pairs" in row]
+        if count := sum(row["decoder_pairs"] for row in checked):
+            same = sum(row["decoder_pairs"] * row["decoder_agreement"] for row in checked)
+            print(f"--decoder {self.config.decoder}: of {count} pairs, {same / count:.1%} are the VAE's too")
+        print(f"LoRA in {self.run.folder / 'pytorch_lora_weights.safetensors'} (diffusers) and "
+              "lora_kohya.safetensors (ComfyUI, A1111)")
+
+
+def cut_minibatches(slots: list[int], size: int, *key) -> list[list[int]]:
+    """Shuffle all slots and cut them into about equal minibatches of about `size`; none is tiny."""
+    order = [slots[i] for i in permutation(len(slots), *key)]
+    count = max(1, round(len(order) / size)) if order else 0
+    return [order[len(order) * i // count: len(order) * (i + 1) // count] for i in range(count)]
+
+
+class Totals:
+    """What a round's minibatches add up to."""
+
+    def __init__(self, names: tuple[str, ...]):
+        self.names, self.sums = names, torch.zeros(len(names))
+        self.used = self.skipped = 0        # slots; optimizer steps
+        self.norms: list[float] = []
+
+    def means(self) -> dict:
+        """Means over the slots used and the optimizer steps made."""
+        means = {name: float(value) / max(self.used, 1) for name, value in zip(self.names, self.sums)}
+        return means | dict(updates=len(self.norms), skipped=self.skipped,
+                            grad_norm=sum(self.norms) / max(len(self.norms), 1))
+
+
+class Minibatch:
+    """Slots that make one optimizer step; every process has its share of them, possibly none."""
+
+    def __init__(self, trainer: Trainer, slots: list[int], turn: Turn, place_of: Callable[[int], str]):
+        self.trainer, self.turn, self.place_of = trainer, turn, place_of
+        self.size = len(slots)
+        self.mine = slots[trainer.processes.rank::trainer.processes.world]
+        self.losses: list[torch.Tensor] = []
+        self.sums = torch.zeros(len(trainer.totals.names), device=trainer.pipe.device)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        """This process's share, `train_batch` slots at a time."""
+        for begin in range(0, len(self.mine), self.trainer.config.train_batch):
+            with self.trainer.pipe.calls.phase("training"):
+                yield self.mine[begin:begin + self.trainer.config.train_batch]
+
+    def backward(self, loss: torch.Tensor, logged: list[torch.Tensor]) -> None:
+        """Add up the gradients of the loss [N], normalised by the global minibatch, and what is logged."""
+        (loss.sum() / self.size).backward()
+        self.losses.append(loss.detach())
+        self.sums += torch.stack([loss.detach(), *logged]).sum(1)
+
+    def step(self) -> None:
+        """Sum the gradients over the processes, clip, and update; a gradient not finite is reported instead."""
+        trainer, totals = self.trainer, self.trainer.totals
+        for p in trainer.weights:               # a process without slots still takes part
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
+        trainer.processes.sum([p.grad for p in trainer.weights] + [self.sums])
+        norm = float(torch.nn.utils.clip_grad_norm_(trainer.weights, trainer.config.clip_norm))
+        if math.isfinite(norm):
+            trainer.optimizer.step()
+            trainer.rounds.bad = 0
+            totals.used += self.size
+            totals.norms.append(norm)
+            totals.sums += self.sums.cpu()
+        else:
+            totals.skipped += 1
+            trainer.rounds.bad += 1
+            self.report()
+        trainer.optimizer.zero_grad(set_to_none=True)
+
+    def report(self) -> None:
+        """Say which slot's loss is not finite or, where all are, which gradient."""
+        finite = torch.isfinite(torch.cat(self.losses)).tolist() if self.losses else []
+        broken = [slot for slot, sound in zip(self.mine, finite) if not sound]
+        if broken:
+            what = f"the loss of {self.place_of(broken[0])}"
+        elif self.trainer.processes.main and math.isfinite(float(self.sums[0])):
+            named = ((n, p.grad) for n, p in self.trainer.pipe.unet.named_parameters() if p.grad is not None)
+            names = (name for name, grad in named if not torch.isfinite(grad).all())
+            what = f"the gradient of {next(names, 'all weights together')}"     # finite, yet an infinite norm
+        else:
+            return
+        warn(f"{self.turn.name}: {what} is not finite; optimizer step skipped")
