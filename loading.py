@@ -1,6 +1,6 @@
-"""Putting networks together: from a folder in the diffusers layout, a hub id, or a single-file checkpoint.
+"""Putting networks together: from a folder in the diffusers layout, a hub id, or a single file.
 
-    pipe = load_pipeline("tiny")            # or "sd15", "sdxl", a folder, a hub id, a .safetensors file
+    pipe = load_pipeline("tiny")        # or "sd15", "sdxl", a folder, a hub id, a .safetensors file
 
 SD-1.5, SDXL and the embedded tiny model take the same path; only their configuration files differ.
 """
@@ -23,6 +23,7 @@ from weights import (
     fetch,
     fetch_weights,
     find_weights,
+    first_line,
     from_open_clip,
     is_sdxl,
     layout,
@@ -44,38 +45,48 @@ NAMES = {
     "sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5",      # the original repository is gone
     "sdxl": "stabilityai/stable-diffusion-xl-base-1.0",
 }
-SDXL_VAE = "madebyollin/sdxl-vae-fp16-fix"                      # SDXL's stock VAE overflows in half precision
-TAESD = ("madebyollin/taesd", "madebyollin/taesdxl")             # small decoders of SD-1.5's and of SDXL's latents
+SDXL_VAE = "madebyollin/sdxl-vae-fp16-fix"      # SDXL's stock VAE overflows in half precision
+TAESD = ("madebyollin/taesd", "madebyollin/taesdxl")    # small decoders, SD-1.5's and SDXL's
+SPM_HOME = "SPO-Diffusion-Models/Step-Aware_Preference_Models"
+SPMS = {"sd15": f"{SPM_HOME}/sd-v1-5_step-aware_preference_model.bin",      # for load_clip
+        "sdxl": f"{SPM_HOME}/sdxl_step-aware_preference_model.bin"}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+NEGATIVE = {"": None, "zeros": True, "encoded": False}  # --negative -> zero_negative
 
 PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
-FILES = ["model_index.json", "scheduler/*", "tokenizer/*", "tokenizer_2/*", *(f"{part}/config.json" for part in PARTS)]    # and weights
-SPMS = {name: f"SPO-Diffusion-Models/Step-Aware_Preference_Models/{file}_step-aware_preference_model.bin"
-        for name, file in (("sd15", "sd-v1-5"), ("sdxl", "sdxl"))}
+FILES = ["model_index.json", "scheduler/*", "tokenizer/*", "tokenizer_2/*",
+         *(f"{part}/config.json" for part in PARTS)]        # of a folder, besides weights
+
 # Single files carry no configuration; these are the official ones.
 SDXL_UNET = UNetConfig(
-    sample_size=128, block_out_channels=(320, 640, 1280), down_block_types=("DownBlock2D",) + ("CrossAttnDownBlock2D",) * 2,
-    up_block_types=("CrossAttnUpBlock2D",) * 2 + ("UpBlock2D",), cross_attention_dim=2048, attention_head_dim=(5, 10, 20),
-    transformer_layers_per_block=(1, 2, 10), use_linear_projection=True, addition_embed_type="text_time",
-    addition_time_embed_dim=256, projection_class_embeddings_input_dim=2816)
+    sample_size=128, block_out_channels=(320, 640, 1280), cross_attention_dim=2048,
+    down_block_types=("DownBlock2D",) + ("CrossAttnDownBlock2D",) * 2,
+    up_block_types=("CrossAttnUpBlock2D",) * 2 + ("UpBlock2D",), attention_head_dim=(5, 10, 20),
+    transformer_layers_per_block=(1, 2, 10), use_linear_projection=True,
+    addition_embed_type="text_time", addition_time_embed_dim=256,
+    projection_class_embeddings_input_dim=2816)
 SINGLE_UNETS = {"sd15": UNetConfig(), "sdxl": SDXL_UNET}
-SPARE = ("first_stage_model.loss.", "first_stage_model.model_ema.", "cond_stage_model.transformer.text_projection.")     # left by training
-SCHEDULER = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", set_alpha_to_one=False, steps_offset=1)
-
-NEGATIVE = {"": None, "zeros": True, "encoded": False}     # what --negative says, for load_pipeline
+TEXT_L = replace(clip_l(), vision=None, projection_dim=None)
+TEXT_G = CLIPConfig(TowerConfig(1280, 5120, 32, 20, "gelu"), None, 1280)
+SINGLE_PARTS = {"sd15": (VAEConfig(), TEXT_L),
+                "sdxl": (VAEConfig(scaling_factor=0.13025, force_upcast=True), TEXT_L, TEXT_G)}
+SCHEDULER = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
+                 set_alpha_to_one=False, steps_offset=1)
+SPARE = ("first_stage_model.loss.", "first_stage_model.model_ema.",
+         "cond_stage_model.transformer.text_projection.")   # left in a file by training
 
 
 @dataclass
 class Pipeline:
-    """The parts of a text-to-image model. The UNet and the VAE live on `device`; everything is frozen."""
+    """The parts of a text-to-image model, all frozen; the UNet and the VAE are on `device`."""
     name: str
     tokenizers: list
     text_encoders: list[CLIP]
     unet: UNet
     vae: VAE
     schedule: ddim.Schedule
-    zero_negative: bool = False         # SDXL trains and samples with all-zero negative conditioning
-    offload: bool = False               # the text encoders wait on the CPU until they are needed
+    zero_negative: bool = False     # SDXL trains and samples with all-zero negative conditioning
+    offload: bool = False           # the text encoders wait on the CPU until they are needed
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     calls: Calls = field(default_factory=Calls)         # what the UNet is asked for: counted, timed
 
@@ -89,43 +100,59 @@ class Pipeline:
         return resolution or self.unet.config.sample_size * self.vae.factor
 
     def check_resolution(self, resolution: int) -> None:
-        """InputError for pictures that no whole number of latent positions makes; 0 is the model's own."""
+        """InputError for pictures that no whole number of latent positions makes; 0 is fine."""
         if resolution < 0 or resolution % self.vae.factor:
-            raise InputError(f"--resolution {resolution}: must be a multiple of {self.vae.factor}, the VAE's reduction of {self.name}")
+            raise InputError(f"--resolution {resolution}: must be a multiple of "
+                             f"{self.vae.factor}, the VAE's reduction of {self.name}")
 
     def latent_shape(self, resolution: int | None = None) -> tuple[int, int, int]:
-        """(C, H, W) of a latent, at the model's own resolution or for pictures of `resolution` pixels a side."""
+        """(C, H, W) of a latent, for pictures of `resolution` pixels a side or the model's own."""
         side = self.unet.config.sample_size if resolution is None else resolution // self.vae.factor
         return self.unet.config.in_channels, side, side
 
 
 def vae_dtype(config: VAEConfig, unet: UNetConfig, dtype: torch.dtype) -> torch.dtype:
-    """fp32 for a VAE that would overflow (`force_upcast`), decided before its weights are read: rounded ones stay rounded."""
-    overflows = dtype == torch.float16 or unet.addition_embed_type == "text_time"       # SD-1.5's asks for it too once diffusers saved it
+    """fp32 for a VAE that would overflow (`force_upcast`), else `dtype`.
+
+    Decided before its weights are read: rounded ones stay rounded. SD-1.5's file asks for it too
+    once diffusers has saved it; there only fp16 overflows.
+    """
+    overflows = dtype == torch.float16 or unet.addition_embed_type == "text_time"
     return torch.float32 if config.force_upcast and overflows else dtype
 
 
 def laid_out(vae: VAE) -> VAE:
-    """Channels last on a CPU: all convolutions, about 1.8 times as fast. On a GPU it pays once compiled; a CPU's UNet gains nothing."""
-    return vae.to(memory_format=torch.channels_last) if next(vae.parameters()).device.type == "cpu" else vae
+    """Channels last on a CPU, where all of it is convolutions: about 1.8 times as fast.
+
+    On a GPU that is faster only once compiled; for a CPU's UNet it makes no difference.
+    """
+    if next(vae.parameters()).device.type == "cpu":
+        vae.to(memory_format=torch.channels_last)
+    return vae
 
 
-def _component(cls, config_cls, folder: Path, dtype: torch.dtype, device: torch.device, unet: UNet | None = None):
-    """One network from its folder: config.json gives the shape, the weight file the numbers. A VAE's dtype depends on its `unet`."""
+def _component(cls, config_cls, folder: Path, dtype: torch.dtype, device: torch.device,
+               unet: UNet | None = None):
+    """One network from its folder: config.json gives the shape, the weight file the numbers.
+
+    A VAE's dtype depends on its `unet`.
+    """
     config = read_config(config_cls, folder / "config.json")
-    module, path = build(cls, config, folder / "config.json"), weight_file(folder)
-    load_strict(module, clean(read_weights(path)), path, vae_dtype(config, unet.config, dtype) if cls is VAE else dtype, device)
+    module = build(cls, config, folder / "config.json")
+    path = weight_file(folder)
+    kind = vae_dtype(config, unet.config, dtype) if cls is VAE else dtype
+    load_strict(module, clean(read_weights(path)), path, kind, device)
     return laid_out(module) if cls is VAE else module
 
 
 def fetch_model(source: str) -> Path:
-    """The folder of a model in the diffusers layout; from the hub only what is used, in one precision."""
+    """The folder of a model in the diffusers layout; of the hub's only what is used."""
     root = fetch(source, FILES)
     return fetch_weights(source, root, [part for part in PARTS if (root / part).is_dir()])
 
 
 def fetch_part(source: str, part: str = "") -> Path:
-    """The folder of one network: `part` of a whole model, or a folder or hub id that holds nothing else."""
+    """The folder of one network: `part` of a whole model, or all of a folder or hub id."""
     root = fetch(source, [f"{part}/config.json", "config.json"])
     part = part if (root / part).is_dir() else ""
     return fetch_weights(source, root, [part]) / part
@@ -136,19 +163,26 @@ def blaming(path: Path):
     """What goes wrong inside is the fault of this configuration file: InputError of one line."""
     try:
         yield
-    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        kind = "" if type(error) is ValueError else f"not a configuration of this kind of network, {type(error).__name__}: "
-        raise InputError(f"{path}: {kind}{(str(error).splitlines() or [''])[0][:200]}") from None
+    except ValueError as error:
+        raise InputError(f"{path}: {first_line(error, 200)}") from None
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError) as error:
+        raise InputError(f"{path}: not a configuration of this kind of network, "
+                         f"{type(error).__name__}: {first_line(error, 200)}") from None
 
 
 def fits(value, kind) -> bool:
-    """Is this, from a configuration file, of a field's type, and a number of sensible size? Kinds may be dataclasses themselves."""
+    """Is this, from a configuration file, of a field's type, and a number of sensible size?
+
+    Kinds may be dataclasses themselves.
+    """
     if is_dataclass(kind):
-        return isinstance(value, kind) and all(fits(getattr(value, n), k) for n, k in get_type_hints(kind).items())
+        return isinstance(value, kind) and all(
+            fits(getattr(value, name), k) for name, k in get_type_hints(kind).items())
     if isinstance(kind, UnionType):
         return any(fits(value, k) for k in get_args(kind))
     if get_origin(kind) is tuple:
-        return isinstance(value, list | tuple) and len(value) > 0 and all(fits(v, get_args(kind)[0]) for v in value)
+        return isinstance(value, list | tuple) and len(value) > 0 and all(
+            fits(v, get_args(kind)[0]) for v in value)
     if kind in (int, float):
         return type(value) in (int, kind) and 0 < value < 100_000
     return isinstance(value, kind)
@@ -159,30 +193,36 @@ def read_config(cls, path: Path):
     with blaming(path):
         config = cls.from_json(read_json(path))
         for name, kind in get_type_hints(cls).items():
-            if not fits(value := getattr(config, name), kind):
+            value = getattr(config, name)
+            if not fits(value, kind):
                 raise ValueError(f"{name}={value!r} is no value for this network")
     return config
 
 
 def build(cls, config, path: Path):
-    """A network on the meta device; InputError that names `path`, where its configuration is from, if there can be none of this shape."""
+    """A network on the meta device; InputError if none can have the shape that `path` says."""
     with blaming(path), torch.device("meta"):
         return cls(config)
 
 
-def load_clip(source: str, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu",
-              config: CLIPConfig | None = None) -> CLIP:
-    """A two-tower CLIP (PickScore, or an SPM if the file has adaLN weights) from a folder, hub id or weight file.
+def load_clip(source: str, dtype: torch.dtype = torch.float32,
+              device: torch.device | str = "cpu", config: CLIPConfig | None = None) -> CLIP:
+    """A two-tower CLIP (PickScore, or an SPM if the file has adaLN weights).
 
-    The configuration is the `config.json` beside the weights, or `config` where there is none (official SPM files).
+    From a folder, hub id or weight file. The configuration is the `config.json` beside the weights,
+    or `config` where there is none (official SPM files).
     """
-    if source.rstrip("/") == SPMS["sdxl"].rpartition("/")[0] and not Path(source).exists():
-        raise InputError(f"{source}: holds two models of 5.2 GB; say which: {' or '.join(SPMS.values())}")
+    if source.rstrip("/") == SPM_HOME and not Path(source).exists():
+        raise InputError(f"{source}: holds two models of 5.2 GB; "
+                         f"say which: {' or '.join(SPMS.values())}")
     path = fetch_part(source)
-    spms = sorted(path.glob("*step-aware_preference_model.bin")) if path.is_dir() and not find_weights(path) else []
-    if len(spms) > 1:
-        raise InputError(f"{source}: holds several models; say which: {', '.join(map(str, spms))}")
-    file = path if path.is_file() else spms[0] if spms else weight_file(path)
+    file = path if path.is_file() else find_weights(path)
+    if file is None:
+        spms = sorted(path.glob("*step-aware_preference_model.bin"))
+        if len(spms) > 1:
+            raise InputError(f"{source}: holds several models; "
+                             f"say which: {', '.join(map(str, spms))}")
+        file = spms[0] if spms else weight_file(path)       # which is an InputError
     weights = clean(read_weights(file))
     step_aware = any("adaLN_modulation" in key for key in weights)
     beside = file.parent / "config.json"
@@ -192,32 +232,41 @@ def load_clip(source: str, dtype: torch.dtype = torch.float32, device: torch.dev
 
 
 def judge_source(model: str, preset: str, judge: str) -> str:
-    """Where the weights of a model's own judge are: spm, step-blind or pickscore. Raises InputError for none."""
+    """Where the weights of a model's own judge are: spm, step-blind or pickscore.
+
+    Raises InputError where there are none.
+    """
     preset = preset or preset_of(model)
     if preset == "tiny":
-        return str(TINY / {"spm": "spm", "step-blind": "spm_step_blind", "pickscore": "pickscore"}[judge])
+        names = {"spm": "spm", "step-blind": "spm_step_blind", "pickscore": "pickscore"}
+        return str(TINY / names[judge])
     if judge == "pickscore":
         return "yuvalkirstain/PickScore_v1"
     if judge == "spm":
         return SPMS[preset]
-    raise InputError(f"--judge {judge} with --preset {preset}: say with --spm where its weights are")
+    raise InputError(f"--judge {judge} with --preset {preset}: "
+                     "say with --spm where its weights are")
 
 
-def load_tiny_decoder(source: str, pipe: Pipeline, dtype: torch.dtype = torch.float32) -> TinyDecoder:
-    """A small decoder for this model's latents: `taesd` (the official one for its kind), a folder, hub id or weight file.
+def load_tiny_decoder(source: str, pipe: Pipeline,
+                      dtype: torch.dtype = torch.float32) -> TinyDecoder:
+    """A small decoder for this model's latents: `taesd` (the official one), folder, hub id or file.
 
-    Weight files are diffusers' AutoencoderTiny, or the original's decoder; the shape is that of the `config.json` beside them, else
-    the official one. Raises InputError where they are something else, or speak of other latents or pictures than `pipe`.
+    Weight files are diffusers' AutoencoderTiny, or the original's decoder; the shape is that of the
+    `config.json` beside them, else the official one. Raises InputError where they are something
+    else, or speak of other latents or pictures than `pipe`.
     """
-    path = fetch_part({"taesd": TAESD[pipe.is_sdxl]}.get(source, source))
+    path = fetch_part(TAESD[pipe.is_sdxl] if source == "taesd" else source)
     file = path if path.is_file() else weight_file(path)
     beside = file.parent / "config.json"
     config = read_config(TinyDecoderConfig, beside) if beside.is_file() else TinyDecoderConfig()
     decoder = build(TinyDecoder, config, beside)
-    for what, ours, theirs in (("channels in a latent", config.latent_channels, pipe.unet.config.in_channels),
-                               ("pixels a side per latent position", decoder.factor, pipe.vae.factor)):
+    for what, ours, theirs in (
+            ("channels in a latent", config.latent_channels, pipe.unet.config.in_channels),
+            ("pixels a side per latent position", decoder.factor, pipe.vae.factor)):
         if ours != theirs:
-            raise InputError(f"{source}: a decoder with {ours} {what}, but {pipe.name} has {theirs}")
+            raise InputError(
+                f"{source}: a decoder with {ours} {what}, but {pipe.name} has {theirs}")
     load_strict(decoder, original_tiny_decoder(read_weights(file)), file, dtype, pipe.device)
     return decoder.to(memory_format=torch.channels_last)
 
@@ -230,87 +279,109 @@ def _tokenizer(folder: Path):
     try:
         tokenizer = CLIPTokenizer.from_pretrained(folder)
         tokenizer(["a word"])
-    except Exception as error:          # whatever its readers, in two languages, make of broken files
-        raise InputError(f"{folder}: broken tokenizer ({type(error).__name__}: {(str(error).splitlines() or [''])[0][:120]})") from None
+    except Exception as error:      # its readers, in two languages, raise anything
+        raise InputError(f"{folder}: broken tokenizer "
+                         f"({type(error).__name__}: {first_line(error, 120)})") from None
     return tokenizer
 
 
 def first_tokenizer(source: str, tokenizer: str = ""):
-    """The first tokenizer of a model (as load_pipeline takes it, "" for none) alone; CLIP-H and CLIP-L share it."""
+    """The first tokenizer of a model (as load_pipeline takes it, "" for none) alone.
+
+    CLIP-H and CLIP-L share it.
+    """
     single = not source or source.endswith((".safetensors", ".ckpt"))
-    return _tokenizer(fetch(tokenizer or NAMES["sd15"] if single else NAMES.get(source, source), ["tokenizer/*"]) / "tokenizer")
+    home = (tokenizer or NAMES["sd15"]) if single else NAMES.get(source, source)
+    return _tokenizer(fetch(home, ["tokenizer/*"]) / "tokenizer")
 
 
-def _single_file(path: Path, dtype: torch.dtype, device: torch.device, tokenizer: str, prediction_type: str,
-                 shapes: dict | None = None, own_vae: bool = True) -> Pipeline:
-    """A checkpoint in the original layout: SD-1.5 (`cond_stage_model`) or SDXL (`conditioner.embedders`).
+def original_names(unet: UNet) -> dict[str, str]:
+    """The UNet's parameter names -> those in a single file (`model.diffusion_model.` left out)."""
+    up = ["Attn" in kind for kind in unet.config.up_block_types]
+    return {key: original_unet_name(key, unet.config.layers_per_block, up)
+            for key in unet.state_dict()}
 
-    The file holds no configuration: the official shapes are assumed, or `shapes` (unet, vae, text encoders' configs).
-    Without `own_vae` its VAE, if it has one, is passed over, and the pipeline has none yet.
+
+def _single_file(path: Path, dtype: torch.dtype, device: torch.device, tokenizer: str,
+                 prediction_type: str, shapes: tuple = (), own_vae: bool = True) -> Pipeline:
+    """A checkpoint in the original layout: SD-1.5 (`cond_stage_model`) or SDXL (`conditioner`).
+
+    The file holds no configuration: the official shapes are assumed, or `shapes` (of unet, vae and
+    text encoders). Without `own_vae` its VAE, if it has one, is passed over, and the pipeline has
+    none yet.
     """
     weights = {k: v for k, v in read_weights(path).items() if not k.startswith(SPARE)}
-    if not any(k.startswith("model.diffusion_model.") for k in weights):
-        raise InputError(f"{path}: no model.diffusion_model.* tensors; not a Stable Diffusion checkpoint in the original layout; "
+    if not any(key.startswith("model.diffusion_model.") for key in weights):
+        raise InputError(f"{path}: no model.diffusion_model.* tensors; not a Stable Diffusion "
+                         "checkpoint in the original layout; "
                          f"the file looks like {layout(weights)}")
-    if own_vae and not any(k.startswith("first_stage_model.") for k in weights):
+    if own_vae and not any(key.startswith("first_stage_model.") for key in weights):
         raise InputError(f"{path}: has no VAE (first_stage_model.*); give one with --vae")
-    sdxl = is_sdxl(weights)
-    bigg = CLIPConfig(TowerConfig(1280, 5120, 32, 20, "gelu"), None, 1280)
-    text_l = replace(clip_l(), vision=None, projection_dim=None)
-    unet_config, vae_config, *texts = shapes or (
-        SINGLE_UNETS["sdxl" if sdxl else "sd15"], VAEConfig(scaling_factor=0.13025, force_upcast=True) if sdxl else VAEConfig(),
-        text_l, bigg)
+    kind = "sdxl" if is_sdxl(weights) else "sd15"
+    of_unet, of_vae, *of_texts = shapes or (SINGLE_UNETS[kind], *SINGLE_PARTS[kind])
     with torch.device("meta"):
-        unet, vae, encoders = UNet(unet_config), VAE(vae_config), [CLIP(c) for c in texts[:1 + sdxl]]
-    up = [kind.startswith("CrossAttn") for kind in unet_config.up_block_types]
-    parts = [(unet, rename(unet, take(weights, "model.diffusion_model."),
-                           lambda k: original_unet_name(k, unet_config.layers_per_block, up))),
-             (vae, rename(vae, take(weights, "first_stage_model."), lambda k: original_vae_name(k, len(vae_config.block_out_channels)))),
-             (encoders[0], take(weights, "conditioner.embedders.0.transformer." if sdxl else "cond_stage_model.transformer."))]
-    if sdxl:
+        unet, vae, encoders = UNet(of_unet), VAE(of_vae), [CLIP(config) for config in of_texts]
+
+    def load(module, tensors, dtype=dtype):
+        return load_strict(module, clean(tensors), path, dtype, device, weights)
+
+    load(unet, rename(unet, take(weights, "model.diffusion_model."), original_names(unet).get))
+    if own_vae:
+        tensors = rename(vae, take(weights, "first_stage_model."), lambda key: original_vae_name(
+            key, len(of_vae.block_out_channels)))
+        laid_out(load(vae, tensors, vae_dtype(of_vae, of_unet, dtype)))
+    if kind == "sdxl":
+        load(encoders[0], take(weights, "conditioner.embedders.0.transformer."))
         second = from_open_clip(take(weights, "conditioner.embedders.1.model."))
         second.pop("logit_scale", None)
-        parts.append((encoders[1], second))
-    for module, tensors in parts:
-        kind = vae_dtype(vae_config, unet_config, dtype) if module is vae else dtype
-        if own_vae or module is not vae:
-            load_strict(module, clean(tensors), path, kind, device, weights)
-    vae = laid_out(vae) if own_vae else None
-    home = fetch(tokenizer or NAMES["sdxl" if sdxl else "sd15"], ["tokenizer*/*"])
-    tokenizers = [_tokenizer(home / name) for name in ("tokenizer", "tokenizer_2")[:1 + sdxl]]
+        load(encoders[1], second)
+    else:
+        load(encoders[0], take(weights, "cond_stage_model.transformer."))
+    home = fetch(tokenizer or NAMES[kind], ["tokenizer*/*"])
+    tokenizers = [_tokenizer(home / f"tokenizer{n}") for n in ("", "_2")[:len(encoders)]]
     if "ztsnr" in weights:
-        raise InputError(f"{path}: trained with a zero-terminal-SNR schedule, which is not supported")
-    prediction_type = prediction_type or ("v_prediction" if "v_pred" in weights else "epsilon")     # a marker that some files carry
+        raise InputError(f"{path}: trained with a zero-terminal-SNR schedule, not supported")
+    # Some files carry a marker.
+    prediction_type = prediction_type or ("v_prediction" if "v_pred" in weights else "epsilon")
     schedule = ddim.Schedule.from_json(dict(SCHEDULER, prediction_type=prediction_type))
-    return Pipeline(str(path), tokenizers, encoders, unet, vae, schedule, zero_negative=sdxl, device=device)
+    return Pipeline(str(path), tokenizers, encoders, unet, vae if own_vae else None, schedule,
+                    zero_negative=kind == "sdxl", device=device)
 
 
 def _folder(source: str, root: Path, dtype: torch.dtype, device: torch.device) -> Pipeline:
     """A checkpoint in the diffusers layout."""
     index = read_json(root / "model_index.json")
-    with blaming(root / "scheduler/scheduler_config.json"):
-        schedule = ddim.Schedule.from_json(read_json(root / "scheduler/scheduler_config.json"))
+    scheduler = root / "scheduler/scheduler_config.json"
+    with blaming(scheduler):
+        schedule = ddim.Schedule.from_json(read_json(scheduler))
     names = ("", "_2") if "text_encoder_2" in index else ("",)
     tokenizers = [_tokenizer(root / f"tokenizer{n}") for n in names]
-    encoders = [_component(CLIP, CLIPConfig, root / f"text_encoder{n}", dtype, device) for n in names]
+    encoders = [_component(CLIP, CLIPConfig, root / f"text_encoder{n}", dtype, device)
+                for n in names]
     unet = _component(UNet, UNetConfig, root / "unet", dtype, device)
-    return Pipeline(source, tokenizers, encoders, unet, _component(VAE, VAEConfig, root / "vae", dtype, device, unet), schedule,
-                    bool(index.get("force_zeros_for_empty_prompt", len(names) > 1)), device)         # diffusers' default for SDXL
+    vae = _component(VAE, VAEConfig, root / "vae", dtype, device, unet)
+    zero = index.get("force_zeros_for_empty_prompt", len(names) > 1)        # diffusers' default
+    return Pipeline(source, tokenizers, encoders, unet, vae, schedule, bool(zero), device=device)
 
 
-def load_pipeline(source: str = "tiny", dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu",
-                  unet: str | None = None, vae: str | None = None, prediction_type: str = "", tokenizer: str = "",
+def load_pipeline(source: str = "tiny", dtype: torch.dtype = torch.float32,
+                  device: torch.device | str = "cpu", unet: str | None = None,
+                  vae: str | None = None, prediction_type: str = "", tokenizer: str = "",
                   zero_negative: bool | None = None) -> Pipeline:
-    """Load a model by name (`tiny`, `sd15`, `sdxl`), folder or hub id in the diffusers layout, or single-file checkpoint.
+    """Load a model by name (`tiny`, `sd15`, `sdxl`), folder, hub id or single-file checkpoint.
 
-    `unet` and `vae` replace those parts by the ones of another folder or hub id (a full fine-tune; SDXL's fp16-safe VAE).
-    `prediction_type` (epsilon, v_prediction) and `tokenizer` (a folder or hub id with `tokenizer/`) are for single files,
-    which carry neither. `zero_negative` says whether guidance's other side is all zero (None: as the model was trained).
-    SDXL's stock VAE stays fp32 (`force_upcast`). Raises InputError where a file is missing or does not fit.
+    Folders and hub repositories are in the diffusers layout. `unet` and `vae` replace those parts
+    by the ones of another folder or hub id (a full fine-tune; SDXL's fp16-safe VAE).
+    `prediction_type` (epsilon, v_prediction) and `tokenizer` (a folder or hub id with `tokenizer/`)
+    are for single files, which carry neither. `zero_negative` says whether guidance's other side is
+    all zero (None: as the model was trained). SDXL's stock VAE stays fp32 (`force_upcast`). Raises
+    InputError where a file is missing or does not fit.
     """
-    device, name = torch.device(device), NAMES.get(source, source)
+    device = torch.device(device)
+    name = NAMES.get(source, source)
     if name.endswith((".safetensors", ".ckpt")):
-        pipe = _single_file(fetch(name, []), dtype, device, tokenizer, prediction_type, own_vae=not vae)
+        pipe = _single_file(fetch(name, []), dtype, device, tokenizer, prediction_type,
+                            own_vae=not vae)
     else:
         pipe = _folder(source, fetch_model(name), dtype, device)
         if prediction_type:
@@ -321,11 +392,19 @@ def load_pipeline(source: str = "tiny", dtype: torch.dtype = torch.float32, devi
         pipe.unet = _component(UNet, UNetConfig, fetch_part(unet, "unet"), dtype, device)
     if vae:
         pipe.vae = _component(VAE, VAEConfig, fetch_part(vae, "vae"), dtype, device, pipe.unet)
-    wants = pipe.unet.config
-    pooled = (pipe.text_encoders[-1].config.projection_dim or 0) + 6 * (wants.addition_time_embed_dim or 0)
-    for what, ours, theirs in (("channels of a latent", wants.in_channels, pipe.vae.config.latent_channels),
-                               ("numbers a token", wants.cross_attention_dim, sum(e.config.text.hidden_size for e in pipe.text_encoders)),
-                               ("numbers of pooled text and sizes", wants.projection_class_embeddings_input_dim or pooled, pooled)):
-        if ours != theirs:
-            raise InputError(f"{source}: the UNet wants {ours} {what}, the other parts have {theirs}; it is another model's, or inpaints")
+    _check_fit(pipe, source)
     return pipe
+
+
+def _check_fit(pipe: Pipeline, source: str) -> None:
+    """InputError where the UNet's inputs are not what the other parts make."""
+    wants, texts = pipe.unet.config, [encoder.config for encoder in pipe.text_encoders]
+    pooled = (texts[-1].projection_dim or 0) + 6 * (wants.addition_time_embed_dim or 0)
+    for what, ours, theirs in (
+            ("channels of a latent", wants.in_channels, pipe.vae.config.latent_channels),
+            ("numbers a token", wants.cross_attention_dim, sum(t.text.hidden_size for t in texts)),
+            ("numbers of pooled text and sizes",
+             wants.projection_class_embeddings_input_dim or pooled, pooled)):
+        if ours != theirs:
+            raise InputError(f"{source}: the UNet wants {ours} {what}, the other parts have "
+                             f"{theirs}; it is another model's, or inpaints")

@@ -60,11 +60,6 @@ class UNetConfig:
                 raise ValueError(f"unet config: block type {kind!r} is not supported")
         return cls(**{f.name: config[f.name] for f in fields(cls) if f.name in config})
 
-    @property
-    def up_attentions(self) -> list[bool]:
-        """Which of the up blocks, coarsest first, have attention."""
-        return [kind.startswith("CrossAttn") for kind in self.up_block_types]
-
     def sizes(self, level: int) -> tuple[int, ...]:
         """Channels of a level, heads and blocks of its transformers (one number is for all)."""
         sizes = self.block_out_channels, self.attention_head_dim, self.transformer_layers_per_block
@@ -257,17 +252,17 @@ class UNet(nn.Module):
         self.down_blocks = nn.ModuleList()
         for level, kind in enumerate(config.down_block_types):
             inners = [skips[-1]] + [widths[level]] * (layers - 1)
-            attentions = layers if kind.startswith("CrossAttn") else 0
-            self.down_blocks.append(Block(config, level, inners, attentions, down=level < last))
+            self.down_blocks.append(Block(
+                config, level, inners, layers if "Attn" in kind else 0, down=level < last))
             skips += [widths[level]] * (layers + (level < last))
         self.mid_block = Block(config, -1, [widths[-1]] * 2, 1)
         self.up_blocks = nn.ModuleList()
-        for i, attends in enumerate(config.up_attentions):
+        for i, kind in enumerate(config.up_block_types):
             level = last - i
             arriving = [widths[min(level + 1, last)]] + [widths[level]] * layers
             inners = [width + skips.pop() for width in arriving]    # the last map left, first
-            attentions = layers + 1 if attends else 0
-            self.up_blocks.append(Block(config, level, inners, attentions, up=level > 0))
+            self.up_blocks.append(Block(
+                config, level, inners, layers + 1 if "Attn" in kind else 0, up=level > 0))
         self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, widths[0], eps=config.norm_eps)
         self.conv_out = nn.Conv2d(widths[0], config.out_channels, 3, padding=1)
 

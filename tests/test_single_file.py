@@ -74,8 +74,8 @@ def single(request, tmp_path_factory):
 
 def open_single(folder, file, **kind):
     """Through the code that reads official single files, told the minuscule shapes."""
-    kind = dict(tokenizer=str(folder), prediction_type="", dtype=torch.float32) | kind
-    return loading._single_file(file, device=torch.device("cpu"), shapes=shapes_of(folder), **kind)
+    kind = dict(tokenizer=str(folder), prediction_type="", dtype=torch.float32, device=torch.device("cpu")) | kind
+    return loading._single_file(file, shapes=shapes_of(folder), **kind)
 
 
 def test_the_written_file_is_what_diffusers_calls_the_original_layout(single):
@@ -106,6 +106,13 @@ def test_single_file_is_the_same_model_as_the_folder(single):
     ours, theirs = dataclasses.asdict(got.schedule), dataclasses.asdict(want.schedule)
     assert torch.equal(ours.pop("alphas_cumprod"), theirs.pop("alphas_cumprod")) and ours == theirs
     assert torch.equal(*(generate(p, PROMPTS[:3], [0, 1, 2], steps=3) for p in (want, got)))
+
+
+def test_a_model_knows_where_it_is(single):
+    """Of a folder and of a single file: the device asked for, and text encoders that stay there."""
+    folder, file = single
+    for pipe in (load_pipeline(str(folder), device="meta"), open_single(folder, file, device=torch.device("meta"))):
+        assert pipe.device.type == pipe.unet.conv_in.weight.device.type == "meta" and pipe.offload is False
 
 
 def test_a_vae_that_would_overflow_is_never_rounded(sdxl, tmp_path):
