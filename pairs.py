@@ -86,14 +86,14 @@ def epoch_order(pairs: Pairs, used: set[int], seed: int, epoch: int) -> list[int
 
 # What every source has in common
 
-def square(file, side: int) -> torch.Tensor:
-    """The middle of a picture, its shorter side resized to `side` -> uint8 [3, side, side].
+def square(picture: Path | bytes, side: int, place: str = "") -> torch.Tensor:
+    """The middle of an encoded picture, shorter side resized to `side` -> uint8 [3, side, side].
 
-    `file`: a path or an open file. Any mode that PIL reads: 16-bit greys keep their upper byte,
-    transparency is put on white. Raises UnreadablePicture.
+    Any mode that PIL reads: 16-bit greys keep their upper byte, transparency is put on white.
+    Raises UnreadablePicture that names the `place`, or the file.
     """
     try:
-        image = Image.open(file)
+        image = Image.open(io.BytesIO(picture) if isinstance(picture, bytes) else picture)
         size = np.array(image.size)
         if size.min() < SMALLEST:
             raise UnreadablePicture(f"{image.width} x {image.height} pixels")
@@ -106,7 +106,8 @@ def square(file, side: int) -> torch.Tensor:
         box = (*(begin * size / whole), *((begin + side) * size / whole))
         image = to_rgb(image).resize((side, side), Image.Resampling.LANCZOS, box)
     except Exception as error:          # PIL's many decoders raise what they like
-        raise UnreadablePicture((str(error) or type(error).__name__).splitlines()[0]) from None
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UnreadablePicture(f"{place or picture}: not a readable picture ({reason})") from None
     return torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1)
 
 
@@ -151,17 +152,12 @@ def folder_pairs(folder: Path, side: int) -> Pairs:
     for i, row in enumerate(rows):
         check_row(row, folder, f"{path}: line {i + 1}")
 
-    def picture(name: str) -> torch.Tensor:
-        try:
-            return square(folder / name, side)
-        except UnreadablePicture as error:
-            raise UnreadablePicture(f"{folder / name}: not a readable picture ({error})") from None
-
     captions = [row["caption"] for row in rows]
     labels = torch.tensor([row["label_0"] for row in rows]).float()
     weights = prompt_weights(captions, [row.get("num_example_per_prompt") for row in rows])
     return Pairs(captions, labels, weights, [range(i, i + 1) for i in range(len(rows))],
-                 lambda i: torch.stack([picture(rows[i][k]) for k in ("image_0", "image_1")]),
+                 lambda i: torch.stack([square(folder / rows[i][k], side)
+                                        for k in ("image_0", "image_1")]),
                  together=captions)
 
 
@@ -220,12 +216,12 @@ def parquet_pairs(files: list[Path], side: int) -> Pairs:
 
     def pictures(i: int) -> torch.Tensor:
         file, group, row = places[i]
+        place = f"{files[file]}: row {row} of row group {group}"
         try:
-            return torch.stack([square(io.BytesIO(column[row]), side)
-                                for column in encoded.pictures(file, group)])
-        except (TypeError, UnreadablePicture) as error:         # TypeError: no bytes
-            raise UnreadablePicture(f"{files[file]}: row {row} of row group {group} "
-                                    f"holds no readable pictures ({error})") from None
+            columns = encoded.read(file, group)
+        except (OSError, ValueError) as error:
+            raise UnreadablePicture(f"{place} is damaged: {str(error).splitlines()[0]}") from None
+        return torch.stack([square(column[row], side, place) for column in columns])
 
     return Pairs(captions, torch.tensor(labels).float(), prompt_weights(captions, sizes), groups,
                  pictures, together=captions)
@@ -251,17 +247,13 @@ class RowGroups:
     kept: OrderedDict = field(default_factory=OrderedDict)          # the longest unused first
     lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def pictures(self, file: int, group: int) -> tuple[list[bytes], list[bytes]]:
+    def read(self, file: int, group: int) -> tuple[list[bytes], list[bytes]]:
         """jpg_0 and jpg_1 of all rows of a row group; several threads may ask."""
         with self.lock:
             columns = self.kept.pop((file, group), None)
             if columns is None:
-                try:
-                    table = self.handles[file].read_row_group(group, ["jpg_0", "jpg_1"]).to_pydict()
-                    columns = (table["jpg_0"], table["jpg_1"])
-                except (OSError, ValueError) as error:
-                    raise UnreadablePicture(f"row group {group} is damaged: "
-                                            f"{str(error).splitlines()[0]}") from None
+                table = self.handles[file].read_row_group(group, ["jpg_0", "jpg_1"]).to_pydict()
+                columns = (table["jpg_0"], table["jpg_1"])
             self.kept[file, group] = columns
             while len(self.kept) > 1 and sum(len(c[0]) for c in self.kept.values()) > 2 * WINDOW:
                 self.kept.popitem(last=False)
