@@ -130,8 +130,8 @@ def candidates(config: EvaluateConfig) -> dict[str, str]:
     out = {}
     for word in config.lora:
         name, equals, source = word.partition("=")
-        bad = not equals or not name or "/" in name or name.startswith(".") or name in out
-        if bad or len(os.fsencode(name)) > 100:
+        if (not equals or not name or "/" in name or name.startswith(".") or name in out
+                or len(os.fsencode(name)) > 100):
             raise InputError(f"--lora {word}: write name=FILE, each name once and of at most 100 "
                              "letters (base= for the model as it is)")
         out[name] = str(candidate_file(source)) if source else ""
@@ -176,11 +176,6 @@ def load_images(paths: list[Path]) -> torch.Tensor:
     return torch.cat([rgb(image.resize(images[0].size)) for image in images]) / 255
 
 
-def natural(path: Path) -> list:
-    """Sorting key by which 10.png comes after 2.png."""
-    return [int(part) if i % 2 else part for i, part in enumerate(re.split(r"(\d+)", path.name))]
-
-
 def find_images(folder: str, count: int) -> dict[str, list[Path]]:
     """FOLDER/NAME/* -> {NAME: its pictures by file name, numbers as numbers}.
 
@@ -190,7 +185,9 @@ def find_images(folder: str, count: int) -> dict[str, list[Path]]:
         raise InputError(f"--images {folder}: no such folder")
     homes = sorted(Path(folder).iterdir(), key=lambda p: (p.name != "base", p.name))
     files = {home.name: sorted((p for p in home.iterdir() if p.suffix.lower() in SUFFIXES),
-                               key=natural) for home in homes if home.is_dir()}
+                               key=lambda p: [int(part) if i % 2 else part for i, part in
+                                              enumerate(re.split(r"(\d+)", p.name))])
+             for home in homes if home.is_dir()}
     wrong = next((f"{name} holds {len(paths)}" for name, paths in files.items()
                   if len(paths) != count), None if files else "holds no folder of")
     if wrong:
@@ -273,21 +270,19 @@ def score_all(metric: Metric, files: dict[str, list[Path]], digests: dict[str, s
                         prompts=hashlib.sha256("\n".join(prompts).encode()).hexdigest())
         stem = f"{name}.{metric.name}"
 
-        def parts() -> list[Path]:
-            return [p for p in folder.glob("*") if p.name.startswith(f"{stem}.part")]
+        def written() -> list[Path]:
+            return [p for p in folder.glob("*")
+                    if p.name == f"{stem}.json" or p.name.startswith(f"{stem}.part")]
 
         def keep(file: str, scores: dict[int, float]) -> None:
             write_json(folder / file, dict(identity=identity,
                                            scores=[scores.get(i) for i in range(len(prompts))]))
 
-        kept = {}
-        if processes.main:
-            for path in [folder / f"{stem}.json", *parts()]:
-                old = read_json(path) if path.exists() else {}
-                if old.get("identity") == identity:
-                    kept |= {i: s for i, s in enumerate(old["scores"]) if s is not None}
-            if kept:
-                keep(f"{stem}.part0.json", kept)        # before another process overwrites its own
+        earlier = [read_json(path) for path in written()] if processes.main else []
+        kept = {i: score for old in earlier if old.get("identity") == identity
+                for i, score in enumerate(old["scores"]) if score is not None}
+        if kept:
+            keep(f"{stem}.part0.json", kept)            # before another process overwrites its own
         fresh = dict(kept)
         kept = processes.union(kept)
         todo = [i for i in range(len(prompts)) if i not in kept]
@@ -307,8 +302,9 @@ def score_all(metric: Metric, files: dict[str, list[Path]], digests: dict[str, s
         out[name] = [kept[i] for i in range(len(prompts))]
         if processes.main:
             keep(f"{stem}.json", kept)
-            for path in parts():
-                path.unlink()
+            for path in written():
+                if path.name != f"{stem}.json":
+                    path.unlink()
     return out
 
 
@@ -355,9 +351,8 @@ def compare(scores: list[float], first: list[float], resamples: int = 2000, each
 
 # The tables
 
-def shown(name: str) -> tuple[int, int]:
-    """(factor, decimals) by which tables show a metric; GenEval's shares are given in per cent."""
-    return (100, 2) if name == "geneval" else (1, 3)
+# metric -> (factor, decimals), (1, 3) for others; GenEval's shares are given in per cent
+SHOWN = {"geneval": (100, 2)}
 
 
 def table(results: dict[str, dict[str, dict]], metrics: list[str]) -> str:
@@ -370,12 +365,12 @@ def table(results: dict[str, dict[str, dict]], metrics: list[str]) -> str:
     for name, row in results.items():
         cells = [name]
         for m in metrics:
-            factor, digits = shown(m)
-            mean, win = f"{factor * row[m]['mean']:.{digits}f}", f"{100 * row[m]['win_rate']:.1f} %"
+            factor, digits = SHOWN.get(m, (1, 3))
+            mean = f"{factor * row[m]['mean']:.{digits}f}"
+            win = f"{100 * row[m]['win_rate']:.1f} %"
             if row[m]["standard_error"] is not None:
-                low, high = (100 * v for v in row[m]["win_rate_interval"])
                 mean += f" ± {factor * row[m]['standard_error']:.{digits}f}"
-                win += f" ({low:.1f} to {high:.1f})"
+                win += " ({:.1f} to {:.1f})".format(*(100 * v for v in row[m]["win_rate_interval"]))
             cells += [mean, "" if name == next(iter(results)) else win]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -392,7 +387,7 @@ def group_tables(by_group: dict[str, dict[str, dict[str, float]]]) -> str:
     """Markdown of {model: {metric: group_means}}: a table per metric, a row per model."""
     lines = []
     for name, columns in next(iter(by_group.values())).items():
-        factor, digits = shown(name)
+        factor, digits = SHOWN.get(name, (1, 3))
         lines += [f"\n| {name} | " + " | ".join(columns) + " |", "|---" * (1 + len(columns)) + "|"]
         for model, row in by_group.items():
             cells = [f"{factor * row[name][c]:.{digits}f}" for c in columns]
@@ -400,17 +395,11 @@ def group_tables(by_group: dict[str, dict[str, dict[str, float]]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def comparison_grid(files: dict[str, list[Path]], columns: int = 12) -> Image.Image:
-    """A row per model, same prompt and seed below each other."""
-    columns = min(columns, len(next(iter(files.values()))))
-    return grid(load_images([p for paths in files.values() for p in paths[:columns]]), columns)
-
-
 def weight_files(source: str) -> list[Path]:
     """A candidate's weight file, with its shards if it is their index; none for the base."""
     shards = read_json(source)["weight_map"].values() if source.endswith(".json") else []
-    names = [Path(source).name, *sorted(set(shards))] if source else []
-    return [Path(source).parent / name for name in names]
+    return [Path(source).parent / name for name in (Path(source).name, *sorted(set(shards)))
+            if source]
 
 
 def digest(paths: list[Path]) -> str:
@@ -511,7 +500,8 @@ def describe(config: EvaluateConfig, chosen: PromptSet, pipe: Pipeline | None) -
                      prediction_type=pipe.schedule.prediction_type,
                      tokenizer=config.tokenizer or "its own", vae=config.vae or "its own")
     return drawn | dict(prompts=len(chosen.prompts), images_per_prompt=config.images_per_prompt,
-                        prompts_sha256=hashlib.sha256("\n".join(chosen.prompts).encode()).hexdigest())
+                        prompts_sha256=hashlib.sha256(
+                            "\n".join(chosen.prompts).encode()).hexdigest())
 
 
 def write_results(config: EvaluateConfig, protocol: dict, chosen: PromptSet,
@@ -537,7 +527,9 @@ def write_results(config: EvaluateConfig, protocol: dict, chosen: PromptSet,
         ", ".join(f"{k} {v}" for k, v in protocol.items()),
         *(f"- {m}: {formula}" for m, formula in formulas.items()), ""])
     write_atomic(folder / "results.md", lambda p: p.write_text(text))
-    save_png(folder / "grid.png", comparison_grid(files))
+    columns = min(12, len(prompts))             # same prompt and seed below each other
+    save_png(folder / "grid.png", grid(
+        load_images([path for paths in files.values() for path in paths[:columns]]), columns))
     write_report(folder / "report.html", text, protocol | formulas, files, prompts, scores, logs,
                  config.report_rows)
     if config.study:
@@ -575,8 +567,8 @@ def main() -> None:
         return print(tally(config.tally))
     logs = read_logs(config.logs)
     processes = start_processes(config.device or None)
-    unscored = config.trace or config.prompt
-    sources = {} if unscored else dict(metric_sources(word) for word in config.metrics)
+    sources = dict(metric_sources(word) for word in config.metrics
+                   if not config.trace and not config.prompt)
     check(config, sources)
     folder = Path(config.out)
     pipe, models, tokenizer = None, {}, None
@@ -589,7 +581,7 @@ def main() -> None:
                              tokenizer=config.tokenizer, zero_negative=NEGATIVE[config.negative])
         pipe.check_resolution(config.resolution)
         tokenizer = pipe.tokenizers[0]
-    if unscored:
+    if config.trace or config.prompt:
         return (draw_trajectories if config.trace else draw_prompt)(pipe, models, config, folder)
     chosen = prompt_set(config.prompts, config.limit)
     if ("geneval" in sources or config.export_geneval) and not chosen.rows:
@@ -598,8 +590,7 @@ def main() -> None:
 
     def load(word: str) -> Metric:
         if word.partition("=")[0] == "geneval":
-            given = metric_sources(word)[1]
-            return geneval.geneval(*given, chosen.rows, tokenizer, processes.device)
+            return geneval.geneval(*sources["geneval"], chosen.rows, tokenizer, processes.device)
         return load_metric(word, config.model, tokenizer, processes.device)
 
     prompts = [p for p in chosen.prompts for _ in range(config.images_per_prompt)]
@@ -609,8 +600,8 @@ def main() -> None:
         claim(folder, dict(protocol, lora={}), processes)
     else:
         base = fingerprint(pipe.unet, pipe.vae, *pipe.text_encoders)
-        worn = {name: digest(weight_files(source)) for name, source in models.items()}
-        claim(folder, dict(protocol, base=base, lora=worn), processes)
+        claim(folder, dict(protocol, base=base, lora={
+            name: digest(weight_files(source)) for name, source in models.items()}), processes)
         todo = undrawn(models, len(prompts), processes, folder / "images")
         if any(todo.values()):
             rehearse(pipe, models, config.metrics, load, prompts[0], pipe.side(config.resolution))

@@ -208,8 +208,8 @@ def geneval(source: str, clip_source: str, rows: list[dict], tokenizer,
             raise InputError(f"geneval: {prompt!r} is not in the metadata")
         row = by_prompt[prompt]
         image = ImageOps.exif_transpose(image)
-        found = keep(detect(model, image, device), row["tag"])
-        return judge(found, row, lambda name, group: colours(image, name, group))
+        return judge(keep(detect(model, image, device), row["tag"]), row,
+                     lambda name, group: colours(image, name, group))
 
     # A wrong CLIP fails here.
     colours(Image.new("RGB", (8, 8)), CLASSES[0], [Found(CLASSES[0], 1, (0, 0, 8, 8))])
@@ -234,8 +234,8 @@ def export(rows: list[dict], pictures: list[Path], folder: Path) -> None:
         home = folder / f"{i // each:05d}"
         (home / "samples").mkdir(parents=True, exist_ok=True)
         if i % each == 0:
-            row = json.dumps(rows[i // each])
-            write_atomic(home / "metadata.jsonl", lambda p, row=row: p.write_text(row))
+            write_atomic(home / "metadata.jsonl",
+                         lambda p: p.write_text(json.dumps(rows[i // each])))
         target = home / "samples" / f"{i % each:04d}.png"
         if path.suffix == ".png":
             try:
@@ -243,5 +243,5 @@ def export(rows: list[dict], pictures: list[Path], folder: Path) -> None:
                 continue
             except OSError:             # another file system
                 pass
-        image = ImageOps.exif_transpose(Image.open(path))       # a PNG keeps neither turn nor CMYK
-        image.convert("RGB").save(target)
+        # A PNG keeps neither the turn nor CMYK.
+        ImageOps.exif_transpose(Image.open(path)).convert("RGB").save(target)

@@ -34,7 +34,16 @@ from PIL import Image
 
 from clip_spm import CLIP, MEAN, STD, CLIPConfig, clip_h, preprocess_pil
 from loading import TINY, load_clip
-from weights import InputError, fetch, from_open_clip, load_strict, preset_of, read_weights, take
+from weights import (
+    InputError,
+    fetch,
+    from_open_clip,
+    load_strict,
+    preset_of,
+    read_weights,
+    rename,
+    take,
+)
 
 CLIP_L = "openai/clip-vit-large-patch14"
 SOURCES = {         # where each metric's weights live, and what else it needs
@@ -69,10 +78,9 @@ def metric_sources(word: str) -> tuple[str, list[str]]:
     if name not in SOURCES:
         raise InputError(f"unknown metric {name!r}; choose from {', '.join(SOURCES)}")
     given = given.split(",") if given else []
-    count = len(SOURCES[name])
-    if len(given) > count:
-        raise InputError(f"--metrics {word}: {name} takes {count or 'no'} "
-                         f"source{'s' * (count != 1)}")
+    if len(given) > len(SOURCES[name]):
+        raise InputError(f"--metrics {word}: {name} takes {len(SOURCES[name]) or 'no'} "
+                         f"source{'s' * (len(SOURCES[name]) != 1)}")
     sources = [*given, *SOURCES[name][len(given):]]
     if name == "aesthetic-v1" and not sources[0]:
         raise InputError("aesthetic-v1: its head is not on the hub; get sa_0_4_vit_l_14_linear.pth "
@@ -160,8 +168,8 @@ def open_clip_text(text: str) -> str:
 @torch.no_grad()
 def picture_vectors(clip: CLIP, prepare: Callable, images: list[Image.Image]) -> torch.Tensor:
     """Pictures, prepared by one of the three ways -> CLIP's unit vectors [N, D]."""
-    pixels = prepare(images, clip.config.vision.image_size)
-    return clip.image_features(pixels.to(clip.logit_scale.device))
+    return clip.image_features(
+        prepare(images, clip.config.vision.image_size).to(clip.logit_scale.device))
 
 
 @torch.no_grad()
@@ -253,8 +261,7 @@ def head() -> nn.Sequential:
 
 def aesthetic(name: str, source: str, clip_source: str, device: torch.device) -> Metric:
     """LAION's aesthetic score: head file `source` on CLIP-L's picture vector, normalised first."""
-    clip = load_clip(clip_source, torch.float32, device)
-    file = fetch(source, [])
+    clip, file = load_clip(clip_source, torch.float32, device), fetch(source, [])
     weights = read_weights(file)
     what = "V1, linear" if name == "aesthetic-v1" else "V2, sac+logos+ava1 MLP"
     judge = nn.Linear(768, 1) if name == "aesthetic-v1" else head()
@@ -298,19 +305,19 @@ def blip(eye: dict[str, torch.Tensor], bert: dict[str, torch.Tensor]) -> list[nn
     from transformers.models.blip.modeling_blip_text import BlipTextModel
     width, _, _, patch = eye["patch_embed.proj.weight"].shape
     vocabulary, text_width = bert["embeddings.word_embeddings.weight"].shape
-    vision = BlipVisionModel(BlipVisionConfig(
-        hidden_size=width, intermediate_size=eye["blocks.0.mlp.fc1.weight"].shape[0],
-        num_hidden_layers=depth(eye, "blocks."), num_attention_heads=width // 64,
-        image_size=patch * math.isqrt(eye["pos_embed"].shape[1] - 1), patch_size=patch,
-        hidden_act="gelu", layer_norm_eps=1e-6))
-    text = BlipTextModel(BlipTextConfig(
-        vocab_size=vocabulary, hidden_size=text_width, encoder_hidden_size=width,
-        intermediate_size=bert["encoder.layer.0.intermediate.dense.weight"].shape[0],
-        num_hidden_layers=depth(bert, "encoder.layer."), num_attention_heads=text_width // 64,
-        max_position_embeddings=bert["embeddings.position_embeddings.weight"].shape[0],
-        layer_norm_eps=1e-12, bos_token_id=None, eos_token_id=None, sep_token_id=None),
-        add_pooling_layer=False)
-    return [vision, text]
+    return [
+        BlipVisionModel(BlipVisionConfig(
+            hidden_size=width, intermediate_size=eye["blocks.0.mlp.fc1.weight"].shape[0],
+            num_hidden_layers=depth(eye, "blocks."), num_attention_heads=width // 64,
+            image_size=patch * math.isqrt(eye["pos_embed"].shape[1] - 1), patch_size=patch,
+            hidden_act="gelu", layer_norm_eps=1e-6)),
+        BlipTextModel(BlipTextConfig(
+            vocab_size=vocabulary, hidden_size=text_width, encoder_hidden_size=width,
+            intermediate_size=bert["encoder.layer.0.intermediate.dense.weight"].shape[0],
+            num_hidden_layers=depth(bert, "encoder.layer."), num_attention_heads=text_width // 64,
+            max_position_embeddings=bert["embeddings.position_embeddings.weight"].shape[0],
+            layer_norm_eps=1e-12, bos_token_id=None, eos_token_id=None, sep_token_id=None),
+            add_pooling_layer=False)]
 
 
 def imagereward(source: str, tokenizer_source: str, device: torch.device) -> Metric:
@@ -328,10 +335,9 @@ def imagereward(source: str, tokenizer_source: str, device: torch.device) -> Met
     except (KeyError, IndexError, ValueError):
         raise InputError(f"{file}: not ImageReward's own file "
                          "(blip.visual_encoder.*, blip.text_encoder.*, mlp.*)") from None
-    names = {blip_vision_name(k): k for k in vision.state_dict()}
-    eye = {names.get(k, k): v for k, v in eye.items()}
     judge = head()
-    for network, part in ((vision, eye), (text, bert), (judge, take(weights, "mlp.layers."))):
+    for network, part in ((vision, rename(vision, eye, blip_vision_name)), (text, bert),
+                          (judge, take(weights, "mlp.layers."))):
         load_strict(network, part, file, torch.float32).to(device)
     tokenizer = BertTokenizer.from_pretrained(
         fetch(tokenizer_source, ["vocab.txt", "tokenizer*.json"]))
@@ -353,7 +359,7 @@ def imagereward(source: str, tokenizer_source: str, device: torch.device) -> Met
 
 
 def load_metric(word: str, model: str, tokenizer, device: torch.device) -> Metric:
-    """A metric by name (or name=SOURCE); `tokenizer`: the first of `model`, which drew the pictures."""
+    """A metric by name (or name=SOURCE); `tokenizer`: the first of `model`, which drew."""
     name, sources = metric_sources(word)
     if name in ("aesthetics", "alignment"):
         return world_metric(name)

@@ -112,11 +112,10 @@ def data_uri(image: Image.Image, side: int = 0, quality: int = 85) -> str:
 
     So the tiny model's pictures stay exact.
     """
-    image = image.convert("RGB")
+    image, handle = image.convert("RGB"), io.BytesIO()
     if side and max(image.size) > side:
         image.thumbnail((side, side), Image.Resampling.LANCZOS)
     kind = "png" if max(image.size) <= 128 else "jpeg"
-    handle = io.BytesIO()
     image.save(handle, kind, **({} if kind == "png" else dict(quality=quality)))
     return f"data:image/{kind};base64,{base64.b64encode(handle.getvalue()).decode()}"
 
@@ -146,8 +145,8 @@ def draw_trace(trace: list[dict], width: int = 96) -> Image.Image:
             canvas.paste(image.resize((width, width), Image.Resampling.LANCZOS), (left, top))
             pen.text((left, top + width + 4), f"{row['scores'][c]:.2f}", fill=colour or "black")
             if c == row["chosen"]:
-                dot = (left + width - 13, top + width + 5, left + width - 3, top + width + 15)
-                pen.ellipse(dot, fill="#2b6cff")
+                pen.ellipse((left + width - 13, top + width + 5,
+                             left + width - 3, top + width + 15), fill="#2b6cff")
     return canvas
 
 
@@ -213,12 +212,12 @@ def learning_curves(logs: dict[str, list[dict]]) -> str:
                          for i, row in enumerate(rows) if isinstance(row.get(field), int | float)
                          and math.isfinite(row[field])] for name, rows in logs.items()}
         if any(series.values()):
-            chart = curve({n: line for n, line in series.items() if line}, f"{field}: {meaning}")
-            charts.append(f"<figure>{chart}</figure>")
+            seen = {name: line for name, line in series.items() if line}
+            charts.append(f"<figure>{curve(seen, f'{field}: {meaning}')}</figure>")
     legend = " ".join(f'<span style="color:{colour}">&#9632;</span> {html.escape(name)}'
                       for name, colour in zip(logs, COLOURS * len(logs)))
-    head = f'<h2>Learning curves</h2><p>{legend} <span class="quiet">over rounds</span></p>'
-    return f'{head}<div class="curves">{"".join(charts)}</div>' if charts else ""
+    return (f'<h2>Learning curves</h2><p>{legend} <span class="quiet">over rounds</span></p>'
+            f'<div class="curves">{"".join(charts)}</div>') if charts else ""
 
 
 def markdown_table(text: str) -> str:
