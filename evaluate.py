@@ -1,14 +1,18 @@
-"""Generate, score and compare: one row per model, same prompts and seeds for all (paper, section 5).
+"""Generate, score and compare: a row per model, same prompts and seeds (paper, section 5).
 
-    python evaluate.py --lora base= spo=runs/spo                                  # tiny, on its held-out prompts
-    python evaluate.py --model sdxl --lora base= spo=spo.safetensors --prompts prompts.txt --metrics pickscore
-    python evaluate.py --model sdxl --lora base= dpo=mhdang/dpo-sdxl-text2image-v1 spo=FILE --prompts pickapic --metrics pickscore hpsv2
-    python evaluate.py --images FOLDER --prompts parti --metrics aesthetic-v2             # FOLDER/NAME/*.png made elsewhere
-    python evaluate.py --model sdxl --prompts geneval=evaluation_metadata.jsonl --images_per_prompt 4 --steps 50 --metrics geneval
-    python evaluate.py --prompt "a red circle above a blue cross" --lora spo=runs/spo     # pictures only
-    python evaluate.py --lora base= spo=runs/spo --logs spo=runs/spo --study study.html   # learning curves; a page for raters
-    python evaluate.py --tally votes-*.json                                               # what they said
-    python evaluate.py --trace "two green squares" --lora spo=runs/spo                    # one SPO trajectory, drawn
+    python evaluate.py --lora base= spo=runs/spo                    # tiny, on its held-out prompts
+    python evaluate.py --model sdxl --lora base= spo=spo.safetensors \\
+        --prompts prompts.txt --metrics pickscore
+    python evaluate.py --model sdxl --lora base= dpo=mhdang/dpo-sdxl-text2image-v1 spo=FILE \\
+        --prompts pickapic --metrics pickscore hpsv2
+    python evaluate.py --images FOLDER --prompts parti      # FOLDER/NAME/*.png made elsewhere
+    python evaluate.py --model sdxl --prompts geneval=evaluation_metadata.jsonl \\
+        --images_per_prompt 4 --steps 50 --metrics geneval
+    python evaluate.py --prompt "a red circle" --lora spo=runs/spo  # pictures only
+    python evaluate.py --lora base= spo=runs/spo --logs spo=runs/spo# with learning curves
+    python evaluate.py --lora base= spo=runs/spo --study study.html # and a page for raters
+    python evaluate.py --tally votes-*.json                         # what they said
+    python evaluate.py --trace "two squares" --lora spo=runs/spo    # one SPO trajectory, drawn
 
 The defaults are the paper's protocol (DDIM, 20 steps, guidance 5); it is written into every result.
 """
@@ -17,7 +21,7 @@ import math
 import os
 import re
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -39,9 +43,9 @@ from diffusion import (
     to_pil,
 )
 from loading import DTYPES, NEGATIVE, SDXL_VAE, TINY, Pipeline, first_tokenizer, load_pipeline
-from metrics import WITH_TOKENIZER, Metric, fingerprint, load_metric, metric_sources
+from metrics import WITH_TOKENIZER, Metric, fingerprint, load_metric, metric_sources, rgb
 from observers import Trace
-from prompt_sets import PromptSet, prompt_set
+from prompt_sets import PromptSet, checked_prompt, prompt_set
 from report import draw_trace, read_logs, write_report
 from study import tally, write_study
 from training import (
@@ -55,79 +59,110 @@ from training import (
     write_json,
     writing,
 )
-from prompt_sets import checked_prompt
 from unet import UNet
-from weights import InputError, clean, fetch, load_strict, preset_of, read_json, read_weights, weight_file
+from weights import (
+    InputError,
+    clean,
+    fetch,
+    load_strict,
+    preset_of,
+    read_json,
+    read_weights,
+    weight_file,
+)
 
 
 @dataclass
 class EvaluateConfig:
     """Every option."""
-    model: str = opt("", "tiny, sd15, sdxl, a folder or hub id in the diffusers layout, or a single-file checkpoint; empty: tiny, or "
-                         "with --images no model, the official PickScore and CLIP tokenizer")
-    lora: tuple[str, ...] = opt(("base=",), "candidates as name=SOURCE: a LoRA (file or run folder), a whole UNet (file, "
-                                          "folder or hub id), or nothing for the base model")
-    images: str = opt("", "score pictures made elsewhere, FOLDER/NAME/*.png in the order of the prompts, instead of drawing")
-    prompts: str = opt(str(TINY / "held_out_prompts.txt"), "pickapic, hpsv2, parti, geneval=FILE, or a file: .txt, .json, .jsonl, .tsv, "
-                                                            ".parquet")
-    metrics: tuple[str, ...] = opt(("pickscore",), "what to score by: name or name=SOURCE, see metrics.py")
-    out: str = opt("runs/evaluate", "folder for images/, results.json, results.md, grid.png, report.html")
+    model: str = opt("", "tiny, sd15, sdxl, a folder or hub id in the diffusers layout, or a "
+                         "single-file checkpoint; empty: tiny, or with --images no model, the "
+                         "official PickScore and CLIP tokenizer")
+    lora: tuple[str, ...] = opt(("base=",), "candidates as name=SOURCE: a LoRA (file or run "
+                                            "folder), a whole UNet (file, folder or hub id), or "
+                                            "nothing for the base model")
+    images: str = opt("", "score pictures made elsewhere, FOLDER/NAME/*.png in the order of the "
+                          "prompts, instead of drawing")
+    prompts: str = opt(str(TINY / "held_out_prompts.txt"),
+                       "pickapic, hpsv2, parti, geneval=FILE, or a file: .txt, .json, .jsonl, "
+                       ".tsv, .parquet")
+    metrics: tuple[str, ...] = opt(("pickscore",),
+                                   "what to score by: name or name=SOURCE, see metrics.py")
+    out: str = opt("runs/evaluate",
+                   "folder for images/, results.json, results.md, grid.png, report.html")
     images_per_prompt: int = opt(1, "pictures of each prompt", least=1)
-    export_geneval: str = opt("", "also lay the pictures out in this folder as GenEval's own scorer wants them, NAME/00000/samples/")
-    logs: tuple[str, ...] = opt((), "name=RUNFOLDER of training runs whose learning curves the report shows")
-    report_rows: int = opt(200, "pictures of each model in the report, evenly spaced in the list", least=0)
-    study: str = opt("", "also write a page for a human study here: the first two candidates side by side, blind")
-    study_pairs: int = opt(300, "pairs of pictures in it, drawn by the seed (P: 300); 0: all", least=0)
+    export_geneval: str = opt("", "also lay the pictures out in this folder as GenEval's own "
+                                  "scorer wants them, NAME/00000/samples/")
+    logs: tuple[str, ...] = opt((), "name=RUNFOLDER of training runs whose learning curves "
+                                    "the report shows")
+    report_rows: int = opt(200, "pictures of each model in the report, evenly spaced in the list",
+                           least=0)
+    study: str = opt("", "also write a page for a human study here: the first two candidates "
+                         "side by side, blind")
+    study_pairs: int = opt(300, "pairs of pictures in it, drawn by the seed (P: 300); 0: all",
+                           least=0)
     tally: tuple[str, ...] = opt((), "only add up the votes that study pages exported, votes*.json")
     limit: int = opt(0, "only the first so many prompts; 0: all", least=0)
     seed: int = opt(0, "picture i of every model starts from seed + i", least=0)
     steps: int = opt(20, "DDIM steps (P: 20; 50 for GenEval)", least=1, most=999)
     guidance_scale: float = opt(5.0, "classifier-free guidance (P: 5)")
-    eta: float = opt(0.0, "DDIM stochasticity; the paper does not say, 0 is diffusers' default", least=0, most=1)
+    eta: float = opt(0.0, "DDIM stochasticity; the paper does not say, 0 is diffusers' default",
+                     least=0, most=1)
     resolution: int = opt(0, "picture side in pixels; 0: the model's own", least=0)
     batch: int = opt(4, "pictures drawn and scored at a time", least=1)
     dtype: str = opt("bf16", "of the weights", tuple(DTYPES))
     device: str = opt("", "cpu or cuda; empty: a GPU if there is one")
     vae: str = opt("", "another VAE, folder or hub id; empty: the model's own")
-    prediction_type: str = opt("", "single files: epsilon or v_prediction; empty: epsilon, or as the folder says",
-                               ("", "epsilon", "v_prediction"))
-    negative: str = opt("", "guidance's other side: zeros, or the empty prompt encoded; empty: as the model was trained",
-                        ("", "zeros", "encoded"))
-    tokenizer: str = opt("", "single files: folder or hub id with tokenizer/ (and tokenizer_2/); empty: the official one")
+    prediction_type: str = opt("", "single files: epsilon or v_prediction; empty: epsilon, or as "
+                                   "the folder says", ("", "epsilon", "v_prediction"))
+    negative: str = opt("", "guidance's other side: zeros, or the empty prompt encoded; empty: as "
+                            "the model was trained", ("", "zeros", "encoded"))
+    tokenizer: str = opt("", "single files: folder or hub id with tokenizer/ (and tokenizer_2/); "
+                             "empty: the official one")
     prompt: str = opt("", "only draw this prompt with every candidate, no scores")
-    trace: str = opt("", "only draw one SPO trajectory of this prompt with its candidates and scores")
-    spm: str = opt("", "who judges it: folder, file or hub id; empty: the model's own for tiny, sd15 and sdxl")
+    trace: str = opt("", "only draw one SPO trajectory of this prompt with its candidates and "
+                         "scores")
+    spm: str = opt("", "who judges it: folder, file or hub id; empty: the model's own for tiny, "
+                       "sd15 and sdxl")
 
 
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")           # of pictures made elsewhere
 PRESETS = {
-    "tiny": dict(metrics=("aesthetics", "alignment", "pickscore"), guidance_scale=3.0, dtype="fp32", batch=64),
+    "tiny": dict(metrics=("aesthetics", "alignment", "pickscore"), guidance_scale=3.0, dtype="fp32",
+                 batch=64),
     "sd15": dict(prompts="prompts.txt"),
     "sdxl": dict(prompts="prompts.txt", vae=SDXL_VAE),
 }
 
 
+# The candidates
+
 def candidates(config: EvaluateConfig) -> dict[str, str]:
-    """Name -> weight file or "" for the base; a folder or hub id stands for the UNet or the LoRA in it."""
+    """Name -> weight file, or "" for the base."""
     out = {}
     for word in config.lora:
         name, equals, source = word.partition("=")
-        if not equals or not name or "/" in name or name.startswith(".") or name in out or len(os.fsencode(name)) > 100:
-            raise InputError(f"--lora {word}: write name=FILE, each name once and of at most 100 letters (base= for the model as it is)")
-        if source:
-            path = fetch(source, ["unet/*.safetensors*", "diffusion_pytorch_model*.safetensors*", "pytorch_lora_weights.safetensors"])
-            if (path / "unet").is_dir():
-                path = weight_file(path / "unet")
-            elif any(path.glob("diffusion_pytorch_model*")):
-                path = weight_file(path)
-            elif not path.is_file():
-                path = lora.file_in(source, path)
-            source = str(path)
-        out[name] = source
+        if (not equals or not name or "/" in name or name.startswith(".") or name in out
+                or len(os.fsencode(name)) > 100):
+            raise InputError(f"--lora {word}: write name=FILE, each name once and of at most 100 "
+                             "letters (base= for the model as it is)")
+        out[name] = str(candidate_file(source)) if source else ""
     return out
 
 
+def candidate_file(source: str) -> Path:
+    """A weight file as it is; a folder or hub id stands for the UNet or the LoRA in it."""
+    path = fetch(source, ["unet/*.safetensors*", "diffusion_pytorch_model*.safetensors*",
+                          "pytorch_lora_weights.safetensors"])
+    if (path / "unet").is_dir():
+        return weight_file(path / "unet")
+    if any(path.glob("diffusion_pytorch_model*")):
+        return weight_file(path)
+    return path if path.is_file() else lora.file_in(source, path)
+
+
 def wear(pipe: Pipeline, source: str) -> None:
-    """Give the pipeline a candidate: its own UNet ("" ), with a LoRA file on it, or another UNet of the same shape."""
+    """Give the pipeline a candidate: its own UNet (""), that with a LoRA file, or another UNet."""
     pipe.unet = vars(pipe).setdefault("own_unet", pipe.unet)
     lora.remove(pipe.unet)
     if not source:
@@ -145,38 +180,48 @@ def wear(pipe: Pipeline, source: str) -> None:
         raise InputError(str(error)) from None
 
 
+# The pictures
+
 def load_images(paths: list[Path]) -> torch.Tensor:
-    """Picture files -> [N, 3, H, W] in [0, 1]; H, W are the first one's, to which others are scaled."""
+    """Picture files -> [N, 3, H, W] in [0, 1], all scaled to the first one's H, W."""
     images = [Image.open(p).convert("RGB") for p in paths]
-    return torch.stack([torch.from_numpy(np.asarray(i.resize(images[0].size)).copy()) for i in images]).permute(0, 3, 1, 2) / 255
-
-
-def natural(path: Path) -> list:
-    """Sorting key by which 10.png comes after 2.png."""
-    return [int(part) if i % 2 else part for i, part in enumerate(re.split(r"(\d+)", path.name))]
+    return torch.cat([rgb(image.resize(images[0].size)) for image in images]) / 255
 
 
 def find_images(folder: str, count: int) -> dict[str, list[Path]]:
-    """FOLDER/NAME/* -> {NAME: its pictures by file name, numbers as numbers}; InputError unless there are `count` of every name."""
+    """FOLDER/NAME/* -> {NAME: its pictures by file name, numbers as numbers}.
+
+    The base comes first. Raises InputError unless there are `count` pictures of every name.
+    """
     if not os.path.isdir(folder):
         raise InputError(f"--images {folder}: no such folder")
-    files = {home.name: sorted((p for p in home.iterdir() if p.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp")), key=natural)
-             for home in sorted(Path(folder).iterdir(), key=lambda p: (p.name != "base", p.name)) if home.is_dir()}
-    wrong = next((f"{name} holds {len(paths)}" for name, paths in files.items() if len(paths) != count), None)
-    if wrong or not files:
-        raise InputError(f"--images {folder}: {wrong or 'holds no folder of'} pictures, the prompts ask for {count} "
+    homes = sorted(Path(folder).iterdir(), key=lambda p: (p.name != "base", p.name))
+    files = {home.name: sorted((p for p in home.iterdir() if p.suffix.lower() in SUFFIXES),
+                               key=lambda p: [int(part) if i % 2 else part for i, part in
+                                              enumerate(re.split(r"(\d+)", p.name))])
+             for home in homes if home.is_dir()}
+    wrong = next((f"{name} holds {len(paths)}" for name, paths in files.items()
+                  if len(paths) != count), None if files else "holds no folder of")
+    if wrong:
+        raise InputError(f"--images {folder}: {wrong} pictures, the prompts ask for {count} "
                          "(--images_per_prompt, --limit)")
     return files
 
 
-def undrawn(models: dict[str, str], count: int, processes: Processes, folder: Path) -> dict[str, list[int]]:
-    """{model: the pictures that are not there yet}. The main process looks before anybody draws, so that all deal out one list."""
-    return processes.union({name: [i for i in range(count) if not (folder / name / f"{i:05d}.png").exists()] for name in models}
-                           if processes.main else {})
+def undrawn(models: dict[str, str], count: int, processes: Processes,
+            folder: Path) -> dict[str, list[int]]:
+    """{model: indices of its `count` pictures that are not in folder/NAME yet}.
+
+    The main process looks before anybody draws, so that all deal out one list.
+    """
+    return processes.union({
+        name: [i for i in range(count) if not (folder / name / f"{i:05d}.png").exists()]
+        for name in models} if processes.main else {})
 
 
-def rehearse(pipe: Pipeline, models: dict[str, str], words: tuple[str, ...], load, prompt: str, side: int) -> None:
-    """Wear every candidate, then let every metric (`load(word)`, one in memory at a time) score a blank picture.
+def rehearse(pipe: Pipeline, models: dict[str, str], words: tuple[str, ...], load, prompt: str,
+             side: int) -> None:
+    """Wear every candidate, then let every metric (`load(word)`) score a blank picture.
 
     What is wrong with a file is so said before hours of drawing, not after.
     """
@@ -190,72 +235,88 @@ def refuse_damaged(images: torch.Tensor, name: str, prompts: list[str]) -> None:
     """InputError for the first of the pictures [N, 3, H, W] that holds NaN or infinity."""
     sound = images.isfinite().flatten(1).all(1).tolist()
     if not all(sound):
-        raise InputError(f"{name}: draws NaN for the prompt {prompts[sound.index(False)]!r}; --dtype bf16 or fp32 instead of fp16, another "
-                         "--vae, or the weights of the candidate are damaged")
+        raise InputError(f"{name}: draws NaN for the prompt {prompts[sound.index(False)]!r}; "
+                         "--dtype bf16 or fp32 instead of fp16, another --vae, or the weights of "
+                         "the candidate are damaged")
 
 
-def draw_all(pipe: Pipeline, models: dict[str, str], prompts: list[str], config: EvaluateConfig, processes: Processes,
-             folder: Path, todo: dict[str, list[int]]) -> None:
-    """Draw this process's share of `todo` {model: indices of prompts} into folder/NAME/00000.png."""
+def draw_all(pipe: Pipeline, models: dict[str, str], prompts: list[str], config: EvaluateConfig,
+             processes: Processes, folder: Path, todo: dict[str, list[int]]) -> None:
+    """Draw this process's share of `todo` {model: prompts' indices} into folder/NAME/00000.png."""
     for name, source in models.items():
         mine = [todo[name][i] for i in processes.share(len(todo[name]))]
         if mine:
             wear(pipe, source)
-        for begin in tqdm(range(0, len(mine), config.batch), desc=f"draw {name}", disable=not processes.main):
+        for begin in tqdm(range(0, len(mine), config.batch), f"draw {name}",
+                          disable=not processes.main):
             part = mine[begin:begin + config.batch]
-            latents = generate_latents(pipe, [prompts[i] for i in part], [config.seed + i for i in part], config.steps,
+            words = [prompts[i] for i in part]
+            latents = generate_latents(pipe, words, [config.seed + i for i in part], config.steps,
                                        config.guidance_scale, config.eta, config.resolution or None)
             images = decode(pipe, latents, config.batch) / 2 + 0.5
-            refuse_damaged(images, name, [prompts[i] for i in part])
+            refuse_damaged(images, name, words)
             for i, image in zip(part, to_pil(images.clamp(0, 1))):
-                write_atomic(folder / name / f"{i:05d}.png", lambda p, image=image: image.save(p, format="PNG"))
+                save_png(folder / name / f"{i:05d}.png", image)
     wear(pipe, "")
 
 
-def score_all(metric: Metric, files: dict[str, list[Path]], digests: dict[str, str], prompts: list[str], batch: int,
-              processes: Processes, folder: Path) -> dict[str, list[float]]:
-    """{model: one score per picture}, on every process. Kept in folder/MODEL.METRIC.json while pictures, prompts and weights last.
+def save_png(path: Path, image: Image.Image) -> None:
+    """Write a picture whole or not at all."""
+    write_atomic(path, lambda p: image.save(p, format="PNG"))
 
-    Until all are there, each process keeps its own after every batch in a .part file beside it (None where it has none); the next
-    start, with however many processes, goes on from all of them.
+
+# The scores
+
+def score_all(metric: Metric, files: dict[str, list[Path]], digests: dict[str, str],
+              prompts: list[str], batch: int, processes: Processes,
+              folder: Path) -> dict[str, list[float]]:
+    """{model: one score per picture}, on every process.
+
+    Kept in folder/MODEL.METRIC.json while pictures, prompts and weights last. Until all are there,
+    each process keeps its own after every batch in a .part file beside it (None where it has none);
+    the next start, with however many processes, goes on from all of them.
     """
     out = {}
     for name, paths in files.items():
         identity = dict(formula=metric.formula, weights=metric.weights, pictures=digests[name],
                         prompts=hashlib.sha256("\n".join(prompts).encode()).hexdigest())
-        stem, kept = f"{name}.{metric.name}", {}
+        stem = f"{name}.{metric.name}"
 
-        def parts() -> list[Path]:
-            return [p for p in folder.glob("*") if p.name.startswith(f"{stem}.part")]
+        def written() -> list[Path]:
+            return [p for p in folder.glob("*")
+                    if p.name == f"{stem}.json" or p.name.startswith(f"{stem}.part")]
 
-        def keep(path: Path, scores: dict[int, float]) -> None:
-            write_json(path, dict(identity=identity, scores=[scores.get(i) for i in range(len(prompts))]))
+        def keep(file: str, scores: dict[int, float]) -> None:
+            write_json(folder / file, dict(identity=identity,
+                                           scores=[scores.get(i) for i in range(len(prompts))]))
 
-        if processes.main:
-            for path in [folder / f"{stem}.json", *parts()]:
-                old = read_json(path) if path.exists() else {}
-                if old.get("identity") == identity:
-                    kept |= {i: score for i, score in enumerate(old["scores"]) if score is not None}
-            if kept:
-                keep(folder / f"{stem}.part0.json", kept)           # before another process writes over its own
+        earlier = [read_json(path) for path in written()] if processes.main else []
+        kept = {i: score for old in earlier if old.get("identity") == identity
+                for i, score in enumerate(old["scores"]) if score is not None}
+        if kept:
+            keep(f"{stem}.part0.json", kept)            # before another process overwrites its own
+        fresh = dict(kept)
         kept = processes.union(kept)
         todo = [i for i in range(len(prompts)) if i not in kept]
-        mine, fresh = [todo[i] for i in processes.share(len(todo))], dict(kept) if processes.main else {}
-        for begin in tqdm(range(0, len(mine), batch), desc=f"{metric.name} {name}", disable=not processes.main):
+        mine = [todo[i] for i in processes.share(len(todo))]
+        for begin in tqdm(range(0, len(mine), batch), f"{metric.name} {name}",
+                          disable=not processes.main):
             part = mine[begin:begin + batch]
-            scores = metric.score([open_image(paths[i]) for i in part], [prompts[i] for i in part]).double().tolist()
-            for i, score in zip(part, scores):
+            scores = metric.score([open_image(paths[i]) for i in part], [prompts[i] for i in part])
+            for i, score in zip(part, scores.double().tolist()):
                 if not math.isfinite(score):
-                    raise InputError(f"{metric.name}: {score} for {paths[i]} of {name}, prompt {prompts[i]!r}; the metric's weights or the "
-                                     "picture are damaged")
-            fresh |= dict(zip(part, scores))
-            keep(folder / f"{stem}.part{processes.rank}.json", fresh)
+                    raise InputError(f"{metric.name}: {score} for {paths[i]} of {name}, "
+                                     f"prompt {prompts[i]!r}; the metric's weights or the picture "
+                                     "are damaged")
+                fresh[i] = score
+            keep(f"{stem}.part{processes.rank}.json", fresh)
         kept |= processes.union(fresh)
         out[name] = [kept[i] for i in range(len(prompts))]
         if processes.main:
-            keep(folder / f"{stem}.json", kept)
-            for path in parts():
-                path.unlink()
+            keep(f"{stem}.json", kept)
+            for path in written():
+                if path.name != f"{stem}.json":
+                    path.unlink()
     return out
 
 
@@ -265,83 +326,92 @@ def open_image(path: Path) -> Image.Image:
         image = Image.open(path)
         image.load()
     except Exception as error:          # PIL's many decoders raise what they like
-        raise InputError(f"{path}: not a readable picture ({(str(error) or type(error).__name__).splitlines()[0]})") from None
+        raise InputError(f"{path}: not a readable picture "
+                         f"({(str(error) or type(error).__name__).splitlines()[0]})") from None
     return image
 
 
-def compare(scores: list[float], first: list[float], resamples: int = 2000, each: int = 1, groups: list[str] | None = None) -> dict:
-    """Mean, standard error, and against the first row: paired difference and win rate (ties count half) with 95 % intervals.
+def compare(scores: list[float], first: list[float], resamples: int = 2000, each: int = 1,
+            groups: list[str] | None = None) -> dict:
+    """Mean, standard error, and against the first row: paired difference and win rate.
 
-    Pictures of one prompt (`each` of them in a row) are not independent: errors are over prompts' means, and the interval of the
-    win rate is a percentile bootstrap over prompts. With `groups`, one for each prompt, everything is the unweighted mean over groups
-    (GenEval's tags). What a single prompt cannot tell is None.
+    Ties count half; intervals are of 95 %. Pictures of one prompt (`each` of them in a row) are not
+    independent: errors are over prompts' means, and the interval of the win rate is a percentile
+    bootstrap over prompts. With `groups`, one for each prompt, everything is the unweighted mean
+    over groups (GenEval's tags). What a single prompt cannot tell is None.
     """
     x, y = (np.array(v, dtype=np.float64).reshape(-1, each) for v in (scores, first))
     labels = np.array(groups or [""] * len(x))
-    parts, random = [np.flatnonzero(labels == g) for g in dict.fromkeys(labels.tolist())], np.random.default_rng(0)
+    parts = [np.flatnonzero(labels == g) for g in dict.fromkeys(labels.tolist())]
     alone = min(map(len, parts)) < 2
 
     def mean(v: np.ndarray) -> float:
         return float(np.mean([v[p].mean() for p in parts]))
 
     def error(v: np.ndarray) -> float | None:
-        return None if alone else float(sum(v[p].mean(1).var(ddof=1) / len(p) for p in parts) ** 0.5 / len(parts))
+        return None if alone else float(
+            sum(v[p].mean(1).var(ddof=1) / len(p) for p in parts) ** 0.5 / len(parts))
 
     wins = (x > y) + 0.5 * (x == y)
-    drawn = sum(wins[p].mean(1)[random.integers(0, len(p), (resamples, len(p)))].mean(1) for p in parts) / len(parts)
-    return dict(mean=mean(x), standard_error=error(x), n=x.size, prompts=len(x), difference=mean(x - y),
-                difference_standard_error=error(x - y), win_rate=mean(wins),
+    random = np.random.default_rng(0)
+    drawn = sum(wins[p].mean(1)[random.integers(0, len(p), (resamples, len(p)))].mean(1)
+                for p in parts) / len(parts)
+    return dict(mean=mean(x), standard_error=error(x), n=x.size, prompts=len(x),
+                difference=mean(x - y), difference_standard_error=error(x - y), win_rate=mean(wins),
                 win_rate_interval=None if alone else np.percentile(drawn, [2.5, 97.5]).tolist())
 
 
-def shown(name: str) -> tuple[int, int]:
-    """(factor, decimals) by which tables show a metric; GenEval's shares are given in per cent, as in the literature."""
-    return (100, 2) if name == "geneval" else (1, 3)
+# The tables
+
+# metric -> (factor, decimals), (1, 3) for others; GenEval's shares are given in per cent
+SHOWN = {"geneval": (100, 2)}
 
 
-def table(results: dict[str, dict[str, dict]], metrics: list[Metric]) -> str:
-    """Markdown: one row per model; win rates are against the first. One prompt leaves errors and intervals blank."""
-    first = next(iter(results))
-    lines = ["| model | " + " | ".join(f"{m.name} | win rate" for m in metrics) + " |", "|---" * (1 + 2 * len(metrics)) + "|"]
+def table(results: dict[str, dict[str, dict]], metrics: list[str]) -> str:
+    """Markdown: one row per model; win rates are against the first.
+
+    One prompt leaves errors and intervals blank.
+    """
+    lines = ["| model | " + " | ".join(f"{m} | win rate" for m in metrics) + " |",
+             "|---" * (1 + 2 * len(metrics)) + "|"]
     for name, row in results.items():
-        cells = []
+        cells = [name]
         for m in metrics:
-            r, (factor, digits) = row[m.name], shown(m.name)
-            spread = "" if r["standard_error"] is None else f" ± {factor * r['standard_error']:.{digits}f}"
-            interval = "" if r["win_rate_interval"] is None else " ({:.1f} to {:.1f})".format(*(100 * v for v in r["win_rate_interval"]))
-            cells += [f"{factor * r['mean']:.{digits}f}{spread}", "" if name == first else f"{100 * r['win_rate']:.1f} %{interval}"]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+            factor, digits = SHOWN.get(m, (1, 3))
+            mean = f"{factor * row[m]['mean']:.{digits}f}"
+            win = f"{100 * row[m]['win_rate']:.1f} %"
+            if row[m]["standard_error"] is not None:
+                mean += f" ± {factor * row[m]['standard_error']:.{digits}f}"
+                win += " ({:.1f} to {:.1f})".format(*(100 * v for v in row[m]["win_rate_interval"]))
+            cells += [mean, "" if name == next(iter(results)) else win]
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
 def group_means(scores: list[float], groups: list[str]) -> dict[str, float]:
-    """Mean score of each group, and `mean`, their unweighted mean (GenEval's overall, HPSv2's average over styles)."""
-    means = {g: float(np.mean([s for s, h in zip(scores, groups) if h == g])) for g in dict.fromkeys(groups)}
+    """Mean score of each group, and `mean`, their unweighted mean, as GenEval and HPSv2 have it."""
+    means = {g: float(np.mean([s for s, h in zip(scores, groups) if h == g]))
+             for g in dict.fromkeys(groups)}
     return means | dict(mean=float(np.mean(list(means.values()))))
 
 
 def group_tables(by_group: dict[str, dict[str, dict[str, float]]]) -> str:
-    """Markdown: for each metric a row per model and a column per group."""
-    out = []
-    for name in next(iter(by_group.values())):
-        columns = list(next(iter(by_group.values()))[name])
-        out += [f"\n| {name} | " + " | ".join(columns) + " |", "|---" * (1 + len(columns)) + "|"]
-        factor, digits = shown(name)
-        out += [f"| {model} | " + " | ".join(f"{factor * row[name][c]:.{digits}f}" for c in columns) + " |"
-                for model, row in by_group.items()]
-    return "\n".join(out) + "\n"
-
-
-def comparison_grid(files: dict[str, list[Path]], columns: int = 12) -> Image.Image:
-    """A row per model, same prompt and seed below each other."""
-    columns = min(columns, len(next(iter(files.values()))))
-    return grid(load_images([p for paths in files.values() for p in paths[:columns]]), columns)
+    """Markdown of {model: {metric: group_means}}: a table per metric, a row per model."""
+    lines = []
+    for name, columns in next(iter(by_group.values())).items():
+        factor, digits = SHOWN.get(name, (1, 3))
+        lines += [f"\n| {name} | " + " | ".join(columns) + " |", "|---" * (1 + len(columns)) + "|"]
+        for model, row in by_group.items():
+            cells = [f"{factor * row[name][c]:.{digits}f}" for c in columns]
+            lines.append(f"| {model} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
 
 
 def weight_files(source: str) -> list[Path]:
     """A candidate's weight file, with its shards if it is their index; none for the base."""
-    shards = sorted(set(read_json(source)["weight_map"].values())) if source.endswith(".json") else []
-    return [Path(source).parent / name for name in [Path(source).name, *shards]] if source else []
+    shards = read_json(source)["weight_map"].values() if source.endswith(".json") else []
+    return [Path(source).parent / name for name in (Path(source).name, *sorted(set(shards)))
+            if source]
 
 
 def digest(paths: list[Path]) -> str:
@@ -354,54 +424,65 @@ def digest(paths: list[Path]) -> str:
 
 
 def claim(folder: Path, identity: dict, processes: Processes) -> None:
-    """Make the folder this evaluation's; refuse one whose pictures another protocol or another LoRA has drawn."""
-    path, problem = folder / "protocol.json", ""
+    """Make the folder this evaluation's; refuse one whose pictures something else has drawn."""
+    path = folder / "protocol.json"
+    problem = ""
     if processes.main:
         try:
             old = read_json(path) if os.path.exists(path) else identity
             if not isinstance(worn := old.get("lora"), dict):
                 raise InputError(f"{path}: not the protocol of an evaluation; choose another --out")
-            for name, value in identity["lora"].items():        # more candidates may join later
-                if worn.setdefault(name, value) != value:
-                    problem = f"{folder}: its pictures of {name!r} come from another LoRA file or UNet; choose another --out or name"
-            if changed := [k for k in identity if k != "lora" and identity[k] != old.get(k)]:
-                problem = f"{folder}: its pictures were drawn with another {', '.join(changed)}; choose another --out"
-            if not problem:
-                write_json(path, identity | dict(lora=worn))
+            changed = [k for k in identity if k != "lora" and identity[k] != old.get(k)]
+            other = [n for n, value in identity["lora"].items() if worn.get(n, value) != value]
+            if changed:
+                raise InputError(f"{folder}: its pictures were drawn with another "
+                                 f"{', '.join(changed)}; choose another --out")
+            if other:
+                raise InputError(f"{folder}: its pictures of {other[-1]!r} come from another LoRA "
+                                 "file or UNet; choose another --out or name")
+            write_json(path, identity | dict(lora=worn | identity["lora"]))     # all so far
         except InputError as error:
             problem = str(error)
-    if processes.any(bool(problem)):
-        raise InputError(problem or f"{folder}: refused, see the first process's message")
+    processes.stop_for(problem)
 
 
-def draw_prompt(pipe: Pipeline, models: dict[str, str], config: EvaluateConfig, folder: Path) -> None:
-    """Draw --prompt with every candidate into folder/NAME.png, or NAME-2.png ...: earlier pictures stay."""
+# What is only drawn
+
+def draw_prompt(pipe: Pipeline, models: dict[str, str], config: EvaluateConfig,
+                folder: Path) -> None:
+    """Draw --prompt with every candidate into folder/NAME.png.
+
+    Where there are earlier pictures, all are called NAME-2.png, or -3 and so on.
+    """
     number, tail = 1, ""
     while any((folder / f"{name}{tail}.png").exists() for name in models):
         number += 1
         tail = f"-{number}"
     for name, source in models.items():
         wear(pipe, source)
-        image = generate(pipe, [config.prompt], [config.seed], steps=config.steps, guidance_scale=config.guidance_scale,
-                         eta=config.eta, resolution=config.resolution or None)
+        image = generate(pipe, [config.prompt], [config.seed], steps=config.steps,
+                         guidance_scale=config.guidance_scale, eta=config.eta,
+                         resolution=config.resolution or None)
         refuse_damaged(image, name, [config.prompt])
-        write_atomic(folder / f"{name}{tail}.png", lambda p, image=image: to_pil(image)[0].save(p, format="PNG"))
+        save_png(folder / f"{name}{tail}.png", to_pil(image)[0])
         print(folder / f"{name}{tail}.png")
 
 
 def trace_prompt(pipe: Pipeline, judge, prompt: str, config, seed: int = 0) -> list[dict]:
-    """Sample one trajectory of `prompt` as SPO trains on it (an SPOConfig) -> its pools, for draw_trace."""
+    """Sample a trajectory of `prompt` as SPO (an SPOConfig) does -> its pools, for draw_trace."""
     from spo_train import Batch, sample_pools
     cond = encode_prompts(pipe, [prompt], config.resolution or None)
-    batch = Batch(cond, negative(pipe, cond, encode_empty(pipe)), judge_features(pipe, judge.clip, [prompt]),
-                  [generator(seed, "trace", prompt)])
+    uncond = negative(pipe, cond, encode_empty(pipe))
+    text = judge_features(pipe, judge.clip, [prompt])
     judge = replace(judge)
     trace = Trace(judge)
+    batch = Batch(cond, uncond, text, [generator(seed, "trace", prompt)])
     sample_pools(pipe, judge, batch, config, [trace])
     return trace.rows
 
 
-def draw_trajectories(pipe: Pipeline, models: dict[str, str], config: EvaluateConfig, folder: Path) -> None:
+def draw_trajectories(pipe: Pipeline, models: dict[str, str], config: EvaluateConfig,
+                      folder: Path) -> None:
     """Draw one SPO trajectory per candidate with the settings that the model is trained with."""
     from spo_train import PRESETS, SPOConfig, load_judge
     preset = preset_of(config.model)
@@ -412,53 +493,93 @@ def draw_trajectories(pipe: Pipeline, models: dict[str, str], config: EvaluateCo
         wear(pipe, source)
         pools = trace_prompt(pipe, judge, config.trace, settings, config.seed)
         picture = draw_trace(pools, max(96, min(256, pipe.side(config.resolution))))
-        write_atomic(folder / f"trace-{name}.png", lambda p, picture=picture: picture.save(p, format="PNG"))
+        save_png(folder / f"trace-{name}.png", picture)
         print(folder / f"trace-{name}.png")
 
 
+# All together
+
 def check(config: EvaluateConfig, sources: dict) -> None:
-    """Refuse what contradicts itself before anything is loaded; `sources` are the metrics' (metric_sources)."""
+    """Refuse what contradicts itself before anything is loaded; `sources` are the metrics'."""
     checked_prompt(config.prompt, "--prompt")
     checked_prompt(config.trace, "--trace")
     if len(sources) not in (0, len(config.metrics)):
         raise InputError(f"--metrics {' '.join(config.metrics)}: each metric once")
     if config.images and (config.trace or config.prompt):
-        raise InputError(f"--images {config.images}: pictures made elsewhere are only scored; leave out --trace and --prompt, or --images")
+        raise InputError(f"--images {config.images}: pictures made elsewhere are only scored; "
+                         "leave out --trace and --prompt, or --images")
     if config.study and len(config.lora) < 2 and not config.images:
-        raise InputError(f"--study {config.study}: compares two candidates; give a second one, --lora base= spo=FILE")
+        raise InputError(f"--study {config.study}: compares two candidates; "
+                         "give a second one, --lora base= spo=FILE")
 
 
 def describe(config: EvaluateConfig, chosen: PromptSet, pipe: Pipeline | None) -> dict:
-    """The protocol, as every result states it; without a pipeline the pictures were made elsewhere."""
+    """The protocol, as every result states it; without a pipeline, of pictures made elsewhere."""
     drawn = dict(images=config.images)
     if pipe:
-        drawn = dict(model=config.model, sampler=f"DDIM, eta {config.eta}", steps=config.steps, guidance_scale=config.guidance_scale,
-                     resolution=pipe.side(config.resolution), dtype=config.dtype, seed=config.seed,
-                     negative="zeros" if pipe.zero_negative else "encoded", prediction_type=pipe.schedule.prediction_type,
+        drawn = dict(model=config.model, sampler=f"DDIM, eta {config.eta}", steps=config.steps,
+                     guidance_scale=config.guidance_scale, resolution=pipe.side(config.resolution),
+                     dtype=config.dtype, seed=config.seed,
+                     negative="zeros" if pipe.zero_negative else "encoded",
+                     prediction_type=pipe.schedule.prediction_type,
                      tokenizer=config.tokenizer or "its own", vae=config.vae or "its own")
     return drawn | dict(prompts=len(chosen.prompts), images_per_prompt=config.images_per_prompt,
-                        prompts_sha256=hashlib.sha256("\n".join(chosen.prompts).encode()).hexdigest())
+                        prompts_sha256=hashlib.sha256(
+                            "\n".join(chosen.prompts).encode()).hexdigest())
 
 
-def write_results(config: EvaluateConfig, protocol: dict, chosen: PromptSet, metrics: list[Metric], files: dict[str, list[Path]],
+def write_results(config: EvaluateConfig, protocol: dict, chosen: PromptSet,
+                  formulas: dict[str, str], files: dict[str, list[Path]],
                   scores: dict[str, dict[str, list[float]]], logs: dict[str, list[dict]]) -> None:
-    """Compare with the first model, print the table, and leave results.json, results.md, grid.png, report.html and the study page."""
-    folder, first, formulas = Path(config.out), next(iter(files)), {m.name: m.formula for m in metrics}
-    prompts, groups = ([x for x in part for _ in range(config.images_per_prompt)] for part in (chosen.prompts, chosen.groups))
-    results = {name: {m: compare(scores[name][m], scores[first][m], each=config.images_per_prompt,
-                                 groups=chosen.groups if m == "geneval" else None) for m in formulas} for name in files}
-    by_group = {name: {m: group_means(scores[name][m], groups) for m in formulas} for name in files} if groups else {}
-    write_json(folder / "results.json", dict(protocol=protocol, metrics=formulas, results=results, groups=by_group, scores=scores))
-    text = table(results, metrics) + "\n" + (group_tables(by_group) if groups else "")
-    text += "\n" + ", ".join(f"{k} {v}" for k, v in protocol.items()) + "\n" + "".join(f"- {m}: {f}\n" for m, f in formulas.items())
+    """Compare with the first model and print the table.
+
+    Leaves results.json, results.md, grid.png, report.html, and the study page if one is asked for.
+    """
+    folder, each = Path(config.out), config.images_per_prompt
+    prompts, groups = ([x for x in part for _ in range(each)]
+                       for part in (chosen.prompts, chosen.groups))
+    first = scores[next(iter(files))]
+    results = {name: {m: compare(row[m], first[m], each=each,
+                                 groups=chosen.groups if m == "geneval" else None)
+                      for m in formulas} for name, row in scores.items()}
+    by_group = {name: {m: group_means(row[m], groups) for m in formulas}
+                for name, row in scores.items()} if groups else {}
+    write_json(folder / "results.json", dict(protocol=protocol, metrics=formulas, results=results,
+                                             groups=by_group, scores=scores))
+    text = "\n".join([
+        table(results, list(formulas)), group_tables(by_group) if groups else "",
+        ", ".join(f"{k} {v}" for k, v in protocol.items()),
+        *(f"- {m}: {formula}" for m, formula in formulas.items()), ""])
     write_atomic(folder / "results.md", lambda p: p.write_text(text))
-    write_atomic(folder / "grid.png", lambda p: comparison_grid(files).save(p, format="PNG"))
-    write_report(folder / "report.html", text, protocol, formulas, files, prompts, scores, logs, config.report_rows)
+    columns = min(12, len(prompts))             # same prompt and seed below each other
+    save_png(folder / "grid.png", grid(
+        load_images([path for paths in files.values() for path in paths[:columns]]), columns))
+    write_report(folder / "report.html", text, protocol | formulas, files, prompts, scores, logs,
+                 config.report_rows)
     if config.study:
         write_study(Path(config.study), files, prompts, config.study_pairs, config.seed)
         print(f"study page: {config.study}; raters send back votes-*.json, for --tally")
     print(text)
-    print(f"{'' if config.images else 'pictures, '}results.json, results.md, grid.png and report.html in {folder}")
+    print(f"{'' if config.images else 'pictures, '}results.json, results.md, grid.png "
+          f"and report.html in {folder}")
+
+
+def score_pictures(config: EvaluateConfig, load, files: dict[str, list[Path]], prompts: list[str],
+                   processes: Processes) -> tuple[dict, dict]:
+    """({metric: formula}, {model: {metric: one score per picture}}) by the metrics `load(word)`."""
+    # Metrics are promised in fp32.
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    digests = processes.union(
+        {name: digest(paths) for name, paths in files.items()} if processes.main else {})
+    formulas, scores = {}, {name: {} for name in files}
+    for word in config.metrics:
+        metric = load(word)
+        formulas[metric.name] = metric.formula
+        for model, row in score_all(metric, files, digests, prompts, config.batch, processes,
+                                    Path(config.out) / "scores").items():
+            scores[model][metric.name] = row
+        del metric                      # one scorer in memory at a time
+    return formulas, scores
 
 
 def main() -> None:
@@ -470,57 +591,56 @@ def main() -> None:
         return print(tally(config.tally))
     logs = read_logs(config.logs)
     processes = start_processes(config.device or None)
-    folder, pipe, models = Path(config.out), None, {}
-    sources = {} if config.trace or config.prompt else dict(metric_sources(word) for word in config.metrics)
+    sources = dict(metric_sources(word) for word in config.metrics
+                   if not config.trace and not config.prompt)
     check(config, sources)
-    if config.images:
-        tokenizer = first_tokenizer(config.model, config.tokenizer) if sources.keys() & WITH_TOKENIZER else None
-    else:
+    folder = Path(config.out)
+    pipe, models, tokenizer = None, {}, None
+    if config.images and sources.keys() & WITH_TOKENIZER:
+        tokenizer = first_tokenizer(config.model, config.tokenizer)
+    elif not config.images:
         models = candidates(config)
-        pipe = load_pipeline(config.model, DTYPES[config.dtype], processes.device, vae=config.vae or None,
-                             prediction_type=config.prediction_type, tokenizer=config.tokenizer, zero_negative=NEGATIVE[config.negative])
+        pipe = load_pipeline(config.model, DTYPES[config.dtype], processes.device,
+                             vae=config.vae or None, prediction_type=config.prediction_type,
+                             tokenizer=config.tokenizer, zero_negative=NEGATIVE[config.negative])
         pipe.check_resolution(config.resolution)
         tokenizer = pipe.tokenizers[0]
     if config.trace or config.prompt:
-        return draw_trajectories(pipe, models, config, folder) if config.trace else draw_prompt(pipe, models, config, folder)
+        return (draw_trajectories if config.trace else draw_prompt)(pipe, models, config, folder)
     chosen = prompt_set(config.prompts, config.limit)
     if ("geneval" in sources or config.export_geneval) and not chosen.rows:
-        raise InputError("geneval: wants its own prompts, --prompts geneval=evaluation_metadata.jsonl")
-    prompts, protocol = [p for p in chosen.prompts for _ in range(config.images_per_prompt)], describe(config, chosen, pipe)
+        raise InputError("geneval: wants its own prompts, "
+                         "--prompts geneval=evaluation_metadata.jsonl")
 
     def load(word: str) -> Metric:
-        name, given = metric_sources(word)
-        return geneval.geneval(*given, chosen.rows, tokenizer, processes.device) if name == "geneval" else \
-            load_metric(word, config.model, tokenizer, processes.device)
+        if word.partition("=")[0] == "geneval":
+            return geneval.geneval(*sources["geneval"], chosen.rows, tokenizer, processes.device)
+        return load_metric(word, config.model, tokenizer, processes.device)
 
+    prompts = [p for p in chosen.prompts for _ in range(config.images_per_prompt)]
+    protocol = describe(config, chosen, pipe)
     if config.images:
         files = find_images(config.images, len(prompts))
         claim(folder, dict(protocol, lora={}), processes)
     else:
         base = fingerprint(pipe.unet, pipe.vae, *pipe.text_encoders)
-        claim(folder, dict(protocol, base=base, lora={n: digest(weight_files(s)) for n, s in models.items()}), processes)
+        claim(folder, dict(protocol, base=base, lora={
+            name: digest(weight_files(source)) for name, source in models.items()}), processes)
         todo = undrawn(models, len(prompts), processes, folder / "images")
         if any(todo.values()):
             rehearse(pipe, models, config.metrics, load, prompts[0], pipe.side(config.resolution))
             draw_all(pipe, models, prompts, config, processes, folder / "images", todo)
-        files = {name: [folder / "images" / name / f"{i:05d}.png" for i in range(len(prompts))] for name in models}
+        files = {name: [folder / "images" / name / f"{i:05d}.png" for i in range(len(prompts))]
+                 for name in models}
         del pipe                        # the scorers want its memory
     processes.barrier()
     if config.export_geneval and processes.main:
         for name, paths in files.items():
             with writing(Path(config.export_geneval)):
                 geneval.export(chosen.rows, paths, Path(config.export_geneval) / name)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False         # metrics are promised in fp32
-    digests = processes.union({name: digest(paths) for name, paths in files.items()} if processes.main else {})
-    scores, metrics = {name: {} for name in files}, []
-    for word in config.metrics:
-        metric = load(word)
-        for model, row in score_all(metric, files, digests, prompts, config.batch, processes, folder / "scores").items():
-            scores[model][metric.name] = row
-        metrics.append(replace(metric, score=None))         # one scorer in memory at a time
-        del metric
+    formulas, scores = score_pictures(config, load, files, prompts, processes)
     if processes.main:
-        write_results(config, protocol, chosen, metrics, files, scores, logs)
+        write_results(config, protocol, chosen, formulas, files, scores, logs)
 
 
 if __name__ == "__main__":

@@ -88,27 +88,29 @@ def epoch_order(pairs: Pairs, used: set[int], seed: int, epoch: int) -> list[int
 
 # What every source has in common
 
-def square(file, side: int) -> torch.Tensor:
-    """The middle of a picture, its shorter side resized to `side` -> uint8 [3, side, side].
+def square(picture: Path | bytes, side: int, place: str = "") -> torch.Tensor:
+    """The middle of an encoded picture, shorter side resized to `side` -> uint8 [3, side, side].
 
-    `file`: a path or an open file. Any mode that PIL reads: 16-bit greys keep their upper byte,
-    transparency is put on white. Raises UnreadablePicture.
+    Any mode that PIL reads: 16-bit greys keep their upper byte, transparency is put on white.
+    Raises UnreadablePicture that names the `place`, or the file.
     """
     try:
-        image = Image.open(file)
+        image = Image.open(io.BytesIO(picture) if isinstance(picture, bytes) else picture)
         size = np.array(image.size)
         if size.min() < SMALLEST:
             raise UnreadablePicture(f"{image.width} x {image.height} pixels")
         if image.mode.startswith("I"):
-            upper = (np.asarray(image).astype(np.int64) >> 8).clip(0, 255)
-            image = Image.fromarray(upper.astype(np.uint8))
+            image = Image.fromarray(
+                (np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
         # Only what will be seen is resized: all of 8 x 30,000 pixels would fill the memory.
         whole = np.maximum(side, (size * (side / size.min())).round())      # sides after resizing
         begin = (whole - side) // 2                             # of the square in them
         box = (*(begin * size / whole), *((begin + side) * size / whole))
         image = to_rgb(image).resize((side, side), Image.Resampling.LANCZOS, box)
     except Exception as error:          # PIL's many decoders raise what they like
-        raise UnreadablePicture((str(error) or type(error).__name__).splitlines()[0]) from None
+        raise UnreadablePicture(f"{place or picture}: not a readable picture "
+                                f"({(str(error) or type(error).__name__).splitlines()[0]})"
+                                ) from None
     return torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1)
 
 
@@ -144,46 +146,36 @@ def folder_pairs(folder: Path, side: int) -> Pairs:
     """
     path = folder / "pairs.jsonl"
     try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-        rows = [json.loads(line) for line in lines if line.strip()]
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8-sig").split("\n")
+                if line.strip()]
     except (OSError, RecursionError, ValueError) as error:
         raise InputError(f"{path}: cannot be read ({error})") from None
     if not rows:
         raise InputError(f"{path}: holds no pairs")
     for i, row in enumerate(rows):
-        check_row(row, folder, f"{path}: line {i + 1}")
-
-    def picture(name: str) -> torch.Tensor:
-        try:
-            return square(folder / name, side)
-        except UnreadablePicture as error:
-            raise UnreadablePicture(f"{folder / name}: not a readable picture ({error})") from None
-
+        place = f"{path}: line {i + 1}"
+        missing = [k for k in ("caption", "image_0", "image_1", "label_0")
+                   if not isinstance(row, dict) or k not in row]
+        if missing:
+            raise InputError(f"{place} lacks {', '.join(missing)}")
+        check_pair(row["caption"], row["label_0"], place)
+        checked_prompt(row["caption"], place)
+        size = row.get("num_example_per_prompt", 1)
+        if not isinstance(size, int | float) or not size > 0:
+            raise InputError(f"{place} has num_example_per_prompt {size!r}; it must be above 0")
+        for name in (row["image_0"], row["image_1"]):
+            if not isinstance(name, str) or Path(name).is_absolute() or ".." in Path(name).parts:
+                raise InputError(f"{place} names the picture {name!r}; "
+                                 "it must be a file in this folder")
+            if not os.path.isfile(folder / name):
+                raise InputError(f"{place} names {name}, which does not exist")
     captions = [row["caption"] for row in rows]
     labels = torch.tensor([row["label_0"] for row in rows]).float()
     weights = prompt_weights(captions, [row.get("num_example_per_prompt") for row in rows])
     return Pairs(captions, labels, weights, [range(i, i + 1) for i in range(len(rows))],
-                 lambda i: torch.stack([picture(rows[i][k]) for k in ("image_0", "image_1")]),
+                 lambda i: torch.stack([square(folder / rows[i][k], side)
+                                        for k in ("image_0", "image_1")]),
                  together=captions)
-
-
-def check_row(row: dict, folder: Path, place: str) -> None:
-    """InputError that begins with its place for a row of pairs.jsonl that is no pair."""
-    missing = [k for k in ("caption", "image_0", "image_1", "label_0")
-               if not isinstance(row, dict) or k not in row]
-    if missing:
-        raise InputError(f"{place} lacks {', '.join(missing)}")
-    check_pair(row["caption"], row["label_0"], place)
-    checked_prompt(row["caption"], place)
-    size = row.get("num_example_per_prompt", 1)
-    if not isinstance(size, int | float) or not size > 0:
-        raise InputError(f"{place} has num_example_per_prompt {size!r}; it must be above 0")
-    for name in (row["image_0"], row["image_1"]):
-        if not isinstance(name, str) or Path(name).is_absolute() or ".." in Path(name).parts:
-            raise InputError(f"{place} names the picture {name!r}; "
-                             "it must be a file in this folder")
-        if not os.path.isfile(folder / name):
-            raise InputError(f"{place} names {name}, which does not exist")
 
 
 def parquet_pairs(files: list[Path], side: int) -> Pairs:
@@ -202,11 +194,11 @@ def parquet_pairs(files: list[Path], side: int) -> Pairs:
     for file, path in enumerate(files):
         try:
             handles.append(ParquetFile(path))
-            there = set(handles[file].schema_arrow.names)
+            there = handles[file].schema_arrow.names
             missing = [k for k in ("caption", "jpg_0", "jpg_1", "label_0") if k not in there]
             if missing:
                 raise InputError(f"{path}: lacks the columns {', '.join(missing)}; "
-                                 f"it has {', '.join(sorted(there))}")
+                                 f"it has {', '.join(sorted(set(there)))}")
             for group in range(handles[file].num_row_groups):
                 begin = len(rows)
                 rows += [((file, group, row), *values)
@@ -222,12 +214,12 @@ def parquet_pairs(files: list[Path], side: int) -> Pairs:
 
     def pictures(i: int) -> torch.Tensor:
         file, group, row = places[i]
+        place = f"{files[file]}: row {row} of row group {group}"
         try:
-            return torch.stack([square(io.BytesIO(column[row]), side)
-                                for column in encoded.pictures(file, group)])
-        except (TypeError, UnreadablePicture) as error:         # TypeError: no bytes
-            raise UnreadablePicture(f"{files[file]}: row {row} of row group {group} "
-                                    f"holds no readable pictures ({error})") from None
+            table = encoded.read(file, group)
+        except (OSError, ValueError) as error:
+            raise UnreadablePicture(f"{place} is damaged: {str(error).splitlines()[0]}") from None
+        return torch.stack([square(table[k][row], side, place) for k in ("jpg_0", "jpg_1")])
 
     return Pairs(captions, torch.tensor(labels).float(), prompt_weights(captions, sizes), groups,
                  pictures, together=captions)
@@ -253,21 +245,17 @@ class RowGroups:
     kept: OrderedDict = field(default_factory=OrderedDict)          # the longest unused first
     lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def pictures(self, file: int, group: int) -> tuple[list[bytes], list[bytes]]:
+    def read(self, file: int, group: int) -> dict[str, list[bytes]]:
         """jpg_0 and jpg_1 of all rows of a row group; several threads may ask."""
         with self.lock:
-            columns = self.kept.pop((file, group), None)
-            if columns is None:
-                try:
-                    table = self.handles[file].read_row_group(group, ["jpg_0", "jpg_1"]).to_pydict()
-                    columns = (table["jpg_0"], table["jpg_1"])
-                except (OSError, ValueError) as error:
-                    raise UnreadablePicture(f"row group {group} is damaged: "
-                                            f"{str(error).splitlines()[0]}") from None
-            self.kept[file, group] = columns
-            while len(self.kept) > 1 and sum(len(c[0]) for c in self.kept.values()) > 2 * WINDOW:
+            table = self.kept.pop((file, group), None)
+            if table is None:
+                table = self.handles[file].read_row_group(group, ["jpg_0", "jpg_1"]).to_pydict()
+            self.kept[file, group] = table
+            while len(self.kept) > 1 and 2 * WINDOW < sum(
+                    len(other["jpg_0"]) for other in self.kept.values()):
                 self.kept.popitem(last=False)
-            return columns
+            return table
 
 
 def load_pairs(source: str, side: int) -> Pairs:

@@ -30,8 +30,7 @@ def checked_prompt(prompt: str, place: str) -> str:
     if len(prompt) > LONGEST:
         raise InputError(f"{place}, {prompt[:40]!r}..., has {len(prompt):,} characters, "
                          f"more than {LONGEST:,}; one prompt a line?")
-    lone = re.search("[\ud800-\udfff]", prompt)
-    if lone:
+    if lone := re.search("[\ud800-\udfff]", prompt):
         raise InputError(f"{place}, {prompt[:40]!r}, is no Unicode text: "
                          f"character {lone.start() + 1} is half a surrogate pair")
     return prompt
@@ -117,8 +116,8 @@ class PromptSet:
 def read_tsv(path: Path) -> list[dict]:
     """PartiPrompts' columns. Quotation marks belong to the prompts: one begins with one."""
     try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-        rows = list(csv.DictReader(lines, delimiter="\t", quoting=csv.QUOTE_NONE))
+        rows = list(csv.DictReader(path.read_text(encoding="utf-8-sig").split("\n"),
+                                   delimiter="\t", quoting=csv.QUOTE_NONE))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"{path}: cannot be read ({error})") from None
     if not rows or not rows[0].get("Prompt"):
@@ -167,31 +166,27 @@ def prompt_set(word: str, limit: int = 0) -> PromptSet:
     try:
         path = fetch(source, SETS[name][1], repo_type="dataset") if name else Path(source)
     except InputError as error:
-        copy = "FOLDER" if name == "hpsv2" else "FILE"
-        raise InputError(f"{error}: --prompts {name}={copy}") from None
-    found = _read_set(name, path)
+        raise InputError(f"{error}: --prompts {name}="
+                         f"{'FOLDER' if name == 'hpsv2' else 'FILE'}") from None
+    if name == "geneval":
+        rows = read_geneval(path)
+        found = PromptSet([r["prompt"] for r in rows], [r["tag"] for r in rows], rows)
+    elif path.suffix == ".tsv":
+        rows = read_tsv(path)
+        found = PromptSet([r["Prompt"].strip() for r in rows],
+                          [r["Category"] for r in rows] if rows[0].get("Category") else [])
+    elif name == "hpsv2":
+        home = path / "benchmark" if (path / "benchmark").is_dir() else path
+        styles = {style: read_prompts(str(home / f"{style}.json")) for style in STYLES}
+        found = PromptSet([p for s in STYLES for p in styles[s]],
+                          [s for s in STYLES for _ in styles[s]])
+    else:
+        if name == "pickapic" and path.is_dir():
+            path = next(iter(sorted(path.rglob("*validation_unique*.parquet"))), path)
+        found = PromptSet(read_prompts(str(path), distinct=not name))
     if name and len(found.prompts) != SETS[name][2]:
         raise InputError(f"{source}: {name} has {SETS[name][2]} prompts, "
                          f"this holds {len(found.prompts)}")
     for i, prompt in enumerate(found.prompts):
         checked_prompt(prompt, f"{source}: prompt {i + 1}")
     return PromptSet(*(part[:limit or None] for part in (found.prompts, found.groups, found.rows)))
-
-
-def _read_set(name: str, path: Path) -> PromptSet:
-    """A set of SETS from its file or folder; without a name, any file of prompts."""
-    if name == "geneval":
-        rows = read_geneval(path)
-        return PromptSet([r["prompt"] for r in rows], [r["tag"] for r in rows], rows)
-    if path.suffix == ".tsv":
-        rows = read_tsv(path)
-        groups = [r["Category"] for r in rows] if rows[0].get("Category") else []
-        return PromptSet([r["Prompt"].strip() for r in rows], groups)
-    if name == "hpsv2":
-        home = path / "benchmark" if (path / "benchmark").is_dir() else path
-        styles = {style: read_prompts(str(home / f"{style}.json")) for style in STYLES}
-        return PromptSet([p for s in STYLES for p in styles[s]],
-                         [s for s in STYLES for _ in styles[s]])
-    if name == "pickapic" and path.is_dir():
-        path = next(iter(sorted(path.rglob("*validation_unique*.parquet"))), path)
-    return PromptSet(read_prompts(str(path), distinct=not name))

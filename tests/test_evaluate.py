@@ -1,4 +1,5 @@
 """evaluate.py and metrics.py: the numbers against scipy, the run end to end, and the tiny world's ground truth."""
+import dataclasses
 import json
 import shutil
 
@@ -324,7 +325,7 @@ def test_scores_are_kept_while_pictures_prompts_and_weights_last(kind, trained, 
     call("evaluate", *kind, "--lora", "base=", f"spo={trained[0]}")
     assert len(seen) == 14
     seen.clear()
-    monkeypatch.setattr(evaluate, "load_metric", lambda *a: evaluate.replace(counted(*a), weights="others"))
+    monkeypatch.setattr(evaluate, "load_metric", lambda *a: dataclasses.replace(counted(*a), weights="others"))
     call("evaluate", *kind, "--lora", "base=")
     assert len(seen) == 14
 

@@ -1,16 +1,126 @@
 """prompt_sets.py: the real files where they are at hand, made-up ones for the rest."""
 import json
 from collections import Counter
+from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
 
 from conftest import FACTS
-from prompt_sets import SETS, STYLES, prompt_set
+from prompt_sets import SETS, STYLES, prompt_set, read_prompts
 from weights import InputError
 
 REAL = FACTS.parent / "data/prompts"
 needs_real = pytest.mark.skipif(not REAL.exists(), reason="needs the published prompt files")
 
+
+# Any file or data set
+
+def test_prompt_files(tmp_path):
+    want = ["a red circle", "ein grüner Kreis, 圆", "x"]
+    files = {
+        "a.txt": "\n a red circle \n\nein grüner Kreis, 圆\r\nx", "b.json": json.dumps(want), "c.json": json.dumps([dict(caption=p) for p in want]),
+        "d.jsonl": "\n".join(json.dumps(dict(caption=p, n=1), ensure_ascii=False) for p in want) + "\n\n",
+        "e.jsonl": "\n".join(json.dumps(dict(prompt=p)) for p in want), "f.txt": "\ufeffa red circle\nein grüner Kreis, 圆\nx\n"}
+    for name, text in files.items():
+        (tmp_path / name).write_bytes(text.encode())
+        assert read_prompts(str(tmp_path / name)) == want, name
+
+
+@pytest.mark.parametrize("name, content, says", [
+    ("a.txt", b"  \n\n", "holds no prompts"), ("a.json", b"[]", "holds no prompts"), ("a.json", b"{\"caption\": \"x\"}", "expected a list"),
+    ("a.json", b"[1]", "entry 1"), ("a.jsonl", b"{\"caption\": \"x\"}\n{\"text\": \"y\"}", "entry 2"), ("a.json", b"[", "not valid JSON"),
+    ("a.jsonl", b"x", "not valid JSONL"),
+    ("a.json", b'["x", "y \\ud800"]', "prompt 2, 'y \\ud800', is no Unicode text: character 3"), (300 * "a" + ".txt", None, "cannot be read"), ("a.txt", b"caf\xe9", "not UTF-8 (byte 3)"), ("none.txt", None, "cannot be read")])
+def test_prompt_files_that_are_wrong(tmp_path, name, content, says):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError) as caught:
+        read_prompts(str(tmp_path / name))
+    assert says in str(caught.value) and name in str(caught.value) and "\n" not in str(caught.value)
+
+
+prompt_texts = st.lists(st.text(st.characters(blacklist_categories=["Cs"]), max_size=20), max_size=6)
+
+
+@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(texts=prompt_texts, objects=st.booleans(), plain=st.booleans())
+def test_any_text_survives_json(tmp_path, texts, objects, plain):
+    """Whatever is in a prompt, also the separators that str.splitlines knows, comes back; blank ones are left out."""
+    rows = [dict(caption=t) if objects else t for t in texts]
+    want = [t.strip() for t in texts if t.strip()]
+    (tmp_path / "p.json").write_text(json.dumps(rows, ensure_ascii=plain), encoding="utf-8")
+    (tmp_path / "p.jsonl").write_text("\n".join(json.dumps(r, ensure_ascii=plain) for r in rows), encoding="utf-8")
+    for name in ("p.json", "p.jsonl"):
+        if want:
+            assert read_prompts(str(tmp_path / name)) == want
+        else:
+            with pytest.raises(InputError, match="holds no prompts"):
+                read_prompts(str(tmp_path / name))
+
+
+@settings(max_examples=200, deadline=None)
+@given(content=st.one_of(st.binary(max_size=60), st.text("[]{}\"':,0aenrtu\\\n \u2028", max_size=40).map(str.encode)),
+       suffix=st.sampled_from([".txt", ".json", ".jsonl"]))
+@example(content=b"[" * 100_000, suffix=".json")
+@example(content=b"9" * 5_000, suffix=".jsonl")
+def test_any_bytes_are_prompts_or_one_line(tmp_path_factory, content, suffix):
+    path = tmp_path_factory.getbasetemp() / ("any" + suffix)
+    path.write_bytes(content)
+    try:
+        prompts = read_prompts(str(path))
+    except InputError as error:
+        assert "\n" not in str(error) and path.name in str(error)
+    else:
+        assert prompts and all(isinstance(p, str) and p == p.strip() and p for p in prompts)
+
+
+def test_fifty_megabytes_of_prompts(tmp_path):
+    """A million prompts are read and sampled; one line of 50 MB is no prompt."""
+    many, one = tmp_path / "many.txt", tmp_path / "one.txt"
+    many.write_text("".join(f"prompt number {i:08d} is this and a little more text\n" for i in range(1_000_000)))
+    assert many.stat().st_size > 50e6
+    assert len(set(read_prompts(str(many), sample=4000))) == 4000
+    one.write_text("a red circle\n" + "word " * 10_000_000)
+    with pytest.raises(InputError, match=r"one.txt: prompt 2, 'word .{0,40}'..., has 49,999,999 characters") as caught:
+        read_prompts(str(one))
+    assert len(str(caught.value)) < 300
+
+
+def test_captions_of_parquet_files(tmp_path):
+    """Each caption once, in order; the training split of a folder; a keyed sample of them."""
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    write = lambda name, captions: pq.write_table(pa.table(dict(caption=captions, other=range(len(captions)))), tmp_path / name)
+    (tmp_path / "data").mkdir()
+    write("data/train-0.parquet", ["b", " a ", "b", ""])
+    write("data/train-1.parquet", ["c", "a", None])
+    write("data/validation-0.parquet", ["v"])
+    assert read_prompts(str(tmp_path / "data/train-0.parquet")) == ["b", "a"]
+    assert read_prompts(str(tmp_path)) == ["b", "a", "c"] and read_prompts(str(tmp_path / "data/validation-0.parquet")) == ["v"]
+    write("many.parquet", [f"p{i}" for i in range(50)])
+    first, again, other = (read_prompts(str(tmp_path / "many.parquet"), 7, seed) for seed in (0, 0, 1))
+    assert first == again != other and len(set(first)) == 7
+    pq.write_table(pa.table(dict(text=["x"])), tmp_path / "odd.parquet")
+    (tmp_path / "bad.parquet").write_text("no")
+    for name in ("odd.parquet", "bad.parquet"):
+        with pytest.raises(InputError, match=name):
+            read_prompts(str(tmp_path / name))
+    with pytest.raises(InputError, match="as a hub id not in the cache"):
+        read_prompts("owner/no-such-data-set")
+
+
+def test_a_data_sets_name_may_hold_a_dot(monkeypatch):
+    """It is asked of the hub, while a prompts file that is missing is not."""
+    asked = []
+    monkeypatch.setattr("prompt_sets.fetch_parquet", lambda source: asked.append(source) or Path("nowhere"))
+    for source in ("owner/data.v1", "owner/data", "some/where.txt", "where.v1"):
+        with pytest.raises(InputError, match=source):
+            read_prompts(source)
+    assert asked == ["owner/data.v1", "owner/data"]
+
+
+# The field's sets
 
 @needs_real
 @pytest.mark.parametrize("word", ["parti={}", "{}"])

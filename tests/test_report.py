@@ -111,8 +111,8 @@ def test_report_takes_evenly_spaced_rows_and_shrinks_large_pictures(tmp_path):
     files = pictures(tmp_path, ["a", "b"], 10, 400)
     scores = {m: {"s": [float(i) for i in range(10)]} for m in files}
     Image.new("RGB", (200, 100)).save(tmp_path / "trace-b.png")
-    report.write_report(tmp_path / "report.html", "| x |\n|---|\n| <i> |", dict(seed=0), dict(s="f"), files, [f"p{i}" for i in range(10)], scores, {},
-                        rows=4, side=256)
+    report.write_report(tmp_path / "report.html", "| x |\n|---|\n| <i> |", dict(seed=0, s="f"), files, [f"p{i}" for i in range(10)], scores, {},
+                        rows=4)
     rows = embedded(tmp_path / "report.html")["rows"]
     assert [row["prompt"] for row in rows] == ["p0", "p2", "p5", "p7"] and rows[0]["images"]["a"].startswith("data:image/jpeg")
     page = (tmp_path / "report.html").read_text()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from helpers import log_of
@@ -28,7 +28,6 @@ from training import (
     write_atomic,
     write_json,
 )
-from prompt_sets import read_prompts
 from weights import InputError
 
 ALONE = Processes(0, 1, torch.device("cpu"))
@@ -92,16 +91,6 @@ def test_help_shows_every_option_with_its_default(capsys):
     text = capsys.readouterr().out
     assert all(f"--{name}" in text for name in Options.__dataclass_fields__) and "100 % of it [0.0001; sdxl: 1e-05; tiny: 0.5]" in text and "one of random, win [random]" in text
     assert "of it; above 0 and at most 1 [0.5]" in text
-
-
-def test_a_data_sets_name_may_hold_a_dot(monkeypatch):
-    """It is asked of the hub, while a prompts file that is missing is not."""
-    asked = []
-    monkeypatch.setattr("prompt_sets.fetch_parquet", lambda source: asked.append(source) or Path("nowhere"))
-    for source in ("owner/data.v1", "owner/data", "some/where.txt", "where.v1"):
-        with pytest.raises(InputError, match=source):
-            read_prompts(source)
-    assert asked == ["owner/data.v1", "owner/data"]
 
 
 # Random numbers
@@ -394,79 +383,6 @@ def test_log_is_valid_json(tmp_path):
     assert log_of(tmp_path) == [dict(a=1.23457, b=2, c=dict(d=0.5))]
 
 
-# Prompts
-
-def test_prompt_files(tmp_path):
-    want = ["a red circle", "ein grüner Kreis, 圆", "x"]
-    files = {
-        "a.txt": "\n a red circle \n\nein grüner Kreis, 圆\r\nx", "b.json": json.dumps(want), "c.json": json.dumps([dict(caption=p) for p in want]),
-        "d.jsonl": "\n".join(json.dumps(dict(caption=p, n=1), ensure_ascii=False) for p in want) + "\n\n",
-        "e.jsonl": "\n".join(json.dumps(dict(prompt=p)) for p in want), "f.txt": "\ufeffa red circle\nein grüner Kreis, 圆\nx\n"}
-    for name, text in files.items():
-        (tmp_path / name).write_bytes(text.encode())
-        assert read_prompts(str(tmp_path / name)) == want, name
-
-
-@pytest.mark.parametrize("name, content, says", [
-    ("a.txt", b"  \n\n", "holds no prompts"), ("a.json", b"[]", "holds no prompts"), ("a.json", b"{\"caption\": \"x\"}", "expected a list"),
-    ("a.json", b"[1]", "entry 1"), ("a.jsonl", b"{\"caption\": \"x\"}\n{\"text\": \"y\"}", "entry 2"), ("a.json", b"[", "not valid JSON"),
-    ("a.jsonl", b"x", "not valid JSONL"),
-    ("a.json", b'["x", "y \\ud800"]', "prompt 2, 'y \\ud800', is no Unicode text: character 3"), (300 * "a" + ".txt", None, "cannot be read"), ("a.txt", b"caf\xe9", "not UTF-8 (byte 3)"), ("none.txt", None, "cannot be read")])
-def test_prompt_files_that_are_wrong(tmp_path, name, content, says):
-    if content is not None:
-        (tmp_path / name).write_bytes(content)
-    with pytest.raises(InputError) as caught:
-        read_prompts(str(tmp_path / name))
-    assert says in str(caught.value) and name in str(caught.value) and "\n" not in str(caught.value)
-
-
-prompt_texts = st.lists(st.text(st.characters(blacklist_categories=["Cs"]), max_size=20), max_size=6)
-
-
-@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(texts=prompt_texts, objects=st.booleans(), plain=st.booleans())
-def test_any_text_survives_json(tmp_path, texts, objects, plain):
-    """Whatever is in a prompt, also the separators that str.splitlines knows, comes back; blank ones are left out."""
-    rows = [dict(caption=t) if objects else t for t in texts]
-    want = [t.strip() for t in texts if t.strip()]
-    (tmp_path / "p.json").write_text(json.dumps(rows, ensure_ascii=plain), encoding="utf-8")
-    (tmp_path / "p.jsonl").write_text("\n".join(json.dumps(r, ensure_ascii=plain) for r in rows), encoding="utf-8")
-    for name in ("p.json", "p.jsonl"):
-        if want:
-            assert read_prompts(str(tmp_path / name)) == want
-        else:
-            with pytest.raises(InputError, match="holds no prompts"):
-                read_prompts(str(tmp_path / name))
-
-
-@settings(max_examples=200, deadline=None)
-@given(content=st.one_of(st.binary(max_size=60), st.text("[]{}\"':,0aenrtu\\\n \u2028", max_size=40).map(str.encode)),
-       suffix=st.sampled_from([".txt", ".json", ".jsonl"]))
-@example(content=b"[" * 100_000, suffix=".json")
-@example(content=b"9" * 5_000, suffix=".jsonl")
-def test_any_bytes_are_prompts_or_one_line(tmp_path_factory, content, suffix):
-    path = tmp_path_factory.getbasetemp() / ("any" + suffix)
-    path.write_bytes(content)
-    try:
-        prompts = read_prompts(str(path))
-    except InputError as error:
-        assert "\n" not in str(error) and path.name in str(error)
-    else:
-        assert prompts and all(isinstance(p, str) and p == p.strip() and p for p in prompts)
-
-
-def test_fifty_megabytes_of_prompts(tmp_path):
-    """A million prompts are read and sampled; one line of 50 MB is no prompt."""
-    many, one = tmp_path / "many.txt", tmp_path / "one.txt"
-    many.write_text("".join(f"prompt number {i:08d} is this and a little more text\n" for i in range(1_000_000)))
-    assert many.stat().st_size > 50e6
-    assert len(set(read_prompts(str(many), sample=4000))) == 4000
-    one.write_text("a red circle\n" + "word " * 10_000_000)
-    with pytest.raises(InputError, match=r"one.txt: prompt 2, 'word .{0,40}'..., has 49,999,999 characters") as caught:
-        read_prompts(str(one))
-    assert len(str(caught.value)) < 300
-
-
 def test_a_folder_that_cannot_be_written_is_one_line(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="cannot be used as a run folder"):
@@ -485,25 +401,3 @@ def test_a_log_value_may_not_be_finite(tmp_path):
     """A diverged run can still be read."""
     open_run(tmp_path).log(dict(loss=math.nan))
     assert math.isnan(log_of(tmp_path)[0]["loss"])
-
-
-def test_captions_of_parquet_files(tmp_path):
-    """Each caption once, in order; the training split of a folder; a keyed sample of them."""
-    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
-    write = lambda name, captions: pq.write_table(pa.table(dict(caption=captions, other=range(len(captions)))), tmp_path / name)
-    (tmp_path / "data").mkdir()
-    write("data/train-0.parquet", ["b", " a ", "b", ""])
-    write("data/train-1.parquet", ["c", "a", None])
-    write("data/validation-0.parquet", ["v"])
-    assert read_prompts(str(tmp_path / "data/train-0.parquet")) == ["b", "a"]
-    assert read_prompts(str(tmp_path)) == ["b", "a", "c"] and read_prompts(str(tmp_path / "data/validation-0.parquet")) == ["v"]
-    write("many.parquet", [f"p{i}" for i in range(50)])
-    first, again, other = (read_prompts(str(tmp_path / "many.parquet"), 7, seed) for seed in (0, 0, 1))
-    assert first == again != other and len(set(first)) == 7
-    pq.write_table(pa.table(dict(text=["x"])), tmp_path / "odd.parquet")
-    (tmp_path / "bad.parquet").write_text("no")
-    for name in ("odd.parquet", "bad.parquet"):
-        with pytest.raises(InputError, match=name):
-            read_prompts(str(tmp_path / name))
-    with pytest.raises(InputError, match="as a hub id not in the cache"):
-        read_prompts("owner/no-such-data-set")
