@@ -355,7 +355,7 @@ def generic_preference(
 
 
 def mistaken(caption: Caption, captions: list[Caption], rand: torch.Generator) -> Caption:
-    """What a careless painter might have painted instead: at most two words of the caption differ."""
+    """What a careless painter might paint instead: at most two words of the caption differ."""
     while True:
         other = captions[int(torch.randint(len(captions), (1,), generator=rand))]
         if other.kind == caption.kind and other.text != caption.text:
