@@ -107,11 +107,10 @@ def learning_rate(step: int, steps: int, peak: float, warmup: int = 100) -> floa
 
 def update(optimizer: torch.optim.Optimizer, loss: torch.Tensor, lr: float) -> None:
     """One step down the gradient of the loss, whose norm is bounded by 1."""
-    (group,) = optimizer.param_groups
-    group["lr"] = lr
+    optimizer.param_groups[0]["lr"] = lr
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
-    torch.nn.utils.clip_grad_norm_(group["params"], 1.0)
+    torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0)
     optimizer.step()
 
 
@@ -206,10 +205,9 @@ def build_tokenizer(out: Path) -> None:
         pattern = re.compile(rf"(?<!\S){re.escape(merges[-1])}(?!\S)")
         words = {pattern.sub(merges[-1].replace(" ", ""), word) for word in words}
     start, end = "<|startoftext|>", "<|endoftext|>"
-    joined = [merge.replace(" ", "") for merge in merges]
-    tokens = [*symbols, *(s + "</w>" for s in symbols), *joined, start, end]
+    tokens = symbols + [s + "</w>" for s in symbols] + [m.replace(" ", "") for m in merges]
     special = dict(bos_token=start, eos_token=end, pad_token=end, unk_token=end)
-    write_json(out / "tokenizer/vocab.json", {token: i for i, token in enumerate(tokens)})
+    write_json(out / "tokenizer/vocab.json", {t: i for i, t in enumerate([*tokens, start, end])})
     (out / "tokenizer/merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]))
     write_json(out / "tokenizer/special_tokens_map.json", special)
     write_json(out / "tokenizer/tokenizer_config.json", dict(
@@ -283,8 +281,8 @@ def build_clip(
     ids = tokenize(str(out), [c.text for c in train]).to(device)
     target = indices(captions, train)
     rand = torch.Generator().manual_seed(seed + 12)
-    hard = indices([world.mistaken(c, train, rand) for c in train for _ in range(16)], train)
-    hard = hard.view(-1, 16)
+    wrong = [world.mistaken(c, train, rand) for c in train for _ in range(16)]
+    hard = indices(wrong, train).view(-1, 16)
     optimizer = torch.optim.AdamW(clip.parameters(), betas=(0.9, 0.98), weight_decay=0.05)
     progress = tqdm(range(steps), desc="clip", mininterval=5)
     for step in progress:
@@ -375,11 +373,13 @@ def train_unet(
         embeds = text.text_model(ids)[1]
     schedule = ddim.Schedule.from_json(SCHEDULER_CONFIG)
     trained = [unet, text] if train_text else [unet]
-    parameters = [p for module in trained for p in module.parameters()]
     live = [v for module in trained for v in module.state_dict().values()]
     average = [v.clone() for v in live]
     running = 0.0
-    optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.99), weight_decay=1e-3, fused=True)
+    optimizer = torch.optim.AdamW(
+        [p for module in trained for p in module.parameters()],
+        betas=(0.9, 0.99), weight_decay=1e-3, fused=True,
+    )
     progress = tqdm(range(steps), desc="unet", mininterval=5)
     for step in progress:
         pick = torch.randint(len(mean), (batch,), device=device)
@@ -421,10 +421,11 @@ def check_unet(
     """Gate: the base model draws most captions right at one of these scales of guidance."""
     pipe = load_pipeline(str(out), device=device)
     _, held = world.split_captions()
-    prompts = [c.text for c in held]
     aligned = []
     for scale in scales:
-        images = generate(pipe, prompts, range(len(held)), 64, guidance_scale=scale, eta=1.0)
+        images = generate(
+            pipe, [c.text for c in held], list(range(len(held))), 64, guidance_scale=scale, eta=1.0
+        )
         aligned.append(float(world.alignment(images, held).mean()))
         print(
             f"unet  held-out captions, guidance {scale}: alignment {aligned[-1]:.3f}, "
@@ -476,12 +477,12 @@ def judge_table(
     `folder`: the checkpoint whose latents and noise it is.
     """
     pipe = load_pipeline(folder, device=device)
-    config = SPMConfig(**PRESETS["tiny"], seed=seed)
     images, captions, labels = world.preference_pairs(count, seed)
     pairs = Pairs(captions, labels, torch.ones(count), [range(count)], lambda i: images[i])
     return accuracy_table(
-        pipe, models, pairs, lambda index, _: labels[index].to(device), list(range(count)), config,
-        encode_empty(pipe), tokenize(folder, captions), start_processes(device),
+        pipe, models, pairs, lambda index, _: labels[index].to(device), list(range(count)),
+        SPMConfig(**PRESETS["tiny"], seed=seed), encode_empty(pipe), tokenize(folder, captions),
+        start_processes(device),
     )
 
 
@@ -493,8 +494,10 @@ def build_spm(out: Path, device: torch.device, seed: int) -> None:
     subprocess.run([sys.executable, "spm_train.py", *options], check=True, cwd=ROOT)
     for name in ("spm", "spm_step_blind"):
         shutil.copytree(run / name, out / name, dirs_exist_ok=True)
-    judges = [load_clip(str(out / part), device=device) for part in ("pickscore", "spm")]
-    models = dict(PickScore=judges[0], SPM=judges[1])
+    models = {
+        "PickScore": load_clip(str(out / "pickscore"), device=device),
+        "SPM": load_clip(str(out / "spm"), device=device),
+    }
     table = judge_table(str(out), models, 2048, 30_000, str(device))
     for t, (_, _, _, difference, error) in table["SPM"].items():
         least = 2.0 if t in (251, 501) else -1.0            # clearly better there, nowhere worse
