@@ -1,26 +1,27 @@
-"""The official recipe against this program: one process, interleaved, medians, at equal mathematics.
+"""The official recipe against this program: one process, taking turns, medians, equal mathematics.
 
-    python benchmarks/bench.py                          # the embedded tiny model; a few minutes on a CPU, most of them compiling
-    python benchmarks/bench.py --model sd15             # full size, random weights, one GPU; or sdxl
+    python benchmarks/bench.py                          # tiny: minutes on a CPU, mostly compiling
+    python benchmarks/bench.py --model sd15             # full size, random weights, a GPU; or sdxl
     python benchmarks/bench.py --sides official eager   # without compiling
-    python benchmarks/bench.py --model sd15 --parts     # each part of a round alone, printed at once: for a GPU that one has for minutes
-    python benchmarks/bench.py --settings all           # instead: peak memory and speed of this program's settings; any --model
+    python benchmarks/bench.py --model sd15 --parts     # a round's parts, each timed alone
+    python benchmarks/bench.py --settings all           # instead: this program's settings compared
 
 Sides:
-    official    diffusers' UNet with peft's LoRA, a second UNet as reference, four forwards per pair; diffusers' VAE, a whole pool at
-                a time; on a GPU fp16, the policy under autocast as accelerate puts it, the judge in fp32 with TF32; fp32 on a CPU
+    official    diffusers' UNet with peft's LoRA, a second UNet as reference, four forwards a pair;
+                diffusers' VAE, a whole pool at a time; on a CPU fp32, on a GPU fp16, the policy
+                under autocast as accelerate puts it, the judge in fp32 with TF32
     eager       this program
     compiled    this program with --compile
     taesd       the same with --decoder taesd, random weights in its layout; SD-1.5 and SDXL only
-All walk down the same number of trajectories with the same batches, decode and score the same candidates with one SPM, and train
-on every pair. Before it measures, the program checks that both recipes give the same loss on the same pairs and weights.
-Needs requirements-dev.txt. Writes benchmarks/results/bench_MODEL_DEVICE.json, or parts_..., settings_...
+All walk down the same number of trajectories with the same batches, decode and score the same
+candidates with one SPM, and train on every pair. First both recipes' losses on the same pairs and
+weights are compared. --settings measures peak memory and speed, with any --model. Needs
+requirements-dev.txt. Writes benchmarks/results/bench_MODEL_DEVICE.json, or parts_..., settings_...
 """
 import contextlib
 import copy
 import dataclasses
 import gc
-import itertools
 import json
 import multiprocessing
 import platform
@@ -28,174 +29,243 @@ import resource
 import statistics
 import sys
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-import diffusers  # noqa: E402
-import peft  # noqa: E402
-import torch  # noqa: E402
-from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
+import diffusers
+import peft
+import torch
+from torch.utils.flop_counter import FlopCounterMode
 
-import ddim  # noqa: E402
-import lora  # noqa: E402
-from clip_spm import CLIP, clip_h, preprocess_decoded  # noqa: E402
-from conftest import sd15_shaped, sdxl_shaped  # noqa: E402
-from diffusion import Conditioning, decode, encode_prompts, guided_noise  # noqa: E402
-from loading import DTYPES, Pipeline  # noqa: E402
-from diffusion import negative  # noqa: E402
-from loading import load_clip, load_pipeline  # noqa: E402
-from spo_train import LOW, PRESETS, Counted, Models, Pairs, SPOConfig, judge_features  # noqa: E402
-from spo_train import pair_log_ratios, sample_pairs, spo_loss, train_on_pairs  # noqa: E402
-from test_unet import SD15_FULL, SDXL_FULL  # noqa: E402
-from training import Clock, Processes, generator, opt, parse_options, profiled, run_script, write_json  # noqa: E402
-from prompt_sets import read_prompts  # noqa: E402
-from unet import UNet, UNetConfig, compile_blocks  # noqa: E402
-from vae import VAE, TinyDecoder, TinyDecoderConfig, VAEConfig  # noqa: E402
+import ddim
+import lora
+from clip_spm import CLIP, clip_h, preprocess_decoded
+from conftest import sd15_shaped, sdxl_shaped
+from diffusion import Conditioning, decode, encode_prompts, guided_noise, negative
+from loading import DTYPES, Pipeline, load_clip, load_pipeline
+from prompt_sets import read_prompts
+from spo_train import LOW, PRESETS, Counted, Models, Pairs, SPOConfig, judge_features
+from spo_train import pair_log_ratios, sample_pairs, spo_loss, train_on_pairs
+from test_unet import SD15_FULL, SDXL_FULL
+from training import Clock, Processes, generator, opt, parse_options, profiled, run_script
+from training import write_json
+from unet import UNet, UNetConfig, compile_blocks
+from vae import VAE, TinyDecoder, TinyDecoderConfig, VAEConfig
 
 PHASES = ("sampling", "decoding", "scoring", "training")
+SIDES = ("official", "eager", "compiled", "taesd")
+BATCHES = ("sample_batch", "train_batch", "decode_batch")
+SETTINGS = ("all", "normal", "checkpointing", "8", "4", "1", "low")
 
 
 @dataclass
 class BenchConfig:
     """Every option."""
-    model: str = opt("tiny", "tiny, or sd15 or sdxl at full size with random weights (a GPU)", ("tiny", "sd15", "sdxl"))
-    sides: tuple[str, ...] = opt(("official", "eager", "compiled", "taesd"), "what to compare",
-                                 ("official", "eager", "compiled", "taesd"))
-    settings: tuple[str, ...] = opt((), "a table of settings instead, each in a process of its own: peak memory, seconds per prompt",
-                                    ("all", "normal", "checkpointing", "8", "4", "1", "low"))
+    model: str = opt("tiny", "tiny, or sd15 or sdxl at full size with random weights (a GPU)",
+                     ("tiny", "sd15", "sdxl"))
+    sides: tuple[str, ...] = opt(SIDES, "what to compare", SIDES)
+    settings: tuple[str, ...] = opt((), "a table of settings instead, each in a process of its own:"
+                                    " peak memory, seconds per prompt", SETTINGS)
     prompts: int = opt(0, "prompts in a round; 0: 16 tiny, 10 sd15, 2 sdxl", least=0)
-    parts: bool = opt(False, "time each part of a round alone and add up how often a round does it, instead of whole rounds")
+    parts: bool = opt(False, "time each part of a round alone and add up how often a round does "
+                      "it, instead of whole rounds")
     repeats: int = opt(3, "rounds of each side, of which the median counts", least=1)
-    profile: bool = opt(False, "in a folder beside the JSON file, what one more round, compiled if that is a side, spends its time on")
-    out: str = opt("", "the JSON file; empty: benchmarks/results/bench_MODEL_DEVICE.json, or parts_..., settings_...")
+    profile: bool = opt(False, "in a folder beside the JSON file, what one more round, compiled if "
+                        "that is a side, spends its time on")
+    out: str = opt("", "the JSON file; empty: benchmarks/results/bench_MODEL_DEVICE.json, or "
+                   "parts_..., settings_...")
+
+
+@dataclass
+class Task:
+    """What all sides work on: a model with its LoRA, its judge, B prompts, and the settings."""
+    pipe: Pipeline
+    judge: CLIP
+    cond: Conditioning
+    uncond: Conditioning
+    text: torch.Tensor                  # [B, P] the judge's features of the prompts
+    config: SPOConfig
+
+    def sides_of(self, rows: slice | list[int]) -> list[Conditioning]:
+        """Both sides of guidance, cond and uncond, for some of the prompts."""
+        return [side.map(lambda v: v[rows]) for side in (self.cond, self.uncond)]
 
 
 @dataclass
 class Side:
-    """One of the things compared: its networks, how it trains on the pairs of a round, and what must be on the card for it."""
+    """One of the things compared."""
     models: Models
-    train: object                       # (pairs, clock) -> None
-    modules: list[torch.nn.Module]
+    train: Callable[[Pairs, Clock], None]       # on the pairs of a round
+    modules: list[torch.nn.Module]              # what must be on the card for it
     optimizer: torch.optim.Optimizer
     config: SPOConfig
-    compiled: bool | None = None        # None: knows nothing of it
-    loss_of: object = None              # the official side's loss, for the comparison with ours
+    compiled: bool | None = None                # None: knows nothing of it
+    loss_of: Callable | None = None             # the official loss, for the comparison with ours
 
 
-def tiny_parts(device: torch.device) -> tuple[Pipeline, CLIP, Conditioning, Conditioning, torch.Tensor, SPOConfig]:
+def tiny_task(device: torch.device) -> Task:
     """The embedded model with the demo's settings."""
     config = SPOConfig(**PRESETS["tiny"])
     pipe = load_pipeline("tiny", torch.float32, device)
     judge = load_clip(str(ROOT / "tiny/model/spm"), torch.float32, device)
     prompts = read_prompts(config.prompts)[:64]
     cond = encode_prompts(pipe, prompts)
-    return pipe, judge, cond, negative(pipe, cond, encode_prompts(pipe, [""])), judge_features(pipe, judge, prompts), config
+    uncond = negative(pipe, cond, encode_prompts(pipe, [""]))
+    return Task(pipe, judge, cond, uncond, judge_features(pipe, judge, prompts), config)
 
 
-def full_parts(model: str, device: torch.device) -> tuple[Pipeline, CLIP, Conditioning, Conditioning, torch.Tensor, SPOConfig]:
-    """SD-1.5 or SDXL at full size; random weights and conditioning, which cost what real ones cost."""
+def full_task(model: str, device: torch.device) -> Task:
+    """SD-1.5 or SDXL at full size; random weights and conditioning cost what real ones cost."""
     config = SPOConfig(**PRESETS[model] | dict(model=model))
-    shape = sd15_shaped(**SD15_FULL) if model == "sd15" else sdxl_shaped(**SDXL_FULL)
     torch.manual_seed(0)
     with torch.device(device):
         torch.set_default_dtype(torch.bfloat16)
-        unet, vae, judge = UNet(UNetConfig.from_json(shape)), VAE(VAEConfig()), CLIP(clip_h(step_aware=True))
+        unet, vae = UNet(UNetConfig.from_json(full_unet(model))), VAE(VAEConfig())
+        judge = CLIP(clip_h(step_aware=True))
         torch.set_default_dtype(torch.float32)
     for module in (unet, vae, judge):
         module.requires_grad_(False).eval()
-    tables = torch.linspace(0.00085 ** 0.5, 0.012 ** 0.5, 1000).square()
-    pipe = Pipeline(model, [], [], unet, vae, ddim.Schedule((1 - tables).cumprod(0), 0.9991), device=device)
-    wide, n = unet.config.cross_attention_dim, 16
-    draw = lambda *s: torch.randn(*s, device=device, dtype=torch.bfloat16)          # noqa: E731
-    extra = (draw(n, 1280), torch.tensor([[1024, 1024, 0, 0, 1024, 1024.0]], device=device).repeat(n, 1)) if model == "sdxl" else ()
-    cond, uncond = (Conditioning(draw(n, 77, wide), *extra) for _ in range(2))
-    return pipe, judge, cond, uncond, torch.nn.functional.normalize(draw(n, 1024).float(), dim=-1), config
+    betas = torch.linspace(0.00085 ** 0.5, 0.012 ** 0.5, 1000).square()
+    schedule = ddim.Schedule((1 - betas).cumprod(0), 0.9991)
+    pipe = Pipeline(model, [], [], unet, vae, schedule, device=device)
+    draw = lambda *shape: torch.randn(16, *shape, device=device, dtype=torch.bfloat16)
+    extra = ()
+    if model == "sdxl":
+        sizes = torch.tensor([[1024, 1024, 0, 0, 1024, 1024.0]], device=device)
+        extra = draw(1280), sizes.repeat(16, 1)
+    width = unet.config.cross_attention_dim
+    cond, uncond = (Conditioning(draw(77, width), *extra) for _ in range(2))
+    text = torch.nn.functional.normalize(draw(1024).float(), dim=-1)
+    return Task(pipe, judge, cond, uncond, text, config)
 
 
-def loaded(model: str, prompts: int, device: torch.device,
-           **changes) -> tuple[Pipeline, CLIP, Conditioning, Conditioning, torch.Tensor, SPOConfig]:
-    """A model with its LoRA, its judge, the conditioning of `prompts` prompts, and its settings with `changes`; every pair counts."""
-    pipe, judge, cond, uncond, text, config = tiny_parts(device) if model == "tiny" else full_parts(model, device)
-    config = dataclasses.replace(config, threshold=-1.0, **changes)
-    lora.add(pipe.unet, config.rank)
-    pipe.unet.checkpointing = config.checkpointing
-    return pipe, judge, cond.map(lambda v: v[:prompts]), uncond.map(lambda v: v[:prompts]), text[:prompts], config
+def full_unet(model: str) -> dict:
+    """The official UNet's config.json."""
+    return sd15_shaped(**SD15_FULL) if model == "sd15" else sdxl_shaped(**SDXL_FULL)
 
 
-def official_side(pipe: Pipeline, judge: CLIP, cond: Conditioning, uncond: Conditioning, config: SPOConfig, unet_json: dict,
-                  vae_json: dict) -> Side:
-    """diffusers + peft, with the very weights of `pipe` and of its LoRA."""
-    dtype = torch.float16 if pipe.device.type == "cuda" else torch.float32
-    weights = {k: v for k, v in pipe.unet.state_dict().items() if ".lora_" not in k}
-    unets = []
-    for _ in range(2):
-        with torch.device("meta"):
-            unet = diffusers.UNet2DConditionModel(**unet_json)
-        unet = unet.to_empty(device=pipe.device)
-        unet.load_state_dict(weights)
-        unets.append(unet.to(dtype).requires_grad_(False).eval())
-    policy, reference = unets
-    policy.add_adapter(peft.LoraConfig(r=config.rank, lora_alpha=config.rank, target_modules=list(lora.TARGETS)))
-    for name, p in policy.named_parameters():
-        if ".lora_" in name:
-            p.data = pipe.unet.get_parameter(name.replace(".base_layer", "").replace(".default", "")).data.float().clone()
-            p.requires_grad_(True)
+def load_task(model: str, prompts: int, device: torch.device, **changes) -> Task:
+    """A model with its LoRA, `prompts` prompts, its settings with `changes`; every pair counts."""
+    task = tiny_task(device) if model == "tiny" else full_task(model, device)
+    config = dataclasses.replace(task.config, threshold=-1.0, **changes)
+    lora.add(task.pipe.unet, config.rank)
+    task.pipe.unet.checkpointing = config.checkpointing
+    cond, uncond = task.sides_of(slice(prompts))
+    return Task(task.pipe, task.judge, cond, uncond, task.text[:prompts], config)
+
+
+def official_module(cls, config: dict, ours: UNet | VAE, dtype: torch.dtype) -> torch.nn.Module:
+    """One of diffusers' networks, frozen, with the weights of ours but its LoRA."""
     with torch.device("meta"):
-        vae = diffusers.AutoencoderKL(**vae_json)
-    vae = vae.to_empty(device=pipe.device)
-    vae.load_state_dict(pipe.vae.state_dict())
-    vae = vae.to(dtype).requires_grad_(False).eval()
+        module = cls(**config)
+    module = module.to_empty(device=next(ours.parameters()).device)
+    module.load_state_dict({k: v for k, v in ours.state_dict().items() if ".lora_" not in k})
+    return module.to(dtype).requires_grad_(False).eval()
 
-    def call(unet):
-        mixed = dtype == torch.float16 and unet is policy
+
+def add_official_lora(unet: torch.nn.Module, ours: UNet, rank: int) -> None:
+    """Give diffusers' UNet a LoRA by peft, in fp32, with the numbers of our UNet's."""
+    unet.add_adapter(peft.LoraConfig(
+        r=rank, lora_alpha=rank, target_modules=list(lora.TARGETS)
+    ))
+    for name, p in unet.named_parameters():
+        if ".lora_" in name:
+            name = name.replace(".base_layer", "").replace(".default", "")
+            p.data = ours.get_parameter(name).data.float().clone()
+            p.requires_grad_(True)
+
+
+class Official:
+    """The official recipe, diffusers and peft, with the very weights of `task` and of its LoRA."""
+
+    def __init__(self, task: Task, unet_json: dict, vae_json: dict):
+        self.task, self.config, pipe = task, task.config, task.pipe
+        self.dtype = torch.float16 if pipe.device.type == "cuda" else torch.float32
+        self.policy, self.reference = (
+            official_module(diffusers.UNet2DConditionModel, unet_json, pipe.unet, self.dtype)
+            for _ in range(2)
+        )
+        add_official_lora(self.policy, pipe.unet, self.config.rank)
+        self.vae = official_module(diffusers.AutoencoderKL, vae_json, pipe.vae, self.dtype)
+        self.parameters = [p for p in self.policy.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-6)
+
+    def side(self) -> Side:
+        """The recipe as one of the sides."""
+        judge = copy.deepcopy(self.task.judge).float()
+        models = Models(Counted(self.call(self.policy)), self.draw, judge, judge.image_features)
+        whole_pool = self.config.sample_batch * self.config.k
+        return Side(
+            models, self.train, [self.policy, self.reference, self.vae, judge], self.optimizer,
+            dataclasses.replace(self.config, decode_batch=whole_pool), loss_of=self.loss_of,
+        )
+
+    def draw(self, latents: torch.Tensor) -> torch.Tensor:
+        """Scaled latents -> pictures in about [-1, 1], fp32."""
+        scale = self.task.pipe.vae.config.scaling_factor
+        return self.vae.decode(latents.to(self.dtype) / scale).sample.float()
+
+    def call(self, unet: torch.nn.Module) -> Callable:
+        """diffusers' UNet, called as ours."""
+        mixed = self.dtype == torch.float16 and unet is self.policy
 
         def forward(latents, timestep, prompt_embeds, pooled=None, time_ids=None):
-            added = dict(text_embeds=pooled.to(dtype), time_ids=time_ids) if pooled is not None else None
-            with torch.autocast(pipe.device.type, dtype, enabled=mixed):
-                return unet(latents.to(dtype), timestep, encoder_hidden_states=prompt_embeds.to(dtype), added_cond_kwargs=added).sample
+            added = None
+            if pooled is not None:
+                added = dict(text_embeds=pooled.to(self.dtype), time_ids=time_ids)
+            with torch.autocast(latents.device.type, self.dtype, enabled=mixed):
+                return unet(
+                    latents.to(self.dtype), timestep, added_cond_kwargs=added,
+                    encoder_hidden_states=prompt_embeds.to(self.dtype),
+                ).sample
+
         return forward
 
-    scale, parameters = pipe.vae.config.scaling_factor, [p for p in policy.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=1e-6)
+    def loss_of(
+        self, x_t: torch.Tensor, x_next: torch.Tensor, t: torch.Tensor, c: Conditioning,
+        u: Conditioning,
+    ) -> torch.Tensor:
+        """Four forwards, of policy and reference, of winner and loser: losses [N].
 
-    def loss_of(x_t, x_next, t, c, u):
-        """Four forwards: policy and reference, winner and loser."""
-        stride, ratios = len(pipe.schedule.alphas_cumprod) // config.steps, []
+        `x_t`, `x_next` [N, 2, C, H, W]; `t` [N].
+        """
+        schedule, config = self.task.pipe.schedule, self.config
+        stride = len(schedule.alphas_cumprod) // config.steps
+        ratios = []
         for place in (0, 1):
             densities = []
-            for unet, grad in ((policy, True), (reference, False)):
-                with torch.set_grad_enabled(grad):
-                    noise_pred = guided_noise(call(unet), x_t[:, place], t, c, u, config.guidance_scale)
-                mean, std = ddim.step_gaussian(pipe.schedule, x_t[:, place], noise_pred, t, t - stride, config.eta)
+            for unet in (self.policy, self.reference):
+                with torch.set_grad_enabled(unet is self.policy):
+                    noise_pred = guided_noise(
+                        self.call(unet), x_t[:, place], t, c, u, config.guidance_scale
+                    )
+                mean, std = ddim.step_gaussian(
+                    schedule, x_t[:, place], noise_pred, t, t - stride, config.eta
+                )
                 densities.append(ddim.log_prob(x_next[:, place], mean, std))
             ratios.append(densities[0] - densities[1])
         return spo_loss(*ratios, config.beta, config.clamp)
 
-    def train(pairs: Pairs, clock: Clock) -> None:
-        count, timesteps = pairs.valid.shape[1], pool_timesteps(pipe, config)
-        slots = pairs.valid.flatten().nonzero()[:, 0].tolist()
-        for first in range(0, len(slots), config.pairs_per_step):
-            batch = slots[first:first + config.pairs_per_step]
+    def train(self, pairs: Pairs, clock: Clock) -> None:
+        """Train on every pair, in the order of the slots."""
+        config, count = self.config, pairs.valid.shape[1]
+        timesteps = torch.tensor(pool_timesteps(self.task.pipe, config))
+        slots = pairs.valid.flatten().nonzero()[:, 0].cpu()
+        for batch in slots.split(config.pairs_per_step):
             with clock("training"):
-                for begin in range(0, len(batch), config.train_batch):
-                    part = batch[begin:begin + config.train_batch]
-                    prompt, slot = [s // count for s in part], [s % count for s in part]
-                    t = torch.tensor([timesteps[s] for s in slot], device=pipe.device)
-                    c, u = (v.map(lambda w, prompt=prompt: w[prompt]) for v in (cond, uncond))
-                    (loss_of(pairs.x_t[prompt, slot], pairs.x_next[prompt, slot], t, c, u).sum() / len(batch)).backward()
-                torch.nn.utils.clip_grad_norm_(parameters, config.clip_norm)
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-
-    def draw(latents: torch.Tensor) -> torch.Tensor:
-        return vae.decode(latents.to(dtype) / scale).sample.float()
-
-    judge = copy.deepcopy(judge).float()
-    return Side(Models(Counted(call(policy)), draw, judge, judge.image_features), train, [policy, reference, vae, judge], optimizer,
-                dataclasses.replace(config, decode_batch=config.sample_batch * config.k), loss_of=loss_of)
+                for part in batch.split(config.train_batch):
+                    prompt, slot = part // count, part % count
+                    t = timesteps[slot].to(self.task.pipe.device)
+                    c, u = self.task.sides_of(prompt)
+                    x_t, x_next = pairs.x_t[prompt, slot], pairs.x_next[prompt, slot]
+                    (self.loss_of(x_t, x_next, t, c, u).sum() / len(batch)).backward()
+                torch.nn.utils.clip_grad_norm_(self.parameters, config.clip_norm)
+                self.optimizer.step()
+                self.optimizer.zero_grad(set_to_none=True)
 
 
 def pool_timesteps(pipe: Pipeline, config: SPOConfig) -> list[int]:
@@ -204,78 +274,112 @@ def pool_timesteps(pipe: Pipeline, config: SPOConfig) -> list[int]:
 
 
 def forwards(pipe: Pipeline, config: SPOConfig) -> tuple[int, int, int, int]:
-    """Of one trajectory: (forwards at one latent, forwards at k candidates, groups that are judged, slots that give a pair)."""
+    """Of one trajectory: forwards at one latent, at k candidates; groups judged; slots of pairs."""
     timesteps, pools = pipe.schedule.timesteps(config.steps), pool_timesteps(pipe, config)
     slots, early = len(pools), sum(t > config.t_max for t in timesteps)
     return early + 1, slots - (pools[-1] == timesteps[-1]), -(-slots // config.j), slots
 
 
-def our_side(pipe: Pipeline, judge: CLIP, cond: Conditioning, uncond: Conditioning, config: SPOConfig, compiled: bool,
-             small: TinyDecoder | None = None) -> Side:
-    """This program's own functions; pictures by the VAE or by a `small` decoder. The UNet's blocks are compiled already, for all sides."""
-    config = dataclasses.replace(config, compile=compiled, lr=1e-6)
-    build = (lambda f: torch.compile(f, dynamic=False)) if compiled else (lambda f: f)
-    draw, features = build(small or pipe.vae.decode), build(judge.image_features)
+def our_side(task: Task, compiled: bool, small: TinyDecoder | None = None) -> Side:
+    """This program's own functions; pictures by the VAE or by a `small` decoder.
+
+    The UNet's blocks are compiled already, for all sides.
+    """
+    pipe, judge = task.pipe, task.judge
+    config = dataclasses.replace(task.config, compile=compiled, lr=1e-6)
+    draw, features = small or pipe.vae.decode, judge.image_features
+    if compiled:
+        draw, features = (torch.compile(f, dynamic=False) for f in (draw, features))
     dtype = pipe.vae.post_quant_conv.weight.dtype
     optimizer = torch.optim.AdamW(lora.parameters(pipe.unet), lr=1e-6)
     models = Models(Counted(pipe.unet), lambda z: draw(z.to(dtype)).float(), judge, features)
+    empty = None if pipe.zero_negative else task.uncond.map(lambda v: v[:1])
 
     def train(pairs: Pairs, clock: Clock) -> None:
-        empty = None if pipe.zero_negative else uncond.map(lambda v: v[:1])
-        train_on_pairs(pipe, models, optimizer, pairs, cond, empty, config, Processes(0, 1, pipe.device), clock, (0, 0))
+        train_on_pairs(pipe, models, optimizer, pairs, task.cond, empty, config,
+                       Processes(0, 1, pipe.device), clock, (0, 0))
 
     return Side(models, train, [pipe.unet, small or pipe.vae, judge], optimizer, config, compiled)
 
 
-def one_round(pipe: Pipeline, side: Side, cond: Conditioning, uncond: Conditioning, text: torch.Tensor, seed: int, config: SPOConfig,
-              clock: Clock) -> None:
+def one_round(task: Task, side: Side, seed: int, clock: Clock) -> None:
     """Sample the prompts, `sample_batch` at a time, and train on all their pairs."""
+    config, text = side.config, task.text
     parts = []
     for begin in range(0, len(text), config.sample_batch):
         rows = slice(begin, begin + config.sample_batch)
-        c, u = (v.map(lambda w, rows=rows: w[rows]) for v in (cond, uncond))
+        c, u = task.sides_of(rows)
         generators = [generator(seed, "bench", i) for i in range(len(text))[rows]]
-        parts.append(sample_pairs(pipe, side.models, c, u, text[rows], generators, config, clock))
-    pairs = Pairs(*(torch.cat([getattr(part, f.name) for part in parts]) for f in dataclasses.fields(Pairs)))
+        parts.append(sample_pairs(
+            task.pipe, side.models, c, u, text[rows], generators, config, clock
+        ))
+    names = [f.name for f in dataclasses.fields(Pairs)]
+    pairs = Pairs(*(torch.cat([getattr(part, name) for part in parts]) for name in names))
     pairs.valid[:] = True
     side.train(pairs, clock)
 
 
+def seconds_of(function: Callable, device: torch.device) -> float:
+    """How long the device takes for one call."""
+    wait(device)
+    begin = time.perf_counter()
+    function()
+    wait(device)
+    return time.perf_counter() - begin
+
+
+def wait(device: torch.device) -> None:
+    """Until the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
 def measure(model: str, changes: dict, prompts: int, repeats: int) -> tuple[int, float] | None:
-    """Rounds of one setting, alone in a process: (peak bytes, of the card or else of the process; seconds a prompt); None if too large."""
-    device, seconds = torch.device("cuda" if torch.cuda.is_available() else "cpu"), []
-    pipe, judge, cond, uncond, text, config = loaded(model, prompts, device, **changes)
-    side = our_side(pipe, judge, cond, uncond, config, compiled=False)
+    """Rounds of one setting, alone in a process: (peak bytes, seconds a prompt); None if too large.
+
+    The peak is the card's, or else the process's.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    task = load_task(model, prompts, device, **changes)
+    side = our_side(task, compiled=False)
+    seconds = []
     try:
-        for repeat in range(repeats + 1):
-            begin = time.perf_counter()
-            one_round(pipe, side, cond, uncond, text, repeat, config, Clock(device))
-            wait(device)
-            seconds.append(time.perf_counter() - begin)
+        for seed in range(repeats + 1):
+            seconds.append(seconds_of(lambda: one_round(task, side, seed, Clock(device)), device))
     except torch.cuda.OutOfMemoryError:
         return None
-    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated()
     return peak, statistics.median(seconds[1:]) / prompts
 
 
 def compare_settings(given: BenchConfig, prompts: int, head: dict, path: Path) -> None:
-    """The table of settings. Low memory also moves the text encoders off the card, which are no part of this measurement."""
-    batches = {n: (f"batches of {n}", dict(sample_batch=int(n), train_batch=int(n), decode_batch=int(n))) for n in ("8", "4", "1")}
-    rows = {"normal": ("normal", {}), "checkpointing": ("--checkpointing", dict(checkpointing=True)), **batches,
-            "low": ("--memory low", LOW.get(given.model, LOW[""]))}
-    rows = dict(row for key, row in rows.items() if key in given.settings or "all" in given.settings)
-    lines, head["settings"] = ["| setting | peak memory | s / prompt |", "|---|---|---|"], {}
-    for name, changes in rows.items():
+    """The table of settings.
+
+    Low memory also moves the text encoders off the card, which are no part of this measurement.
+    """
+    rows = {
+        "normal": ("normal", {}),
+        "checkpointing": ("--checkpointing", dict(checkpointing=True)),
+        **{n: (f"batches of {n}", dict.fromkeys(BATCHES, int(n))) for n in ("8", "4", "1")},
+        "low": ("--memory low", LOW.get(given.model, LOW[""])),
+    }
+    lines = ["| setting | peak memory | s / prompt |", "|---|---|---|"]
+    head["settings"] = {}
+    for name, changes in [rows[k] for k in rows if k in given.settings or "all" in given.settings]:
         with multiprocessing.get_context("spawn").Pool(1) as process:
             found = process.apply(measure, (given.model, changes, prompts, given.repeats))
-        head["settings"][name] = dict(changes, peak_bytes=found and found[0], seconds_per_prompt=found and found[1])
-        lines.append(f"| {name} | {found[0] / 1e9:.2f} GB | {found[1]:.3f} |" if found else f"| {name} | does not fit | |")
+        peak, seconds = found or (None, None)
+        head["settings"][name] = dict(changes, peak_bytes=peak, seconds_per_prompt=seconds)
+        cells = f"{peak / 1e9:.2f} GB | {seconds:.3f}" if found else "does not fit | "
+        lines.append(f"| {name} | {cells} |")
         print(lines[-1], flush=True)
     write_json(path, head)
     print("\n".join(lines), path, sep="\n")
 
 
-def flops_of(function) -> float:
+def flops_of(function: Callable) -> float:
     """Floating-point operations of one call, multiply-add counted as two."""
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         function()
@@ -286,253 +390,341 @@ def ceiling(device: torch.device, dtype: torch.dtype) -> float:
     """The device's matrix product, measured: TFLOP/s, best of several."""
     n = 8192 if device.type == "cuda" else 2048
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-    best = 0.0
-    for _ in range(8):
-        wait(device)
-        begin = time.perf_counter()
+
+    def products() -> None:
         for _ in range(4):
             a @ b
-        wait(device)
-        best = max(best, 4 * 2 * n ** 3 / (time.perf_counter() - begin) / 1e12)
-    return best
+
+    return 4 * 2 * n ** 3 / min(seconds_of(products, device) for _ in range(8)) / 1e12
 
 
-def wait(device: torch.device) -> None:
-    """Until the device has done what it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-
-
-def build_sides(given: BenchConfig, prompts: int, device: torch.device):
-    """-> (pipe, judge, cond, uncond, text, config, the sides by name, the small decoder if one of them uses it)."""
-    pipe, judge, cond, uncond, text, config = loaded(given.model, prompts, device, sample_batch=prompts)
-    if given.model == "tiny":
-        unet_json, vae_json = (json.loads((ROOT / f"tiny/model/{part}/config.json").read_text()) for part in ("unet", "vae"))
-        unet_json, vae_json = ({k: v for k, v in j.items() if not k.startswith("_")} for j in (unet_json, vae_json))
-    else:
-        unet_json = sd15_shaped(**SD15_FULL) if given.model == "sd15" else sdxl_shaped(**SDXL_FULL)
-        vae_json = dict(block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4,
-                        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4)
+def build_sides(task: Task, given: BenchConfig) -> tuple[dict[str, Side], TinyDecoder | None]:
+    """The sides by name, and the small decoder if one of them uses it."""
+    pipe = task.pipe
     torch.manual_seed(1)
-    with torch.no_grad():                                           # policy and reference apart, or the check below would check nothing
+    with torch.no_grad():       # policy and reference apart, or there would be nothing to compare
         for layer in lora.layers(pipe.unet).values():
             layer.lora_B.weight.normal_(std=0.01)
     sides, small = {}, None
     if "official" in given.sides:
-        sides["official"] = official_side(pipe, judge, cond, uncond, config, unet_json, vae_json)
-    compile_blocks(pipe.unet)                                       # which the eager side steps around
+        sides["official"] = Official(task, *official_configs(given.model)).side()
+    compile_blocks(pipe.unet)                                       # the eager side goes around it
     for name in ("eager", "compiled"):
         if name in given.sides:
-            sides[name] = our_side(pipe, judge, cond, uncond, config, name == "compiled")
+            sides[name] = our_side(task, name == "compiled")
     if "taesd" in given.sides and given.model == "tiny":
-        print("taesd: knows the latents of SD-1.5 and SDXL, not those of tiny; left out", flush=True)
+        print("taesd: knows the latents of SD-1.5 and SDXL, not those of tiny; left out",
+              flush=True)
     elif "taesd" in given.sides:
-        small = TinyDecoder(TinyDecoderConfig()).to(device, pipe.vae.post_quant_conv.weight.dtype, memory_format=torch.channels_last)
-        sides["taesd"] = our_side(pipe, judge, cond, uncond, config, True, small.requires_grad_(False))
-    return pipe, judge, cond, uncond, text, config, sides, small
+        small = TinyDecoder(TinyDecoderConfig()).requires_grad_(False)
+        dtype = pipe.vae.post_quant_conv.weight.dtype
+        small = small.to(pipe.device, dtype, memory_format=torch.channels_last)
+        sides["taesd"] = our_side(task, True, small)
+    return sides, small
+
+
+def official_configs(model: str) -> list[dict]:
+    """What diffusers builds the UNet and the VAE from."""
+    if model == "tiny":
+        files = [ROOT / f"tiny/model/{part}/config.json" for part in ("unet", "vae")]
+        configs = [json.loads(file.read_text()) for file in files]
+        return [{k: v for k, v in c.items() if not k.startswith("_")} for c in configs]
+    return [full_unet(model), dict(
+        block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4,
+        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+    )]
 
 
 @torch.no_grad()
-def loss_difference(pipe: Pipeline, sides: dict[str, Side], cond: Conditioning, uncond: Conditioning, text: torch.Tensor,
-                    config: SPOConfig) -> float:
-    """Largest difference of both recipes' losses on the same pairs and weights; on a CPU, SystemExit where they are not the same."""
-    device, n, first = pipe.device, min(len(text), config.train_batch), pool_timesteps(pipe, config)[0]
-    c, u = (v.map(lambda w: w[:n]) for v in (cond, uncond))
-    t, stride = torch.full((n,), first, device=device), len(pipe.schedule.alphas_cumprod) // config.steps
+def loss_difference(task: Task, sides: dict[str, Side]) -> float:
+    """Largest difference of both recipes' losses on the same pairs and weights.
+
+    SystemExit on a CPU where they are not the same.
+    """
+    pipe, config = task.pipe, task.config
+    n, first = min(len(task.text), config.train_batch), pool_timesteps(pipe, config)[0]
+    c, u = task.sides_of(slice(n))
+    t = torch.full((n,), first, device=pipe.device)
+    stride = len(pipe.schedule.alphas_cumprod) // config.steps
     with torch.compiler.set_stance("force_eager"):
-        pairs = sample_pairs(pipe, sides["eager"].models, c, u, text[:n], [generator(0, "check", i) for i in range(n)],
-                             dataclasses.replace(config, t_min=first, j=1), Clock(device))
-        ours = spo_loss(*pair_log_ratios(pipe.unet, pipe.unet, pipe.schedule, pairs.x_t[:n, 0], pairs.x_next[:n, 0], t, t - stride,
-                                         [True] * n, c, u, config.guidance_scale, config.eta), config.beta, config.clamp)
-        theirs = sides["official"].loss_of(pairs.x_t[:n, 0], pairs.x_next[:n, 0], t, c, u)
+        pairs = sample_pairs(
+            pipe, sides["eager"].models, c, u, task.text[:n],
+            [generator(0, "check", i) for i in range(n)],
+            dataclasses.replace(config, t_min=first, j=1), Clock(pipe.device),
+        )
+        x_t, x_next = pairs.x_t[:n, 0], pairs.x_next[:n, 0]
+        ratios = pair_log_ratios(
+            pipe.unet, pipe.unet, pipe.schedule, x_t, x_next, t, t - stride, [True] * n, c, u,
+            config.guidance_scale, config.eta,
+        )
+        ours = spo_loss(*ratios, config.beta, config.clamp)
+        theirs = sides["official"].loss_of(x_t, x_next, t, c, u)
     difference = float((ours - theirs).abs().max())
-    print(f"loss of {n} pairs, official against ours: largest difference {difference:.1e} "
-          f"(losses {float(ours.min()):.3f} to {float(ours.max()):.3f})", flush=True)
-    if device.type == "cpu" and not (difference < 1e-4 and ours.std() > 1e-3):
-        raise SystemExit("the two recipes do not compute the same loss; nothing that follows would mean anything")
+    print(
+        f"loss of {n} pairs, official against ours: largest difference {difference:.1e} "
+        f"(losses {float(ours.min()):.3f} to {float(ours.max()):.3f})", flush=True,
+    )
+    if pipe.device.type == "cpu" and not (difference < 1e-4 and ours.std() > 1e-3):
+        raise SystemExit("the two recipes do not compute the same loss; "
+                         "nothing that follows would mean anything")
     return difference
 
 
 def bytes_of(side: Side) -> int:
     """What a side keeps on the card between rounds: its networks, and its optimizer's state."""
-    tensors = [*itertools.chain(*(itertools.chain(m.parameters(), m.buffers()) for m in side.modules)),
-               *(v for state in side.optimizer.state.values() for v in state.values() if torch.is_tensor(v) and v.is_cuda)]
+    tensors = [t for module in side.modules for t in (*module.parameters(), *module.buffers())]
+    for state in side.optimizer.state.values():
+        tensors += [v for v in state.values() if torch.is_tensor(v) and v.is_cuda]
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
 @contextlib.contextmanager
-def alone(pipe: Pipeline, name: str, sides: dict[str, Side]):
-    """Inside, only this side's networks are on the card, in their layout, and run as they should; yields what was allocated before."""
-    side, device = sides[name], pipe.device
+def alone(pipe: Pipeline, side: Side, sides: dict[str, Side]) -> Iterator[int]:
+    """Only this side's networks are on the card, in their layout, and run as they should.
+
+    Yields what was allocated before.
+    """
+    cuda = pipe.device.type == "cuda"
     for other in sides.values():                    # whoever rests, rests elsewhere
         for module in other.modules:
-            module.to(device if module in side.modules else "cpu")
-    if device.type == "cuda" and side.compiled is not None:
+            module.to(pipe.device if module in side.modules else "cpu")
+    if cuda and side.compiled is not None:
+        layout = torch.channels_last if side.compiled else torch.contiguous_format
         for module in (pipe.unet, pipe.vae):
-            module.to(memory_format=torch.channels_last if side.compiled else torch.contiguous_format)
+            module.to(memory_format=layout)
     gc.collect()
-    if device.type == "cuda":
+    if cuda:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     with torch.compiler.set_stance("force_eager" if side.compiled is False else "default"):
-        yield torch.cuda.memory_allocated() if device.type == "cuda" else 0
+        yield torch.cuda.memory_allocated() if cuda else 0
 
 
 def peak_of(side: Side, before: int, device: torch.device) -> int | None:
     """Peak of the card's memory, were the side alone on it."""
-    return torch.cuda.max_memory_allocated() - before + bytes_of(side) if device.type == "cuda" else None
+    if device.type != "cuda":
+        return None
+    return torch.cuda.max_memory_allocated() - before + bytes_of(side)
 
 
-def timed_round(pipe: Pipeline, name: str, sides: dict[str, Side], cond: Conditioning, uncond: Conditioning, text: torch.Tensor,
-                seed: int) -> tuple[dict[str, float], float, int | None]:
-    """One round of one side: seconds by phase, in all, and the peak of memory."""
-    side, clock = sides[name], Clock(pipe.device)
-    with alone(pipe, name, sides) as before:
-        wait(pipe.device)
-        begin = time.perf_counter()
-        one_round(pipe, side, cond, uncond, text, seed, side.config, clock)
-        wait(pipe.device)
-        seconds = time.perf_counter() - begin
-    return clock.seconds(), seconds, peak_of(side, before, pipe.device)
+Round = tuple[dict[str, float], float, int | None]      # seconds by phase, in all; peak of memory
 
 
-def timed_parts(pipe: Pipeline, name: str, sides: dict[str, Side], cond: Conditioning, uncond: Conditioning, text: torch.Tensor,
-                repeats: int) -> list[tuple[dict[str, float], float, int | None]]:
-    """What a round would take, as timed_round says it: the first one, with the first call of each part, and another, from medians."""
-    side, device, b, k = sides[name], pipe.device, len(text), sides[name].config.k
-    config, models, shape = side.config, side.models, pipe.latent_shape()
+def timed_round(task: Task, side: Side, sides: dict[str, Side], seed: int) -> Round:
+    """One round of one side."""
+    device = task.pipe.device
+    clock = Clock(device)
+    with alone(task.pipe, side, sides) as before:
+        seconds = seconds_of(lambda: one_round(task, side, seed, clock), device)
+    return clock.seconds(), seconds, peak_of(side, before, device)
+
+
+def parts_of(task: Task, side: Side) -> dict[str, tuple[str, float, Callable]]:
+    """{part of a round: (phase, how often a round does it, a function that does it)}."""
+    pipe, config, models, b = task.pipe, side.config, side.models, len(task.text)
+    device, shape = pipe.device, pipe.latent_shape()
     at_one, at_k, groups, slots = forwards(pipe, config)
-    t, size, n = pool_timesteps(pipe, config)[0], models.judge.config.vision.image_size, min(config.pairs_per_step, b * slots)
-    pool = tuple(v.map(lambda w: w.repeat_interleave(k, 0)) for v in (cond, uncond))
-    latents = torch.randn(b * k, *shape, device=device)
-    x_t, noise = torch.randn(2, b, slots, 2, *shape, device=device)        # the next latents near their x_t: inside the clamp
+    t = pool_timesteps(pipe, config)[0]
+    n = min(config.pairs_per_step, b * slots)
+    pool = [v.map(lambda w: w.repeat_interleave(config.k, 0)) for v in (task.cond, task.uncond)]
+    latents = torch.randn(b * config.k, *shape, device=device)
+    x_t, noise = torch.randn(2, b, slots, 2, *shape, device=device)
     valid = torch.arange(b * slots, device=device).view(b, -1) < n
-    pairs = Pairs(x_t, x_t + 0.01 * noise, valid, *(torch.zeros(0, device=device) for _ in range(4)))
-    drawn = torch.randn(b * k, 3, *[shape[-1] * pipe.vae.factor] * 2, device=device)
+    pairs = Pairs(
+        x_t, x_t + 0.01 * noise,        # so near that the ratio is not clamped
+        valid, *(torch.zeros(0, device=device) for _ in range(4)),
+    )
+    drawn = torch.randn(b * config.k, 3, *[shape[-1] * pipe.vae.factor] * 2, device=device)
+
+    def predict(x: torch.Tensor, cond: Conditioning, uncond: Conditioning) -> None:
+        guided_noise(models.unet, x, t, cond, uncond, config.guidance_scale)
+
+    def draw() -> list[torch.Tensor]:
+        return [models.decode(part) for part in latents.split(config.decode_batch)]
 
     def score() -> None:
-        for pictures in drawn.split(config.decode_batch):
-            models.image_features(preprocess_decoded(pictures, size), torch.full((len(pictures),), t, device=device))
+        for part in drawn.split(config.decode_batch):
+            pixels = preprocess_decoded(part, models.judge.config.vision.image_size)
+            models.image_features(pixels, torch.full((len(part),), t, device=device))
 
-    parts = {           # phase, how often a round does it, what
-        "a step of the walk": ("sampling", at_one, lambda: guided_noise(models.unet, latents[:b], t, cond, uncond, config.guidance_scale)),
-        "a pool's candidates": ("sampling", at_k, lambda: guided_noise(models.unet, latents, t, *pool, config.guidance_scale)),
-        "a pool decoded": ("decoding", groups, lambda: [models.decode(z) for z in latents.split(config.decode_batch)]),
+    return {
+        "a step of the walk":
+            ("sampling", at_one, lambda: predict(latents[:b], task.cond, task.uncond)),
+        "a pool's candidates": ("sampling", at_k, lambda: predict(latents, *pool)),
+        "a pool decoded": ("decoding", groups, draw),
         "a pool scored": ("scoring", groups, score),
-        f"an optimizer step, {n} pairs": ("training", b * slots / n, lambda: side.train(pairs, Clock(device))),
+        f"an optimizer step, {n} pairs":
+            ("training", b * slots / n, lambda: side.train(pairs, Clock(device))),
     }
-    first, median = ({p: 0.0 for p in PHASES} for _ in range(2))
-    with alone(pipe, name, sides) as before:
+
+
+def timed_parts(task: Task, name: str, sides: dict[str, Side], repeats: int) -> list[Round]:
+    """What a round would take: the first, with the first call of each part; one from medians."""
+    side, device = sides[name], task.pipe.device
+    parts = parts_of(task, side)
+    first, usual = ({p: 0.0 for p in PHASES} for _ in range(2))
+    with alone(task.pipe, side, sides) as before:
         for what, (phase, times, function) in parts.items():
-            seconds = []
-            for _ in range(1 + repeats):
-                wait(device)
-                begin = time.perf_counter()
-                with torch.set_grad_enabled(phase == "training"):
-                    function()
-                wait(device)
-                seconds.append(time.perf_counter() - begin)
-            first[phase] += seconds[0] + (times - 1) * statistics.median(seconds[1:])       # compiled once, not each time
-            median[phase] += times * statistics.median(seconds[1:])
-            print(f"{name}, {what}: {statistics.median(seconds[1:]):.4f} s, the first {seconds[0]:.1f} s; {times:g} in a round", flush=True)
+            with torch.set_grad_enabled(phase == "training"):
+                cold, *warm = (seconds_of(function, device) for _ in range(1 + repeats))
+            median = statistics.median(warm)
+            first[phase] += cold + (times - 1) * median         # compiled once, not each time
+            usual[phase] += times * median
+            print(
+                f"{name}, {what}: {median:.4f} s, the first {cold:.1f} s; {times:g} in a round",
+                flush=True,
+            )
         peak = peak_of(side, before, device)
-    return [(phases, sum(phases.values()), peak) for phases in (first, median)]
+    return [(phases, sum(phases.values()), peak) for phases in (first, usual)]
 
 
-def costs(pipe: Pipeline, judge: CLIP, small: TinyDecoder | None, cond: Conditioning) -> dict[str, float | None]:
+def costs(task: Task, small: TinyDecoder | None) -> dict[str, float | None]:
     """Floating-point operations of one forward of each network, counted."""
-    device = pipe.device
+    pipe, judge = task.pipe, task.judge
     for module in (pipe.unet, pipe.vae, judge, *([small] if small else [])):
-        module.to(device)
-    one, t, c = torch.zeros(1, *pipe.latent_shape(), device=device), torch.zeros(1, device=device), cond.map(lambda v: v[:1])
+        module.to(pipe.device)
+    z = torch.zeros(1, *pipe.latent_shape(), device=pipe.device)
+    t = torch.zeros(1, device=pipe.device)
+    c, _ = task.sides_of(slice(1))
+    dtype = pipe.vae.post_quant_conv.weight.dtype
     with torch.no_grad(), lora.disabled(pipe.unet), torch.compiler.set_stance("force_eager"):
-        pixels = preprocess_decoded(decode(pipe, one), judge.config.vision.image_size)
-        return dict(unet_flops=flops_of(lambda: pipe.unet(one, t, c.prompt_embeds, c.pooled, c.time_ids)),
-                    decode_flops=flops_of(lambda: decode(pipe, one)),
-                    small_decode_flops=flops_of(lambda: small(one.to(pipe.vae.post_quant_conv.weight.dtype))) if small else None,
-                    judge_flops=flops_of(lambda: judge.image_features(pixels, t)))
+        pixels = preprocess_decoded(decode(pipe, z), judge.config.vision.image_size)
+        return dict(
+            unet_flops=flops_of(lambda: pipe.unet(z, t, c.prompt_embeds, c.pooled, c.time_ids)),
+            decode_flops=flops_of(lambda: decode(pipe, z)),
+            small_decode_flops=flops_of(lambda: small(z.to(dtype))) if small else None,
+            judge_flops=flops_of(lambda: judge.image_features(pixels, t)),
+        )
 
 
-def work(name: str, pipe: Pipeline, config: SPOConfig, cost: dict[str, float | None]) -> float:
+def work(name: str, task: Task, cost: dict[str, float | None]) -> float:
     """Operations that a side does for one prompt.
 
-    Forwards to walk; then per pair forward and backward of the policy (frozen weights need no gradient: about one forward more) and
-    the reference's forward, with the guidance's two sides, once where winner and loser share x_t.
+    Forwards to walk; then per pair forward and backward of the policy (frozen weights need no
+    gradient: about one forward more) and the reference's forward, with the guidance's two sides,
+    once where winner and loser share x_t.
     """
-    at_one, at_k, groups, slots = forwards(pipe, config)
-    walk = 2 * (at_one + config.k * at_k)
-    visits = 2 * slots if name == "official" else 2 * slots - groups            # x_t's per prompt; a group's first one is shared
+    at_one, at_k, groups, slots = forwards(task.pipe, task.config)
+    # x_t's per prompt: ours shares a group's first one between winner and loser.
+    visits = 2 * slots if name == "official" else 2 * slots - groups
+    passes = 2 * (at_one + task.config.k * at_k) + visits * 2 * 3
     drawn = cost["small_decode_flops" if name == "taesd" else "decode_flops"]
-    return walk * cost["unet_flops"] + groups * config.k * (drawn + cost["judge_flops"]) + visits * 2 * 3 * cost["unet_flops"]
+    judged = groups * task.config.k * (drawn + cost["judge_flops"])
+    return passes * cost["unet_flops"] + judged
 
 
-def summary(rounds: dict[str, list], tflop: dict[str, float], top: float, prompts: int) -> dict[str, dict]:
-    """Medians of each side's rounds but the first, which was cold; `tflop`: of each side for one prompt, `top`: the ceiling in TFLOP/s."""
+def summary(
+    rounds: dict[str, list[Round]], tflop: dict[str, float], top: float, prompts: int
+) -> dict[str, dict]:
+    """Medians of each side's rounds but the first, which was cold.
+
+    `tflop`: of each side for one prompt; `top`: the ceiling in TFLOP/s.
+    """
     sides = {}
     for name, ((_, cold, _), *warm) in rounds.items():
-        total = statistics.median(r[1] for r in warm) / prompts
+        phases, seconds, peaks = zip(*warm)
+        total = statistics.median(seconds) / prompts
         sides[name] = dict(
-            seconds_per_prompt=total, phases={p: statistics.median(r[0].get(p, 0.0) for r in warm) / prompts for p in PHASES},
-            peak_bytes=max((r[2] for r in warm if r[2]), default=None), tflop_per_prompt=tflop[name], tflops=tflop[name] / total,
-            share_of_ceiling=tflop[name] / total / top, first_round_seconds=cold)
+            seconds_per_prompt=total,
+            phases={p: statistics.median(r.get(p, 0.0) for r in phases) / prompts for p in PHASES},
+            peak_bytes=max(filter(None, peaks), default=None), tflop_per_prompt=tflop[name],
+            tflops=tflop[name] / total, share_of_ceiling=tflop[name] / total / top,
+            first_round_seconds=cold,
+        )
     base = sides.get("official")
     for row in sides.values() if base else ():
         row["speedup"] = base["seconds_per_prompt"] / row["seconds_per_prompt"]
-        row["memory_ratio"] = row["peak_bytes"] / base["peak_bytes"] if base["peak_bytes"] else None
+        row["memory_ratio"] = (
+            row["peak_bytes"] / base["peak_bytes"] if base["peak_bytes"] else None
+        )
     return sides
 
 
 def table(sides: dict[str, dict]) -> list[str]:
     """The record's sides as Markdown."""
-    lines = ["| side | s / prompt | " + " | ".join(PHASES) + " | peak memory | TFLOP/s | of the matrix ceiling | first round |",
-             "|---" * 9 + "|"]
+    lines = [
+        f"| side | s / prompt | {' | '.join(PHASES)} | peak memory | TFLOP/s | "
+        "of the matrix ceiling | first round |", "|---" * 9 + "|",
+    ]
     for name, row in sides.items():
         memory = f"{row['peak_bytes'] / 1e9:.1f} GB" if row["peak_bytes"] else "not measured"
-        lines.append(f"| {name} | {row['seconds_per_prompt']:.3f} | " + " | ".join(f"{row['phases'][p]:.3f}" for p in PHASES) +
-                     f" | {memory} | {row['tflops']:.3g} | {100 * row['share_of_ceiling']:.0f} % | {row['first_round_seconds']:.1f} s |")
+        cells = [
+            name, f"{row['seconds_per_prompt']:.3f}", *(f"{row['phases'][p]:.3f}" for p in PHASES),
+            memory, f"{row['tflops']:.3g}", f"{100 * row['share_of_ceiling']:.0f} %",
+            f"{row['first_round_seconds']:.1f} s",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
     if "official" in sides:
-        lines.append("\nfaster than the official recipe: " + ", ".join(f"{n} {row['speedup']:.2f} x" for n, row in sides.items()))
+        faster = ", ".join(f"{name} {row['speedup']:.2f} x" for name, row in sides.items())
+        lines.append(f"\nfaster than the official recipe: {faster}")
     return lines
 
 
-def main() -> None:
-    """Build the sides, check that they agree, and take turns."""
-    given = parse_options(BenchConfig, {}, description=__doc__)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True      # as in training, here and there
-    prompts = given.prompts or {"tiny": 16, "sd15": 10, "sdxl": 2}[given.model]
-    kind = "settings" if given.settings else "parts" if given.parts else "bench"
-    path = Path(given.out or ROOT / f"benchmarks/results/{kind}_{given.model}_{'gpu' if device.type == 'cuda' else 'cpu'}.json")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    head = dict(date=time.strftime("%Y-%m-%d"), device=torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or
-                platform.machine(), threads=torch.get_num_threads(), torch=torch.__version__, model=given.model, prompts=prompts,
-                repeats=given.repeats)
-    if given.settings:
-        return compare_settings(given, prompts, head, path)
-    pipe, judge, cond, uncond, text, config, sides, small = build_sides(given, prompts, device)
-    difference = loss_difference(pipe, sides, cond, uncond, text, config) if {"official", "eager"} <= set(sides) else None
-    cost, top = costs(pipe, judge, small, cond), ceiling(device, DTYPES["bf16" if device.type == "cuda" else "fp32"])
-    head |= dict(diffusers=diffusers.__version__, peft=peft.__version__, k=config.k, j=config.j, train_batch=config.train_batch,
-                 ceiling_tflops=top, loss_difference=difference, **cost)
-    flops = {name: work(name, pipe, config, cost) / 1e12 for name in sides}
-    rounds: dict[str, list] = {name: [] for name in sides}
-    for name in sides if given.parts else ():
-        rounds[name] = timed_parts(pipe, name, sides, cond, uncond, text, given.repeats)
-        record = dict(head, parts=True, sides=summary({n: r for n, r in rounds.items() if r}, flops, top, prompts))
-        write_json(path, record)
-    for repeat in range(0 if given.parts else given.repeats + 1):   # the first warms up: allocations, autotuning, compiling
+def measurements(
+    task: Task, sides: dict[str, Side], given: BenchConfig
+) -> Iterator[tuple[dict, dict[str, list[Round]]]]:
+    """What is known so far, worth writing down: ({how it was measured}, {side: its rounds})."""
+    rounds: dict[str, list[Round]] = {}
+    if given.parts:
         for name in sides:
-            rounds[name].append(timed_round(pipe, name, sides, cond, uncond, text, repeat))
-            print(f"{name}, round {repeat}: {rounds[name][-1][1]:.1f} s", flush=True)
+            rounds[name] = timed_parts(task, name, sides, given.repeats)
+            yield dict(parts=True), rounds
+        return
+    for repeat in range(given.repeats + 1):     # the first: allocations, autotuning, compiling
+        for name, side in sides.items():
+            found = timed_round(task, side, sides, repeat)
+            rounds.setdefault(name, []).append(found)
+            print(f"{name}, round {repeat}: {found[1]:.1f} s", flush=True)
         if repeat:
-            record = dict(head, repeats=repeat, sides=summary(rounds, flops, top, prompts))
-            write_json(path, record)
+            yield dict(repeats=repeat), rounds
+
+
+def compare_sides(given: BenchConfig, prompts: int, head: dict, path: Path) -> None:
+    """Build the sides, check that they agree, take turns, and write down what is known."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    task = load_task(given.model, prompts, device, sample_batch=prompts)
+    sides, small = build_sides(task, given)
+    difference = loss_difference(task, sides) if {"official", "eager"} <= set(sides) else None
+    cost = costs(task, small)
+    top = ceiling(device, DTYPES["bf16" if device.type == "cuda" else "fp32"])
+    head |= dict(
+        diffusers=diffusers.__version__, peft=peft.__version__,
+        k=task.config.k, j=task.config.j, train_batch=task.config.train_batch,
+        ceiling_tflops=top, loss_difference=difference, **cost,
+    )
+    tflop = {name: work(name, task, cost) / 1e12 for name in sides}
+    for how, rounds in measurements(task, sides, given):
+        record = head | how | dict(sides=summary(rounds, tflop, top, prompts))
+        write_json(path, record)
     print("\n".join(table(record["sides"])))
     print(path)
     if given.profile:
         name = "compiled" if "compiled" in sides else list(sides)[-1]
         with profiled(path.with_name(f"{path.stem}_{name}"), device, True):
-            timed_round(pipe, name, sides, cond, uncond, text, 0)
+            timed_round(task, sides[name], sides, 0)
+
+
+def main() -> None:
+    """Compare what the command line asks for."""
+    given = parse_options(BenchConfig, {}, description=__doc__)
+    cuda = torch.cuda.is_available()
+    # As in training, here and there.
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    prompts = given.prompts or {"tiny": 16, "sd15": 10, "sdxl": 2}[given.model]
+    kind = "settings" if given.settings else "parts" if given.parts else "bench"
+    path = ROOT / f"benchmarks/results/{kind}_{given.model}_{'gpu' if cuda else 'cpu'}.json"
+    path = Path(given.out or path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    cpu = platform.processor() or platform.machine()
+    head = dict(
+        date=time.strftime("%Y-%m-%d"), device=torch.cuda.get_device_name() if cuda else cpu,
+        threads=torch.get_num_threads(), torch=torch.__version__, model=given.model,
+        prompts=prompts, repeats=given.repeats,
+    )
+    if given.settings:
+        compare_settings(given, prompts, head, path)
+    else:
+        compare_sides(given, prompts, head, path)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
-"""How often do the tiny model's judges order a pair as labelled, when they see it through the noise of timestep t?
+"""How often do the tiny model's judges order a pair as labelled, through the noise of timestep t?
 
-    python experiments/judges.py                    # the shipped ones, on 2,048 fresh pairs; 8 minutes on one core
+    python experiments/judges.py                    # the shipped ones; 8 minutes on one core
     python experiments/judges.py mine=runs/spm/spm  # others beside them
 
-Pairs that no training and no choice has seen, the same noise for every judge; differences are paired. Writes results/judges.json.
+2,048 pairs that no training and no choice has seen, the same noise for every judge: differences are
+paired. Writes results/judges.json.
 """
 import sys
 import time
@@ -12,25 +13,33 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-from loading import TINY, load_clip  # noqa: E402
-from spm_train import print_table  # noqa: E402
-from tiny.build import judge_table  # noqa: E402
-from training import run_script, write_json  # noqa: E402
+sys.path[:0] = [str(ROOT)]
+from loading import TINY, load_clip
+from spm_train import print_table
+from tiny.build import judge_table
+from training import run_script, write_json
 
 COUNT, SEED = 2048, 20_000
+COLUMNS = ("accuracy", "standard_error", "pairs", "difference", "difference_standard_error")
 
 
 def main() -> None:
     """Judge the pairs, print the table, keep it."""
-    sources = {"PickScore": TINY / "pickscore", "SPM": TINY / "spm", "step-blind SPM": TINY / "spm_step_blind"}
-    sources |= dict(word.split("=", 1) for word in sys.argv[1:])
+    sources = {
+        "PickScore": TINY / "pickscore", "SPM": TINY / "spm",
+        "step-blind SPM": TINY / "spm_step_blind",
+        **dict(word.split("=", 1) for word in sys.argv[1:]),
+    }
     models = {name: load_clip(str(source)) for name, source in sources.items()}
     table = judge_table("tiny", models, COUNT, SEED)
     print_table(table)
-    write_json(ROOT / "experiments/results/judges.json", dict(date=time.strftime("%Y-%m-%d"), torch=torch.__version__, pairs=COUNT, judges={
-        name: {t: dict(zip(("accuracy", "standard_error", "pairs", "difference", "difference_standard_error"), row))
-               for t, row in rows.items()} for name, rows in table.items()}))
+    judges = {
+        name: {t: dict(zip(COLUMNS, row)) for t, row in rows.items()}
+        for name, rows in table.items()
+    }
+    write_json(ROOT / "experiments/results/judges.json", dict(
+        date=time.strftime("%Y-%m-%d"), torch=torch.__version__, pairs=COUNT, judges=judges
+    ))
 
 
 if __name__ == "__main__":

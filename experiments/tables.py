@@ -1,19 +1,22 @@
-"""The paper's tables at small scale: every run is fixed here, before it is run; failures stay in.
+"""The paper's tables at small scale: every run is fixed here before it is run; failures stay in.
 
-    python experiments/tables.py 1            # Tables 1 and 2 (rivals), with 3 (GenEval); then 4 ... 9, "more", or all
-    python experiments/tables.py all          # sized for a night on two cores; continues where it stopped
-    python experiments/tables.py all --seeds 1                      # one seed, so that several processes can share the work
-    python experiments/tables.py render       # only write results/tables.md from what has been run
+    python experiments/tables.py 1              # Tables 1 to 3 (rivals, GenEval); or 4 ... 9, "more"
+    python experiments/tables.py all            # sized for a night on two cores
+    python experiments/tables.py all --seeds 1  # one seed: several processes can share the work
+    python experiments/tables.py render         # only results/tables.md, from what has been run
 
-What results/tables.json already holds is not run again; take an entry out of it to have it measured anew.
+Continues where it stopped: what results/tables.json holds is not run again. Take an entry out of it
+to have it measured anew.
 
-Every arm is compared at equal network evaluations *and* at equal optimizer updates: it runs until it has had both budgets, and the
-first LoRA at or above each is judged, by ground truth, on the 256 held-out captions, same noise for all. An evaluation is one
-sample through the UNet, guidance's two sides counted apart, three where a backward follows.
+Every arm is compared at equal network evaluations *and* at equal optimizer updates: it runs until
+it has had both budgets, and the first LoRA at or above each is judged, by ground truth, on the 256
+held-out captions, same noise for all. An evaluation is one sample through the UNet, guidance's two
+sides counted apart, three where a backward follows.
 
-Learning rates of the methods in Table 1: each of RATES, seed 100; the highest mean PickScore on 128 training captions with other noise
-at the budget of evaluations wins, for every method alike; where the best lies at an end, the next one in that direction is tried
-too, at most two. PickScore is what a real user has; ground truth decides nothing.
+Learning rates of the methods in Table 1: each of RATES, seed 100; the highest mean PickScore on 128
+training captions with other noise, at the budget of evaluations, wins, for every method alike. If
+the best lies at an end, the next one in that direction is tried too, at most two. PickScore is what
+a real user has; ground truth decides nothing.
 """
 import argparse
 import fcntl
@@ -27,21 +30,23 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-import evaluate  # noqa: E402
-from diffusion import decode, generate_latents, to_pil  # noqa: E402
-from loading import TINY, load_pipeline  # noqa: E402
-from metrics import load_metric  # noqa: E402
-from spo_train import PRESETS  # noqa: E402
-from tiny import world  # noqa: E402
-from training import permutation, write_json  # noqa: E402
-from prompt_sets import read_prompts  # noqa: E402
+sys.path[:0] = [str(ROOT)]
+import evaluate
+from diffusion import decode, generate_latents, to_pil
+from loading import TINY, load_pipeline
+from metrics import load_metric
+from prompt_sets import read_prompts
+from spo_train import PRESETS
+from tiny import world
+from training import permutation, write_json
 
-SEEDS, UPDATES, EVALUATIONS, MOST_ROUNDS = (0, 1, 2), 60, 25_000, 60
+SEEDS = (0, 1, 2)
+UPDATES, EVALUATIONS, MOST_ROUNDS = 60, 25_000, 60
 RATES, RATE_SEED = (1e-4, 4e-4, 1.6e-3), 100
 CURVE = (0.25, 0.5)                 # Table 1 is also judged at these shares of the evaluations
 RUNS, RESULTS = ROOT / "runs/tables", ROOT / "experiments/results/tables.json"
 METRICS = ("aesthetics", "alignment", "pickscore")
+FIGURES = ("mean", "difference", "difference_standard_error", "win_rate")
 OFFLINE = dict(script="baselines.py", prompts_per_round=192, count=8000)
 
 METHODS = {
@@ -51,75 +56,116 @@ METHODS = {
     "diffusion-dpo": dict(OFFLINE, method="diffusion-dpo"),
     "mapo": dict(OFFLINE, method="mapo"),
 }
+RANGES = ((0, 250), (0, 500), (0, 750), (0, 1000), (250, 750), (500, 750), (250, 500))
 ARMS = {            # options that differ from the demo's
     "as the demo": dict(),
     "start from winner": dict(start="win"), "start from loser": dict(start="lose"),
     "SPM without step": dict(judge="step-blind"), "PickScore": dict(judge="pickscore"),
     **{f"k = {k}": dict(k=k) for k in (2, 6, 8, 16)},
     **{f"j = {j}": dict(j=j) for j in (2, 3, 4, 5, 6)},
-    **{f"t {a}-{b}": dict(t_min=a and a + 1, t_max=b + 1 if b < 1000 else 999)
-       for a, b in ((0, 250), (0, 500), (0, 750), (0, 1000), (250, 750), (500, 750), (250, 500))},
+    **{f"t {a}-{b}": dict(t_min=a and a + 1, t_max=min(b + 1, 999)) for a, b in RANGES},
     "random pair": dict(pair="random"),
-    "no clamp": dict(clamp=0.0), "threshold 0": dict(threshold=0.0), "threshold 0.3": dict(threshold=0.3),
+    "no clamp": dict(clamp=0.0),
+    "threshold 0": dict(threshold=0.0), "threshold 0.3": dict(threshold=0.3),
     "beta 10": dict(beta=10.0), "beta 1000": dict(beta=1000.0),
     "guidance 1": dict(guidance_scale=1.0), "guidance 5": dict(guidance_scale=5.0),
-    # The sum over the latent's 256 numbers is 256 times the mean: beta 10 and clamp 0.1 of the sum are these of the mean.
+    # The sum over a latent's 256 numbers is 256 times the mean: these are beta 10 and clamp 0.1.
     "sum log-probability": dict(beta=2560.0, clamp=0.0004),
 }
 PAPER = ("PickScore", "HPSv2.1", "ImageReward", "Aesthetic")
+SPO = (21.43, 26.45, 0.1712, 5.887)
 TABLES = {          # title, arms, and the paper's own figures (SD-1.5; Table 7: SDXL)
-    "1": ("Tables 1 and 2: SPO and its rivals", list(METHODS),
-          {"base": (20.53, 23.79, -0.1628, 5.365), "ddpo": (21.06, 24.91, 0.0817, 5.591), "d3po": (20.76, 23.97, -0.1235, 5.527),
-           "diffusion-dpo": (20.98, 25.05, 0.1115, 5.505), "spo": (21.43, 26.45, 0.1712, 5.887)}),
-    "4": ("Table 4: what the next step starts from", ["as the demo", "start from winner", "start from loser"],
-          {"start from winner": (17.87, 11.31, -2.2692, 3.963), "start from loser": (19.36, 18.63, -1.3743, 5.338),
-           "as the demo": (21.43, 26.45, 0.1712, 5.887)}),
-    "5": ("Table 5: who judges", ["as the demo", "SPM without step", "PickScore"],
-          {"as the demo": (21.43, 26.45, 0.1712, 5.887), "SPM without step": (21.19, 25.84, 0.1365, 5.678),
-           "PickScore": (20.28, 23.09, -0.2982, 5.410)}),
-    "6": ("Table 6: candidates in a pool", ["k = 2", "as the demo", "k = 6", "k = 8", "k = 16"], {}),
-    "7": ("Table 7: MSPO's inner steps", ["as the demo", "j = 2", "j = 3", "j = 4", "j = 5", "j = 6"],
-          {"as the demo": (22.85, 31.37, 1.0071, 6.359), "j = 2": (22.84, 31.17, 1.0118, 6.268), "j = 3": (22.94, 31.55, 1.0847, 6.380),
-           "j = 4": (23.06, 31.80, 1.0803, 6.364), "j = 5": (23.03, 31.23, 0.9656, 6.423), "j = 6": (22.95, 30.57, 0.9770, 6.390)}),
-    "8": ("Table 8: timestep range", ["as the demo", *(name for name in ARMS if name.startswith("t "))],
-          {"t 0-250": (20.61, 23.34, -0.1823, 5.413), "t 0-500": (20.69, 25.67, 0.0810, 5.399), "t 0-750": (21.43, 26.45, 0.1712, 5.887),
-           "t 0-1000": (19.77, 22.72, -0.4529, 5.111), "t 250-750": (21.19, 26.23, 0.2658, 5.581),
-           "t 500-750": (20.43, 24.91, -0.1553, 5.582), "t 250-500": (20.60, 25.60, 0.1037, 5.336)}),
-    "9": ("Table 9: which pair", ["as the demo", "random pair"],
-          {"as the demo": (21.43, 26.45, 0.1712, 5.887), "random pair": (21.21, 26.51, 0.1656, 5.796)}),
-    "more": ("Beyond the paper", ["as the demo", "no clamp", "threshold 0", "threshold 0.3", "beta 10", "beta 1000", "sum log-probability",
-                                  "guidance 1", "guidance 5"], {}),
+    "1": ("Tables 1 and 2: SPO and its rivals", list(METHODS), {
+        "base": (20.53, 23.79, -0.1628, 5.365),
+        "ddpo": (21.06, 24.91, 0.0817, 5.591),
+        "d3po": (20.76, 23.97, -0.1235, 5.527),
+        "diffusion-dpo": (20.98, 25.05, 0.1115, 5.505),
+        "spo": SPO,
+    }),
+    "4": (
+        "Table 4: what the next step starts from",
+        ["as the demo", "start from winner", "start from loser"], {
+            "start from winner": (17.87, 11.31, -2.2692, 3.963),
+            "start from loser": (19.36, 18.63, -1.3743, 5.338),
+            "as the demo": SPO,
+        },
+    ),
+    "5": ("Table 5: who judges", ["as the demo", "SPM without step", "PickScore"], {
+        "as the demo": SPO,
+        "SPM without step": (21.19, 25.84, 0.1365, 5.678),
+        "PickScore": (20.28, 23.09, -0.2982, 5.410),
+    }),
+    "6": (
+        "Table 6: candidates in a pool",
+        ["k = 2", "as the demo", "k = 6", "k = 8", "k = 16"], {},
+    ),
+    "7": (
+        "Table 7: MSPO's inner steps",
+        ["as the demo", *(f"j = {j}" for j in (2, 3, 4, 5, 6))], {
+            "as the demo": (22.85, 31.37, 1.0071, 6.359),
+            "j = 2": (22.84, 31.17, 1.0118, 6.268),
+            "j = 3": (22.94, 31.55, 1.0847, 6.380),
+            "j = 4": (23.06, 31.80, 1.0803, 6.364),
+            "j = 5": (23.03, 31.23, 0.9656, 6.423),
+            "j = 6": (22.95, 30.57, 0.9770, 6.390),
+        },
+    ),
+    "8": ("Table 8: timestep range", ["as the demo", *(f"t {a}-{b}" for a, b in RANGES)], {
+        "t 0-250": (20.61, 23.34, -0.1823, 5.413),
+        "t 0-500": (20.69, 25.67, 0.0810, 5.399),
+        "t 0-750": SPO,
+        "t 0-1000": (19.77, 22.72, -0.4529, 5.111),
+        "t 250-750": (21.19, 26.23, 0.2658, 5.581),
+        "t 500-750": (20.43, 24.91, -0.1553, 5.582),
+        "t 250-500": (20.60, 25.60, 0.1037, 5.336),
+    }),
+    "9": ("Table 9: which pair", ["as the demo", "random pair"], {
+        "as the demo": SPO,
+        "random pair": (21.21, 26.51, 0.1656, 5.796),
+    }),
+    "more": (
+        "Beyond the paper",
+        ["as the demo", "no clamp", "threshold 0", "threshold 0.3", "beta 10", "beta 1000",
+         "sum log-probability", "guidance 1", "guidance 5"], {},
+    ),
 }
 
 
 def read_log(folder: Path) -> list[dict]:
     """The run's rounds so far, with cumulative `updates` and `evaluations`, and seconds."""
-    path, total = folder / "log.jsonl", dict(updates=0, evaluations=0, seconds=0.0)
-    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    path = folder / "log.jsonl"
+    total = dict(updates=0, evaluations=0, seconds=0.0)
     out = []
-    for row in rows:
-        total = dict(updates=total["updates"] + row["updates"], evaluations=total["evaluations"] + row["evaluations"],
-                     seconds=total["seconds"] + sum(row["seconds"].values()))
+    for line in path.read_text().splitlines() if path.exists() else []:
+        row = json.loads(line)
+        total = dict(
+            updates=total["updates"] + row["updates"],
+            evaluations=total["evaluations"] + row["evaluations"],
+            seconds=total["seconds"] + sum(row["seconds"].values()),
+        )
         out.append(dict(total, round=row["round"], score=row["score"]))
     return out
 
 
 def train(name: str, options: dict, seed: int) -> Path:
-    """Run until both budgets are spent (or MOST_ROUNDS, for arms that find next to no pairs); returns the run folder."""
+    """Run until both budgets are spent; returns the run folder.
+
+    MOST_ROUNDS end it too: some arms find next to no pairs.
+    """
     folder = RUNS / f"{name.replace(' ', '-').replace('=', '')}-seed{seed}"
-    options = dict(options)
+    fixed = dict(out=folder, seed=seed, rounds=3, snapshot_every=1, grid_every=0, save_every=5)
+    options = fixed | options
     script = options.pop("script", "spo_train.py")
-    rounds = 3
     while True:
         log = read_log(folder)
         if log:
             share = min(log[-1]["updates"] / UPDATES, log[-1]["evaluations"] / EVALUATIONS)
             if share >= 1 or len(log) >= MOST_ROUNDS:
                 return folder
-            rounds = min(max(len(log) + 1, math.ceil(len(log) / max(share, 0.02))), MOST_ROUNDS)
-        words = [w for k, v in options.items() for w in (f"--{k}", str(v))]
-        subprocess.run([sys.executable, script, "--out", str(folder), "--seed", str(seed), "--snapshot_every", "1", "--grid_every", "0",
-                        "--save_every", "5", "--rounds", str(rounds), *words], check=True, cwd=ROOT)
+            enough = max(len(log) + 1, math.ceil(len(log) / max(share, 0.02)))
+            options["rounds"] = min(enough, MOST_ROUNDS)
+        words = [word for k, v in options.items() for word in (f"--{k}", str(v))]
+        subprocess.run([sys.executable, script, *words], check=True, cwd=ROOT)
 
 
 def reach(log: list[dict], what: str, amount: float) -> dict:
@@ -128,33 +174,39 @@ def reach(log: list[dict], what: str, amount: float) -> dict:
 
 
 class Judge:
-    """Draws with a LoRA and reads the truth from the pictures; keeps what it has read beside the LoRA."""
+    """Draws with a LoRA, reads the truth from the pictures, and keeps it beside the LoRA."""
 
     def __init__(self):
         self.pipe = load_pipeline("tiny")
-        held = read_prompts(str(TINY / "held_out_prompts.txt"))
-        _, captions = world.split_captions()
-        by_kind = {k: [c.text for c in captions if c.kind == k] for k in ("single", "count", "relation")}
-        train_prompts = read_prompts(str(TINY / "train_prompts.txt"))
-        self.sets = {       # name: prompts, first noise seed
-            "held": (held, 0),
-            "choice": ([train_prompts[i] for i in permutation(len(train_prompts), "choice")[:128]], 10_000),
-            "geneval": (by_kind["single"] * 16 + by_kind["count"] * 8 + by_kind["relation"][:128:2], 20_000),
-        }
-        self.metrics = [load_metric(name, "tiny", self.pipe.tokenizers[0], torch.device("cpu")) for name in METRICS]
         self.captions = {c.text: c for c in world.all_captions()}
+        _, held = world.split_captions()
+        single, count, relation = (
+            [c.text for c in held if c.kind == kind] for kind in ("single", "count", "relation")
+        )
+        train = read_prompts(str(TINY / "train_prompts.txt"))
+        self.sets = {       # name: prompts, first noise seed
+            "held": (read_prompts(str(TINY / "held_out_prompts.txt")), 0),
+            "choice": ([train[i] for i in permutation(len(train), "choice")[:128]], 10_000),
+            "geneval": (single * 16 + count * 8 + relation[:128:2], 20_000),
+        }
+        self.metrics = [
+            load_metric(name, "tiny", self.pipe.tokenizers[0], torch.device("cpu"))
+            for name in METRICS
+        ]
 
     def __call__(self, lora_folder: Path | None, which: str = "held") -> dict[str, list[float]]:
-        """{metric: a score per picture} and, of the GenEval set, {tag: ...}; `None`: the base model."""
+        """{metric: a score per picture}, of the GenEval set {tag: ...} too; `None`: the base."""
         path = (lora_folder or RUNS / "base") / f"{which}.json"
         if path.exists():
             return json.loads(path.read_text())
-        evaluate.wear(self.pipe, str(lora_folder / "pytorch_lora_weights.safetensors") if lora_folder else "")
+        source = str(lora_folder / "pytorch_lora_weights.safetensors") if lora_folder else ""
+        evaluate.wear(self.pipe, source)
         prompts, seed = self.sets[which]
         out: dict[str, list] = {}
         for begin in range(0, len(prompts), 64):
             part = prompts[begin:begin + 64]
-            latents = generate_latents(self.pipe, part, [seed + begin + i for i in range(len(part))], 20, 3.0, 0.0)
+            seeds = [seed + begin + i for i in range(len(part))]
+            latents = generate_latents(self.pipe, part, seeds, 20, 3.0, 0.0)
             images = (decode(self.pipe, latents, 64) / 2 + 0.5).clamp(0, 1)
             pictures = to_pil(images)
             for metric in self.metrics:
@@ -163,25 +215,26 @@ class Judge:
                 for things, text in zip(world.find_things(images), part):
                     for tag, right in world.geneval(things, self.captions[text]).items():
                         out.setdefault(tag, []).append(float(right))
-        path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, out)
         return out
 
 
 def choose_rate(method: str, judge: Judge) -> float:
     """The method's learning rate by the stated procedure."""
-    if known := kept("rates", method):
+    known = kept("rates", method)
+    if known:
         return known["chosen"]
     scores, rates = {}, list(RATES)
     for rate in rates:                  # grows below
         folder = train(f"{method} rate {rate:g}", dict(METHODS[method], lr=rate), RATE_SEED)
         row = reach(read_log(folder), "evaluations", EVALUATIONS)
-        values = judge(folder / "loras" / f"{row['round']:05d}", "choice")["pickscore"]
-        scores[rate] = sum(values) / len(values)
+        scores[rate] = average(judge(folder / f"loras/{row['round']:05d}", "choice")["pickscore"])
         best = max(scores, key=scores.get)
-        if 5 > len(scores) == len(rates) and best in (min(rates), max(rates)):
+        if len(scores) == len(rates) < 5 and best in (min(rates), max(rates)):
             rates.append(best * 4 if best == max(rates) else best / 4)
-    keep(["rates", method], dict(chosen=best, pickscore={f"{r:g}": round(s, 4) for r, s in scores.items()}))
+    keep(["rates", method], dict(
+        chosen=best, pickscore={f"{rate:g}": round(score, 4) for rate, score in scores.items()}
+    ))
     return best
 
 
@@ -198,63 +251,84 @@ def keep(path: list[str], value) -> None:
     RUNS.mkdir(parents=True, exist_ok=True)
     with open(RUNS / "lock", "w") as lock:              # several processes may share the work
         fcntl.flock(lock, fcntl.LOCK_EX)
-        results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+        results = kept() or {}
         place = results
         for key in path[:-1]:
             place = place.setdefault(key, {})
         place[path[-1]] = value
-        results["about"] = dict(date=time.strftime("%Y-%m-%d"), torch=torch.__version__, updates=UPDATES, evaluations=EVALUATIONS,
-                                captions=256, device="cpu")
-        RESULTS.parent.mkdir(parents=True, exist_ok=True)
+        results["about"] = dict(
+            date=time.strftime("%Y-%m-%d"), torch=torch.__version__, updates=UPDATES,
+            evaluations=EVALUATIONS, captions=256, device="cpu",
+        )
         write_json(RESULTS, results)
 
 
-def measure(name: str, run: str, options: dict, seed: int, judge: Judge, shares: tuple[float, ...] = ()) -> None:
-    """Train one arm with one seed, judge it at both budgets (and at `shares` of the evaluations), and keep the figures."""
+def tag_means(scores: dict[str, list[float]]) -> dict[str, float]:
+    """Of a reading of the GenEval set: the share of pictures that are right, by tag."""
+    return {tag: round(average(v), 4) for tag, v in scores.items() if tag not in METRICS}
+
+
+def measure(
+    name: str, run: str, options: dict, seed: int, judge: Judge, shares: tuple[float, ...] = ()
+) -> None:
+    """Train one arm with one seed, judge it at both budgets, and keep the figures.
+
+    With `shares` also at these of the evaluations, and on the GenEval set.
+    """
     if kept("arms", name, str(seed)):
         return
     folder = train(run, options, seed)
-    log, base, record = read_log(folder), judge(None), {}
-    points = {"updates": reach(log, "updates", UPDATES), "evaluations": reach(log, "evaluations", EVALUATIONS)}
-    points |= {f"evaluations x {s:g}": reach(log, "evaluations", s * EVALUATIONS) for s in shares}
+    log, base = read_log(folder), judge(None)
+    points = {
+        "updates": reach(log, "updates", UPDATES),
+        "evaluations": reach(log, "evaluations", EVALUATIONS),
+        **{f"evaluations x {s:g}": reach(log, "evaluations", s * EVALUATIONS) for s in shares},
+    }
+    loras = {point: folder / f"loras/{row['round']:05d}" for point, row in points.items()}
+    record = {}
     for point, row in points.items():
-        scores = judge(folder / "loras" / f"{row['round']:05d}")
+        scores = judge(loras[point])
         compared = {m: evaluate.compare(scores[m], base[m], 1) for m in METRICS}
-        record[point] = dict(row, **{m: {k: round(v[k], 4) for k in ("mean", "difference", "difference_standard_error", "win_rate")}
-                                     for m, v in compared.items()})
+        record[point] = dict(row, **{
+            m: {k: round(found[k], 4) for k in FIGURES} for m, found in compared.items()
+        })
     if shares:
-        tags = judge(folder / "loras" / f"{points['evaluations']['round']:05d}", "geneval")
-        record["geneval"] = {tag: round(sum(v) / len(v), 4) for tag, v in tags.items() if tag not in METRICS}
+        record["geneval"] = tag_means(judge(loras["evaluations"], "geneval"))
     keep(["arms", name, str(seed)], record)
 
 
 def disagreement(judge: Judge, count: int = 4000) -> None:
-    """The claim's premise: how often generic labels contradict beauty, and what each method's gain in preference is made of."""
+    """The claim's premise: how often generic labels contradict beauty."""
     images, captions, labels = world.preference_pairs(count, seed=77)
     flat = images.flatten(0, 1).float() / 255
-    beauty = torch.cat([world.aesthetics(p) for p in flat.split(256)]).view(-1, 2)
-    aligned = world.alignment(flat, [judge.captions[c] for c in captions for _ in range(2)]).view(-1, 2)
-    against = (beauty[:, 0] > beauty[:, 1]).float() != labels
+    asked = [judge.captions[c] for c in captions for _ in range(2)]
+    beauty = torch.cat([world.aesthetics(part) for part in flat.split(256)]).view(-1, 2)
+    aligned = world.alignment(flat, asked).view(-1, 2)
+    against = ((beauty[:, 0] > beauty[:, 1]).float() != labels).float()
     differ = aligned[:, 0] != aligned[:, 1]
-    keep(["labels"], dict(pairs=count, against_aesthetics=float(against.float().mean()),
-                          pairs_that_differ_in_alignment=float(differ.float().mean()),
-                          against_aesthetics_there=float(against[differ].float().mean()),
-                          against_aesthetics_elsewhere=float(against[~differ].float().mean())))
+    keep(["labels"], dict(
+        pairs=count, against_aesthetics=float(against.mean()),
+        pairs_that_differ_in_alignment=float(differ.float().mean()),
+        against_aesthetics_there=float(against[differ].mean()),
+        against_aesthetics_elsewhere=float(against[~differ].mean()),
+    ))
 
 
 def interval(values: list[float]) -> str:
     """Mean over seeds with a 95 % interval by Student's t (3 seeds: 4.30 standard errors)."""
-    n, mean = len(values), sum(values) / len(values)
+    n, mean = len(values), average(values)
     if n < 2:
         return f"{mean:+.3f} (1 seed)"
-    spread = (sum((v - mean) ** 2 for v in values) / (n - 1) / n) ** 0.5
-    return f"{mean:+.3f} ± {({2: 12.71, 3: 4.303}.get(n, 2.8)) * spread:.3f}" + ("" if n == len(SEEDS) else f" ({n} seeds)")
+    error = (sum((v - mean) ** 2 for v in values) / (n - 1) / n) ** 0.5
+    text = f"{mean:+.3f} ± {({2: 12.71, 3: 4.303}.get(n, 2.8)) * error:.3f}"
+    return text if n == len(SEEDS) else f"{text} ({n} seeds)"
 
 
 def markdown(title: str, header: list[str], rows: list[list[str]]) -> list[str]:
     """A headed Markdown table; short rows are filled up."""
-    lines = [f"\n### {title}\n", "| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
-    return lines + ["| " + " | ".join([*row, *[""] * (len(header) - len(row))]) + " |" for row in rows]
+    full = [[*row, *[""] * (len(header) - len(row))] for row in [header, *rows]]
+    first, *others = ["| " + " | ".join(row) + " |" for row in full]
+    return [f"\n### {title}\n", first, "|---" * len(header) + "|", *others]
 
 
 def average(values: list[float]) -> float:
@@ -262,91 +336,140 @@ def average(values: list[float]) -> float:
     return sum(values) / len(values)
 
 
+def gain(rows: list[dict], metric: str) -> float:
+    """Mean over seeds of the gain over the base, at one point of their curves."""
+    return average([row[metric]["difference"] for row in rows])
+
+
+def cells(seeds: dict[str, dict]) -> list[str]:
+    """An arm's figures: at equal evaluations, at equal updates, what it had of the other budget."""
+    at, also = ([seeds[s][point] for s in sorted(seeds)] for point in ("evaluations", "updates"))
+    updates, evaluations = (average([row[k] for row in rows]) for k, rows in
+                            (("updates", at), ("evaluations", also)))
+    return [
+        *(interval([row[m]["difference"] for row in at]) for m in METRICS),
+        *(interval([row[m]["difference"] for row in also]) for m in METRICS[:2]),
+        f"{updates:.0f} / {evaluations:,.0f}",
+    ]
+
+
 def render() -> str:
     """All tables as Markdown, from results/tables.json; what has not been run says so."""
     results = kept() or {}
-    arms, base, lines = results.get("arms", {}), results.get("base", {}), []
+    arms = {name: cells(seeds) for name, seeds in results.get("arms", {}).items()}
+    if "base" in results:
+        arms["base"] = [f"{results['base'][m]:.3f}" for m in METRICS] + [""] * 3
+    header = [
+        "arm", "aesthetics", "alignment", "PickScore", "aesthetics, equal updates",
+        "alignment, equal updates", "updates / evaluations",
+    ]
+    lines = []
     for number, (title, names, paper) in TABLES.items():
         rows = []
-        for name in (["base"] if number == "1" else []) + names:
-            cells = ["not measured"] + [""] * 5
-            if name == "base" and base:
-                cells = [f"{base[m]:.3f}" for m in METRICS] + [""] * 3
-            elif name in arms:
-                at, also = ([arms[name][s][point] for s in sorted(arms[name])] for point in ("evaluations", "updates"))
-                cells = [interval([r[m]["difference"] for r in at]) for m in METRICS]
-                cells += [interval([r[m]["difference"] for r in also]) for m in METRICS[:2]]
-                cells.append(f"{average([r['updates'] for r in at]):.0f} / {average([r['evaluations'] for r in also]):,.0f}")
-            rows.append([name, *cells, ", ".join(map(str, paper[name]))] if name in paper else [name, *cells])
-        header = ["arm", "aesthetics", "alignment", "PickScore", "aesthetics, equal updates", "alignment, equal updates",
-                  "updates / evaluations"]
-        lines += markdown(title, header + (["paper: " + ", ".join(PAPER)] if paper else []), rows)
+        for name in ["base", *names] if number == "1" else names:
+            theirs = [", ".join(map(str, paper[name]))] if name in paper else []
+            rows.append([name, *arms.get(name, ["not measured"] + [""] * 5), *theirs])
+        lines += markdown(title, header + ["paper: " + ", ".join(PAPER)] * bool(paper), rows)
         if number == "1":
-            lines += render_more(results, {name: list(arms[name].values()) for name in METHODS if name in arms})
+            lines += render_more(results)
     return "\n".join(lines) + "\n"
 
 
-def render_more(results: dict, arms: dict[str, list[dict]]) -> list[str]:
-    """What belongs to Table 1: learning rates, curves, GenEval, and what a gain in preference is made of."""
+def render_more(results: dict) -> list[str]:
+    """What belongs to Table 1: learning rates, curves, GenEval, what a gain is made of."""
+    arms = results.get("arms", {})
+    arms = {name: list(arms[name].values()) for name in METHODS if name in arms}
     rows = []
     for name, row in results.get("rates", {}).items():
-        tried = sorted((float(r), score) for r, score in row["pickscore"].items())
-        rows.append([name, f"{row['chosen']:g}", ", ".join(f"{r:g}: {score:.3f}" for r, score in tried)])
-    lines = markdown("Table 1, learning rates: mean PickScore on 128 training captions", ["method", "chosen", "tried"], rows)
-
-    shares = {**{f"evaluations x {s:g}": s for s in CURVE}, "evaluations": 1}
-    rows = [[name] + [" / ".join(f"{average([s[p][m]['difference'] for s in seeds]):+.3f}" for m in METRICS[:2]) for p in shares]
-            for name, seeds in arms.items()]
-    lines += markdown("Table 1, learning curves: gain in aesthetics / alignment",
-                      ["method", *(f"{100 * s:.0f} % of the evaluations" for s in shares.values())], rows)
-
-    tags, rows = ("single", "two", "counting", "colours", "position", "binding"), []
-    readings = {"base": [results["base geneval"]] if "base geneval" in results else []}
-    readings |= {name: [s["geneval"] for s in seeds] for name, seeds in arms.items()}
-    for name, reads in readings.items():
-        values = [average([r[tag] for r in reads]) for tag in tags] if reads else []
-        rows.append([name, *(f"{v:.3f}" for v in [*values, average(values)])] if values else [name, "not measured"])
-    lines += markdown("Table 3: this world's GenEval, read from the pixels", ["model", *tags, "mean"], rows)
-
+        tried = sorted((float(rate), score) for rate, score in row["pickscore"].items())
+        text = ", ".join(f"{rate:g}: {score:.3f}" for rate, score in tried)
+        rows.append([name, f"{row['chosen']:g}", text])
+    lines = markdown(
+        "Table 1, learning rates: mean PickScore on 128 training captions",
+        ["method", "chosen", "tried"], rows,
+    )
+    points = {**{f"evaluations x {s:g}": s for s in CURVE}, "evaluations": 1}
     rows = []
     for name, seeds in arms.items():
-        beauty, aligned = (average([s["evaluations"][m]["difference"] for s in seeds]) for m in METRICS[:2])
-        rows.append([name, f"{beauty * 0.5 / 0.6:+.2f}", f"{aligned * 10 / 0.6:+.2f}"])
-    lines += markdown("The claim: what a gain in this world's preference is made of", ["method", "from aesthetics", "from alignment"], rows)
-    lines.append("\nIn log-odds of being liked better than the base's picture, (10 x alignment + 0.5 x aesthetics) / 0.6.")
-    if labels := results.get("labels"):
-        there, elsewhere, all_, share = (100 * labels[k] for k in ("against_aesthetics_there", "against_aesthetics_elsewhere",
-                                                                   "against_aesthetics", "pairs_that_differ_in_alignment"))
-        lines.append(f"Of {labels['pairs']:,} generic labels {all_:.0f} % prefer the less beautiful picture: {there:.0f} % where only one "
-                     f"of the two shows what the caption says ({share:.0f} % of the pairs), {elsewhere:.0f} % elsewhere.")
+        at = [[seed[point] for seed in seeds] for point in points]
+        pairs = [f"{gain(p, 'aesthetics'):+.3f} / {gain(p, 'alignment'):+.3f}" for p in at]
+        rows.append([name, *pairs])
+    lines += markdown(
+        "Table 1, learning curves: gain in aesthetics / alignment",
+        ["method", *(f"{100 * s:.0f} % of the evaluations" for s in points.values())], rows,
+    )
+    lines += render_geneval(results, arms)
+    rows = []
+    for name, seeds in arms.items():
+        at = [seed["evaluations"] for seed in seeds]
+        beauty, aligned = gain(at, "aesthetics") * 0.5 / 0.6, gain(at, "alignment") * 10 / 0.6
+        rows.append([name, f"{beauty:+.2f}", f"{aligned:+.2f}"])
+    lines += markdown(
+        "The claim: what a gain in this world's preference is made of",
+        ["method", "from aesthetics", "from alignment"], rows,
+    )
+    lines.append("\nIn log-odds of being liked better than the base's picture, "
+                 "(10 x alignment + 0.5 x aesthetics) / 0.6.")
+    if "labels" in results:
+        share = {key: f"{100 * value:.0f} %" for key, value in results["labels"].items()}
+        lines.append(
+            f"Of {results['labels']['pairs']:,} generic labels {share['against_aesthetics']} "
+            "prefer the less beautiful picture: "
+            f"{share['against_aesthetics_there']} where only one of the two shows what the caption "
+            f"says ({share['pairs_that_differ_in_alignment']} of the pairs), "
+            f"{share['against_aesthetics_elsewhere']} elsewhere."
+        )
     return lines
+
+
+def render_geneval(results: dict, arms: dict[str, list[dict]]) -> list[str]:
+    """Table 3: of the base and the methods, the share of pictures that are right, by tag."""
+    tags = ("single", "two", "counting", "colours", "position", "binding")
+    readings = {"base": [results["base geneval"]] if "base geneval" in results else []}
+    readings |= {name: [seed["geneval"] for seed in seeds] for name, seeds in arms.items()}
+    rows = []
+    for name, reads in readings.items():
+        values = [average([read[tag] for read in reads]) for tag in tags if reads]
+        figures = [f"{v:.3f}" for v in [*values, average(values)]] if reads else ["not measured"]
+        rows.append([name, *figures])
+    title = "Table 3: this world's GenEval, read from the pixels"
+    return markdown(title, ["model", *tags, "mean"], rows)
+
+
+def run(wanted: list[str], seeds: list[int], methods: list[str]) -> None:
+    """Measure what is not there yet: the base, the labels, the rates, and the `wanted` tables."""
+    judge = Judge()
+    base = judge(None)
+    keep(["base"], {m: round(average(base[m]), 4) for m in METRICS})
+    keep(["base geneval"], tag_means(judge(None, "geneval")))
+    if not kept("labels"):
+        disagreement(judge)
+    first = "1" in wanted or "rates" in wanted
+    rates = {method: choose_rate(method, judge) for method in methods if first}
+    for table in [table for table in wanted if table != "rates"]:
+        for seed in seeds:
+            for name in TABLES[table][1]:
+                if table != "1":
+                    measure(name, name, ARMS[name], seed, judge)
+                elif name in rates:
+                    options = dict(METHODS[name], lr=rates[name])
+                    same = name == "spo" and rates[name] == PRESETS["tiny"]["lr"]
+                    measure(name, "as the demo" if same else name, options, seed, judge, CURVE)
 
 
 def main() -> None:
     """Run the tables that the command line names, then render all."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    methods = list(METHODS)
     parser.add_argument("tables", nargs="+", choices=[*TABLES, "rates", "all", "render"])
     parser.add_argument("--seeds", nargs="+", type=int, choices=SEEDS, default=list(SEEDS))
-    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS), help="of table 1")
+    parser.add_argument("--methods", nargs="+", choices=methods, default=methods, help="of table 1")
     given = parser.parse_args()
     wanted = list(TABLES) if "all" in given.tables else given.tables
     if "render" not in wanted:
-        judge = Judge()
-        base = judge(None)
-        keep(["base"], {m: round(sum(base[m]) / len(base[m]), 4) for m in METRICS})
-        tags = judge(None, "geneval")
-        keep(["base geneval"], {tag: round(sum(v) / len(v), 4) for tag, v in tags.items() if tag not in METRICS})
-        if not kept("labels"):
-            disagreement(judge)
-        rates = {method: choose_rate(method, judge) for method in given.methods if "1" in wanted or "rates" in wanted}
-        for table in wanted:
-            for seed in given.seeds if table != "rates" else []:
-                for name in TABLES[table][1]:
-                    if table == "1" and name in rates:
-                        same = name == "spo" and rates[name] == PRESETS["tiny"]["lr"]
-                        measure(name, "as the demo" if same else name, dict(METHODS[name], lr=rates[name]), seed, judge, CURVE)
-                    elif table != "1":
-                        measure(name, name, ARMS[name], seed, judge)
+        run(wanted, given.seeds, given.methods)
     text = render()
     (RESULTS.parent / "tables.md").write_text(text)
     print(text)

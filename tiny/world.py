@@ -123,8 +123,10 @@ def signed_distance(
     triangle = torch.maximum(flank, dy - 0.8 * r)
     arm = torch.maximum(dx.abs() - r, dy.abs() - 0.34 * r)
     cross = torch.minimum(arm, torch.maximum(dy.abs() - r, dx.abs() - 0.34 * r))
-    angular = torch.where(shape == 2, triangle, cross)
-    return torch.where(shape == 0, circle, torch.where(shape == 1, square, angular))
+    return torch.where(
+        shape == 0, circle,
+        torch.where(shape == 1, square, torch.where(shape == 2, triangle, cross)),
+    )
 
 
 def render(
@@ -156,8 +158,8 @@ def render(
     # The ground: light, a little darker further down, with grey blotches where it is not clean.
     tone = 0.955 + 0.03 * torch.rand(n, 1, 1, 1, generator=generator) - 0.07 * (y / SIZE)
     tint = 0.012 * (torch.rand(n, 3, 1, 1, generator=generator) - 0.5)
-    coarse = torch.randn(n, 1, 5, 5, generator=generator)
-    blotch = F.interpolate(coarse, SIZE, mode="bicubic", align_corners=True)
+    blotch = torch.randn(n, 1, 5, 5, generator=generator)
+    blotch = F.interpolate(blotch, SIZE, mode="bicubic", align_corners=True)
     blotch = blotch.clamp(-1.5, 1.5) / 3 + 0.5
     image = tone + tint - BLOTCH * (1 - cleanliness.view(n, 1, 1, 1)) * blotch
     for j in range(3):
@@ -220,8 +222,9 @@ def _dilate(maps: torch.Tensor, reach: int) -> torch.Tensor:
     padded = F.pad(maps, (reach,) * 4)
     for axis in (1, 2):
         size = padded.shape[axis] - 2 * reach
-        shifted = (padded.narrow(axis, i, size) for i in range(2 * reach + 1))
-        padded = functools.reduce(torch.maximum, shifted)
+        padded = functools.reduce(
+            torch.maximum, (padded.narrow(axis, i, size) for i in range(2 * reach + 1))
+        )
     return padded
 
 
@@ -244,15 +247,13 @@ def find_things(images: torch.Tensor) -> list[list[Thing]]:
     images = images.float().clamp(0, 1)
     labels = _components(_chroma(images) > 0.11)
     templates = _templates()
-    hues = _direction(RGB)
-    names = list(COLOURS)
+    hues, names = _direction(RGB), list(COLOURS)
     found = []
     for image, label in zip(images, labels):
         things = []
         for value in label.unique().tolist():
             region = label == value
-            area = int(region.sum())
-            if value == 0 or area < 24:
+            if value == 0 or region.sum() < 24:
                 continue
             mean = image[:, region].mean(1)
             colour = names[int((hues @ F.normalize(mean - mean.mean(), dim=0)).argmax())]
@@ -355,7 +356,7 @@ def generic_preference(
 
 
 def mistaken(caption: Caption, captions: list[Caption], rand: torch.Generator) -> Caption:
-    """What a careless painter might have painted instead: at most two words of the caption differ."""
+    """What a careless painter might paint instead: at most two words of the caption differ."""
     while True:
         other = captions[int(torch.randint(len(captions), (1,), generator=rand))]
         if other.kind == caption.kind and other.text != caption.text:
@@ -379,8 +380,8 @@ def preference_pairs(
     asked = [c for c in captions for _ in range(2)]
     wrong = torch.rand(2 * count, generator=rand) < mistakes
     painted = [mistaken(c, train, rand) if w else c for c, w in zip(asked, wrong.tolist())]
-    slip = 2 * torch.rand(2 * count, generator=rand) - 1
-    slip *= torch.rand(2 * count, generator=rand) < 0.5
+    shift, misses = torch.rand(2, 2 * count, generator=rand)
+    slip = (2 * shift - 1) * (misses < 0.5)
     images, aligned, beauty = [], [], []
     for i in tqdm(range(0, 2 * count, 256), desc="painting pairs", disable=count < 4000):
         drawn = render(painted[i:i + 256], rand, slip=slip[i:i + 256])
