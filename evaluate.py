@@ -16,6 +16,7 @@
 
 The defaults are the paper's protocol (DDIM, 20 steps, guidance 5); it is written into every result.
 """
+import dataclasses
 import hashlib
 import math
 import os
@@ -474,7 +475,7 @@ def trace_prompt(pipe: Pipeline, judge, prompt: str, config, seed: int = 0) -> l
     cond = encode_prompts(pipe, [prompt], config.resolution or None)
     uncond = negative(pipe, cond, encode_empty(pipe))
     text = judge_features(pipe, judge.clip, [prompt])
-    judge = replace(judge)
+    judge = dataclasses.replace(judge)          # whose pictures the trace looks at
     trace = Trace(judge)
     batch = Batch(cond, uncond, text, [generator(seed, "trace", prompt)])
     sample_pools(pipe, judge, batch, config, [trace])
