@@ -1,18 +1,21 @@
-"""SPO's rivals on SPO's own sampler, model, LoRA and command line (paper, section 3 and Tables 1 and 2).
+"""SPO's rivals on SPO's own sampler, model, LoRA and command line (paper, section 3, Tables 1, 2).
 
-    python baselines.py --method d3po                                                     # the embedded tiny model
+    python baselines.py --method d3po                           # the embedded tiny model
     python baselines.py --method ddpo --model sd15 --prompts 4k_training_prompts.json
     torchrun --nproc_per_node=4 baselines.py --method diffusion-dpo --model sdxl --pairs FOLDER
 
 Online, from prompts alone; PickScore is the reward, seen only at the end of a trajectory:
     ddpo            policy gradient on the reward, clipped as in PPO (Black et al. 2023)
-    d3po            the better and the worse of k trajectories, all their steps, in Eq. 4's form (Yang et al. 2023)
+    d3po            the better and the worse of k trajectories, all their steps, in Eq. 4's form
+                    (Yang et al. 2023)
 Offline, from pictures that people compared:
-    diffusion-dpo   DPO with the denoising error in place of the log-probability (Wallace et al. 2023)
+    diffusion-dpo   DPO with the denoising error in place of the log-probability (Wallace et al.
+                    2023)
     mapo            no reference model; winners are also imitated (Hong et al. 2024)
 
-The online two are SPO's walk with one pool over the whole trajectory: candidates leave x_T, go down on their own, are
-judged as finished pictures. So what separates them from SPO is exactly what the paper changes: when preference is asked.
+The online two are SPO's walk with one pool over the whole trajectory: candidates leave x_T, go down
+on their own and are judged as finished pictures. So they differ from SPO in just what the paper
+changes: when preference is asked.
 
 Shapes: N pairs or slots, S steps, C H W latent.
 """
@@ -41,7 +44,7 @@ from finetune import (
 from loading import Pipeline
 from observers import report, sound_scores
 from pairs import Pairs, encode_pairs, load_pairs, readable, stack_pictures, world_pairs
-from spo_train import SPOConfig, prepare, sample_round, train_on_pairs
+from spo_train import SPOConfig, pick, prepare, sample_round, train_on_pairs
 from training import Processes, Run, generator, opt, parse_options, run_script, start_processes
 from weights import InputError
 
@@ -58,35 +61,48 @@ OFFLINE = ("diffusion-dpo", "mapo")
 class BaselineConfig(RunConfig):
     """Every option of a baseline: those of a run, and its own. D = the method's own released code."""
     method: str = opt("d3po", "which rival", tuple(METHODS))
-    out: str = opt("runs/baseline", "run folder: LoRA files, log.jsonl, config.json, checkpoints, sample grids")
-    lr: float = opt(0.0, "AdamW learning rate; 0: the method's own (ddpo 3e-4, d3po 3e-5, diffusion-dpo and mapo 2e-5)", least=0)
-    prompts_per_round: int = opt(40, "global batch of prompts (online) or of preference pairs (offline) per round", least=1)
+    out: str = opt("runs/baseline", "run folder: LoRA, log.jsonl, config.json, checkpoints, samples")
+    lr: float = opt(0.0, "AdamW learning rate; 0: the method's own (ddpo 3e-4, d3po 3e-5, "
+                    "diffusion-dpo and mapo 2e-5)", least=0)
+    prompts_per_round: int = opt(40, "global batch of prompts (online) or of preference pairs "
+                                 "(offline) per round", least=1)
     # ddpo, d3po
     reward: str = opt("", "PickScore's file or folder; empty: the one that belongs to the model")
-    k: int = opt(2, "d3po: trajectories per prompt, of which best and worst are compared; ddpo uses 2", least=2)
-    clamp: float = opt(0.1, "d3po: each probability ratio is clamped to 1 +- this (D)", least=0, below=1)
+    k: int = opt(2, "d3po: trajectories per prompt, of which best and worst are compared; ddpo "
+                 "uses 2", least=2)
+    clamp: float = opt(0.1, "d3po: each probability ratio is clamped to 1 +- this (D)",
+                       least=0, below=1)
     clip_range: float = opt(1e-4, "ddpo: the probability ratio is clipped to 1 +- this (D)", above=0)
-    advantage_clip: float = opt(5.0, "ddpo: advantages, in standard deviations of the round's rewards, stay within +- this (D)", above=0)
+    advantage_clip: float = opt(5.0, "ddpo: advantages, in standard deviations of the round's "
+                                "rewards, stay within +- this (D)", above=0)
     # diffusion-dpo, mapo
-    pairs: str = opt("", "offline: folder with pairs.jsonl or Parquet, a .parquet file or a hub data set; empty: the tiny world's")
+    pairs: str = opt("", "offline: folder with pairs.jsonl or Parquet, a .parquet file or a hub "
+                     "data set; empty: the tiny world's")
     count: int = opt(44_000, "offline, tiny: size of the world's set of pairs", least=1)
-    beta: float = opt(0.0, "strength of regularization (D: d3po 0.1, diffusion-dpo 5000, mapo 0.1); 0: the method's own", least=0)
+    beta: float = opt(0.0, "strength of regularization (D: d3po 0.1, diffusion-dpo 5000, mapo "
+                      "0.1); 0: the method's own", least=0)
 
 
-PRESETS = {model: {k: v for k, v in preset.items() if k in {f.name for f in dataclasses.fields(RunConfig)}}
+SHARED = [field.name for field in dataclasses.fields(RunConfig)]
+PRESETS = {model: {name: preset[name] for name in SHARED if name in preset}
            for model, preset in spo_train.PRESETS.items()}
 
 
 def d3po_as_spo(config: BaselineConfig) -> SPOConfig:
-    """Trajectory-level preference as a special case of MSPO: one group of all steps, judged once, at the end, by PickScore."""
-    shared = {f.name: getattr(config, f.name) for f in dataclasses.fields(RunConfig)}
+    """Trajectory-level preference as MSPO: one group of all steps, judged at the end by PickScore."""
+    shared = {name: getattr(config, name) for name in SHARED}
     every = config.method == "ddpo"                 # which learns from pictures that tie, too
-    return SPOConfig(**shared, spm=config.reward, judge="pickscore", k=2 if every else config.k, j=config.steps, t_min=0, t_max=999,
-                     threshold=-1.0 if every else 0.0, beta=config.beta, clamp=config.clamp)
+    return SPOConfig(
+        **shared, spm=config.reward, judge="pickscore", k=2 if every else config.k,
+        j=config.steps, t_min=0, t_max=999, threshold=-1.0 if every else 0.0, beta=config.beta,
+        clamp=config.clamp)
 
 
 def advantages(scores: torch.Tensor, bound: float) -> torch.Tensor:
-    """Rewards [B, 2] of a round -> how many of its standard deviations above its mean, within +- bound, better one first [B, 2]."""
+    """Rewards [B, 2] of a round -> advantages [B, 2], the better one first.
+
+    They say how many of its standard deviations a reward is above the mean, within +- bound.
+    """
     both = torch.stack([scores.amax(1), scores.amin(1)], 1)
     return ((both - both.mean()) / (both.std() + 1e-8)).clamp(-bound, bound)
 
@@ -94,7 +110,8 @@ def advantages(scores: torch.Tensor, bound: float) -> torch.Tensor:
 def ddpo_loss(log_ratio: torch.Tensor, advantage: torch.Tensor, clip_range: float) -> torch.Tensor:
     """PPO's clipped surrogate per sample: log p_theta / p_old and advantage, same shape -> loss."""
     ratio = log_ratio.exp()
-    return torch.maximum(-advantage * ratio, -advantage * ratio.clamp(1 - clip_range, 1 + clip_range))
+    clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
+    return torch.maximum(-advantage * ratio, -advantage * clipped)
 
 
 def density(schedule: ddim.Schedule, config: BaselineConfig) -> Callable:
@@ -102,10 +119,10 @@ def density(schedule: ddim.Schedule, config: BaselineConfig) -> Callable:
     def observe(pool, batch) -> None:
         values = []
         for j, t in enumerate(pool.timesteps):
-            noise = pool.noise[:, j]                                                # [B, K, C, H, W]
+            noise = pool.noise[:, j]                                        # [B, K, C, H, W]
             std = ddim.step_std(schedule, t, t - schedule.stride(config.steps), config.eta)
             log_prob = ddim.log_prob((std * noise).flatten(0, 1), 0.0, std).view(noise.shape[:2])
-            values.append(torch.stack([spo_train.pick(log_prob, i) for i in (pool.win, pool.lose)], 1))
+            values.append(torch.stack([pick(log_prob, pool.win), pick(log_prob, pool.lose)], 1))
         pool.notes["log_prob"] = torch.stack(values, 1)
     return observe
 
@@ -119,7 +136,7 @@ def ddpo_values(trainer: Trainer, pairs: spo_train.Pairs, gain: torch.Tensor,
     pipe, count = trainer.pipe, len(pairs.timesteps)
     index = [(s // count, s % count, which, pairs.timesteps[s % count])
              for which in (0, 1) for s in slots]
-    prompt, step, which, t = upload(torch.tensor(index).t(), pipe.device)           # [2 N] each
+    prompt, step, which, t = upload(torch.tensor(index).t(), pipe.device)       # [2 N] each
     x_t, cond = pairs.x_t[prompt, step, which], pairs.cond[prompt]
     uncond = negative(pipe, cond, trainer.empty)
     noise_pred = guided_noise(pipe, x_t, t, cond, uncond, config.guidance_scale)
@@ -128,12 +145,14 @@ def ddpo_values(trainer: Trainer, pairs: spo_train.Pairs, gain: torch.Tensor,
     log_ratio = ddim.log_prob(pairs.x_next[prompt, step, which], mean, std)
     log_ratio = log_ratio - pairs.notes["log_prob"][prompt, step, which]
     advantage, now = gain[prompt, which], log_ratio.detach()
+    loss = ddpo_loss(log_ratio, advantage, config.clip_range)
     outside = ((now.exp() - 1).abs() > config.clip_range).float()
-    values = [ddpo_loss(log_ratio, advantage, config.clip_range), advantage * now, now.exp(), outside]
+    values = [loss, advantage * now, now.exp(), outside]
     return list(torch.stack(values).unflatten(1, (2, len(slots))).mean(1))
 
 
-def ddpo_round(trainer: Trainer, pairs: spo_train.Pairs, turn: Turn, config: BaselineConfig) -> dict:
+def ddpo_round(trainer: Trainer, pairs: spo_train.Pairs, turn: Turn,
+               config: BaselineConfig) -> dict:
     """Two trajectories a prompt; every step of both is one policy-gradient sample."""
     gain = torch.zeros(len(turn.indices), 2, device=trainer.pipe.device)
     sound, scores = pairs.notes["fault"][:, 0] == 0, sound_scores(pairs)
@@ -145,7 +164,8 @@ def ddpo_round(trainer: Trainer, pairs: spo_train.Pairs, turn: Turn, config: Bas
         return f"a step at t = {pairs.timesteps[step]}, prompt {turn.texts[prompt]!r}"
 
     slots = pairs.valid.flatten().nonzero()[:, 0].tolist()
-    for minibatch in trainer.minibatches(slots, ("loss", "margin", "ratio", "clipped"), turn, place_of):
+    names = ("loss", "margin", "ratio", "clipped")
+    for minibatch in trainer.minibatches(slots, names, turn, place_of):
         for part in minibatch:
             loss, *logged = ddpo_values(trainer, pairs, gain, part, config)
             minibatch.backward(loss, logged)
@@ -153,13 +173,15 @@ def ddpo_round(trainer: Trainer, pairs: spo_train.Pairs, turn: Turn, config: Bas
     return trainer.totals.means() | dict(pairs=len(slots))
 
 
-def diffusion_dpo_loss(win: torch.Tensor, lose: torch.Tensor, win_ref: torch.Tensor, lose_ref: torch.Tensor, beta: float) -> torch.Tensor:
-    """Per pair [N], from denoising errors (mean squares per sample) of policy and reference: smaller than the reference's on winners."""
+def diffusion_dpo_loss(win: torch.Tensor, lose: torch.Tensor, win_ref: torch.Tensor,
+                       lose_ref: torch.Tensor, beta: float) -> torch.Tensor:
+    """Per pair [N], from denoising errors, mean squares per sample, of policy and reference."""
     return -F.logsigmoid(-beta / 2 * ((win - win_ref) - (lose - lose_ref)))
 
 
-def mapo_loss(win: torch.Tensor, lose: torch.Tensor, beta: float, snr: float = 0.5, scale: float = 1000.0) -> torch.Tensor:
-    """Per pair [N]: the winner's denoising error, less beta times the log-odds that the winner is the likelier one."""
+def mapo_loss(win: torch.Tensor, lose: torch.Tensor, beta: float, snr: float = 0.5,
+              scale: float = 1000.0) -> torch.Tensor:
+    """Per pair [N]: the winner's denoising error, less beta x log-odds that it is the likelier."""
     def phi(error: torch.Tensor) -> torch.Tensor:           # falls from 1 as the error grows
         return snr * error / torch.expm1(snr * error)
     return win - beta * F.logsigmoid(scale * (phi(win) - phi(lose)))
@@ -190,8 +212,9 @@ def noised_pairs(trainer: Trainer, data: Pairs, rows: list[int], images: torch.T
     pipe, seed = trainer.pipe, trainer.config.seed
     generators = [generator(seed, "noise", epoch, i) for i in rows]
     last = len(pipe.schedule.alphas_cumprod)
-    t = torch.stack([torch.randint(last, (1,), generator=g) for g in generators])               # [N, 1]
-    mean, std = (m.flatten(0, 1).float() for m in encode_pairs(pipe, images).unbind(1))         # [2 N, ...]
+    t = torch.stack([torch.randint(last, (1,), generator=g) for g in generators])       # [N, 1]
+    moments = encode_pairs(pipe, images).unbind(1)
+    mean, std = (m.flatten(0, 1).float() for m in moments)                              # [2 N, ...]
     draws = torch.stack([torch.randn(3, *mean.shape[1:], generator=g) for g in generators])
     draws = upload(draws, pipe.device)
     latents = (mean + std * draws[:, 1:].flatten(0, 1)) * pipe.vae.config.scaling_factor
@@ -199,7 +222,8 @@ def noised_pairs(trainer: Trainer, data: Pairs, rows: list[int], images: torch.T
     return latents, noise, upload(t, pipe.device).expand(-1, 2).flatten()
 
 
-def offline_values(trainer: Trainer, data: Pairs, rows: list[int], epoch: int) -> list[torch.Tensor]:
+def offline_values(trainer: Trainer, data: Pairs, rows: list[int],
+                   epoch: int) -> list[torch.Tensor]:
     """Some pairs of pictures, by their numbers: the loss [N], then what is only logged."""
     pipe, config = trainer.pipe, trainer.config
     images, seen = stack_pictures([readable(data, i) for i in rows], pipe.side(config.resolution))
@@ -227,7 +251,7 @@ def offline_values(trainer: Trainer, data: Pairs, rows: list[int], epoch: int) -
 
 
 def offline_round(trainer: Trainer, data: Pairs, used: list[int], turn: Turn) -> dict:
-    """Each of the round's indices (into `used`) is a pair of pictures, noised at one random timestep."""
+    """Each of the round's indices (into `used`) is a pair, noised at one random timestep."""
     def place_of(place: int) -> str:
         return f"the pair of caption {turn.texts[place]!r}"
 
@@ -242,7 +266,8 @@ def offline_round(trainer: Trainer, data: Pairs, used: list[int], turn: Turn) ->
     return trainer.totals.means() | dict(pairs=len(slots))
 
 
-def train_online(config: BaselineConfig, run: Run, processes: Processes, prompts: list[str]) -> None:
+def train_online(config: BaselineConfig, run: Run, processes: Processes,
+                 prompts: list[str]) -> None:
     """DDPO or D3PO, from prompts."""
     walk = d3po_as_spo(config)
     pipe, judge, observers = prepare(walk, processes)
@@ -264,15 +289,15 @@ def train_online(config: BaselineConfig, run: Run, processes: Processes, prompts
 def train_offline(config: BaselineConfig, run: Run, processes: Processes) -> None:
     """Diffusion-DPO or MAPO, from pictures that people compared."""
     if not config.pairs and config.preset != "tiny":
-        raise InputError(f"--method {config.method} learns from pictures; give --pairs a folder or Parquet "
-                         "file of preference pairs")
+        raise InputError(f"--method {config.method} learns from pictures; give --pairs a folder or "
+                         "Parquet file of preference pairs")
     pipe = prepare_policy(config, processes)
     pipe.calls.sizes = compiled_sizes(config, processes.world, 1, 2)
     if config.pairs:
         data = load_pairs(config.pairs, pipe.side(config.resolution))
     else:
         data = world_pairs(config.count, config.seed)
-    used = [i for i, label in enumerate(data.label.tolist()) if label != 0.5]           # a tie has no winner
+    used = [i for i, label in enumerate(data.label.tolist()) if label != 0.5]   # ties have no winner
     if not used:
         raise InputError(f"{config.pairs}: every pair is a tie")
     captions = [data.captions[i] for i in used]

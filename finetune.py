@@ -1,12 +1,12 @@
 """What every method that trains a LoRA shares: options, rounds of prompts, minibatches, samples.
 
     with Trainer(config, run, pipe, prompts, judge) as trainer:
-        for turn in trainer.turns():                    # rounds of prompts, from the last checkpoint on
+        for turn in trainer.turns():            # rounds of prompts, from the last checkpoint on
             for minibatch in trainer.minibatches(slots, names, turn, place_of):
                 for part in minibatch:
                     minibatch.backward(loss, logged)
                 minibatch.step()
-            trainer.end(turn, stats)                    # log, checkpoint, samples; leaves on a signal
+            trainer.end(turn, stats)            # log, checkpoint, samples; leaves on a signal
 
 SPO (spo_train.py) and its rivals (baselines.py) differ in what stands inside; the loop is theirs.
 
@@ -47,37 +47,40 @@ from weights import InputError
 
 @dataclass
 class ModelConfig:
-    """Which model, and in what form. P = the paper, O = the released official code, T = measured on tiny."""
+    """Which model, and in what form. P = the paper, O = the official code, T = found on tiny."""
     model: str = opt("tiny", "tiny, sd15, sdxl, a folder or hub id in the diffusers layout, or a "
                      "single-file checkpoint")
-    preset: str = opt("", "whose settings are the defaults; empty: the model's own, or what a local folder "
-                      "or single file turns out to be, else sd15", ("", "tiny", "sd15", "sdxl"))
-    out: str = opt("runs/spo", "run folder: LoRA files, log.jsonl, config.json, checkpoints, samples")
+    preset: str = opt("", "whose settings are the defaults; empty: the model's own, or what a "
+                      "local folder or single file turns out to be, else sd15",
+                      ("", "tiny", "sd15", "sdxl"))
+    out: str = opt("runs/spo", "run folder: LoRA, log.jsonl, config.json, checkpoints, samples")
     seed: int = opt(0, "every random number of the run is keyed by it", least=0)
     device: str = opt("", "cpu or cuda; empty: a GPU if there is one")
     dtype: str = opt("bf16", "of the frozen weights; what is trained is fp32", tuple(DTYPES))
-    vae: str = opt("", "another VAE, folder or hub id; empty: the model's own (sdxl: the fp16-safe one)")
+    vae: str = opt("", "another VAE, folder or hub id; empty: the model's own (sdxl: one that is "
+                   "safe in fp16)")
     prediction_type: str = opt("", "of single files; empty: epsilon, or as the folder says",
                                ("", "epsilon", "v_prediction"))
-    negative: str = opt("", "guidance's other side: zeros, or the empty prompt encoded; empty: as the "
-                        "model was trained", ("", "zeros", "encoded"))
-    tokenizer: str = opt("", "of single files: folder or hub id with tokenizer/ (and tokenizer_2/); "
-                         "empty: the official one")
+    negative: str = opt("", "guidance's other side: zeros, or the empty prompt encoded; empty: as "
+                        "the model was trained", ("", "zeros", "encoded"))
+    tokenizer: str = opt("", "of single files: folder or hub id with tokenizer/ (and "
+                         "tokenizer_2/); empty: the official one")
     guidance_scale: float = opt(5.0, "classifier-free guidance, in sampling and training (P: 5)")
     resolution: int = opt(0, "picture side in pixels; 0: the model's own", least=0)
     compile: bool = opt(False, "torch.compile the UNet's blocks, the decoder and the judge")
-    profile: bool = opt(False, "write what the second round or step spends its time on: profile.json "
-                        "(for Perfetto), profile.txt")
+    profile: bool = opt(False, "write what the second round or step spends its time on: "
+                        "profile.json (for Perfetto), profile.txt")
 
 
 @dataclass
 class RunConfig(ModelConfig):
     """What every method that trains a LoRA needs."""
-    prompts: str = opt("", "training prompts: .txt, .json, .jsonl, .parquet or a hub data set (P: 4k "
-                       "Pick-a-Pic captions); empty: tiny's own")
-    sample_prompts: int = opt(0, "use so many of them, drawn by the seed (P: 4000); 0: all", least=0)
-    decoder: str = opt("", "small decoder of the pictures that the judge sees: taesd, a folder, file or "
-                       "hub id; empty: the VAE's")
+    prompts: str = opt("", "training prompts: .txt, .json, .jsonl, .parquet or a hub data set (P: "
+                       "4k Pick-a-Pic captions); empty: tiny's own")
+    sample_prompts: int = opt(0, "use so many of them, drawn by the seed (P: 4000); 0: all",
+                              least=0)
+    decoder: str = opt("", "small decoder of the pictures that the judge sees: taesd, a folder, "
+                       "file or hub id; empty: the VAE's")
     # Sampling (P 5.1)
     steps: int = opt(20, "DDIM steps of a trajectory (P: 20)", least=1, most=999)
     eta: float = opt(1.0, "DDIM stochasticity; 0 would leave a step without a probability (P: 1)",
@@ -85,34 +88,37 @@ class RunConfig(ModelConfig):
     # Optimization (P 5.1)
     lr: float = opt(6e-5, "AdamW learning rate (P: 6e-5 SD-1.5, 1e-5 SDXL)", least=0)
     weight_decay: float = opt(1e-4, "AdamW weight decay (O)", least=0)
-    clip_norm: float = opt(1.0, "bound on the gradient norm (O: 1.0, though theirs clips nothing)", above=0)
+    clip_norm: float = opt(1.0, "bound on the gradient norm (O: 1.0, though theirs clips nothing)",
+                           above=0)
     rank: int = opt(4, "LoRA rank (P: 4 SD-1.5, 64 SDXL); alpha = rank", least=1)
-    targets: str = opt(",".join(lora.TARGETS), "linear layers that get LoRA, by the end of their names (O)")
+    targets: str = opt(",".join(lora.TARGETS), "linear layers that get LoRA, by the end of their "
+                       "names (O)")
     epochs: int = opt(10, "passes over the prompts (P: 10)", least=1)
     rounds: int = opt(0, "stop after this many rounds; 0: when the epochs are done", least=0)
-    prompts_per_round: int = opt(40, "global batch of prompts per round (O: 4 x 10 SD-1.5, 4 x 2 SDXL)",
-                                 least=1)
-    pairs_per_step: int = opt(40, "global batch of pairs per optimizer step (P: 40 SD-1.5; 8 x 2 SDXL)",
-                              least=1)
+    prompts_per_round: int = opt(40, "global batch of prompts per round (O: 4 x 10 SD-1.5, 4 x 2 "
+                                 "SDXL)", least=1)
+    pairs_per_step: int = opt(40, "global batch of pairs per optimizer step (P: 40 SD-1.5; 8 x 2 "
+                              "SDXL)", least=1)
     # What fits, and how often; none of these changes the mathematics
-    memory: str = opt("auto", "low: small batches, checkpointing, text encoders on the card only while "
-                      "they encode; normal: the batches below; auto: low on cards under 32 GB (sd15) or "
-                      "64 GB (sdxl)", ("auto", "normal", "low"))
+    memory: str = opt("auto", "low: small batches, checkpointing, text encoders on the card only "
+                      "while they encode; normal: the batches below; auto: low on cards under "
+                      "32 GB (sd15) or 64 GB (sdxl)", ("auto", "normal", "low"))
     sample_batch: int = opt(10, "prompts that one process samples at a time", least=1)
     train_batch: int = opt(10, "pairs in one forward and backward", least=1)
     decode_batch: int = opt(16, "latents that the VAE decodes at a time", least=1)
-    checkpointing: bool = opt(False, "recompute the UNet's activations in the backward: less memory, slower")
-    decoder_check: int = opt(0, "with --decoder: for this many rounds decode with the VAE too and log how "
-                             "often it names the same pair", least=0)
-    save_every: int = opt(10, "rounds between checkpoints; the last two stay, and that of the highest "
-                          "mean score (LoRA: best/)", least=1)
+    checkpointing: bool = opt(False, "recompute the UNet's activations in the backward: less "
+                              "memory, slower")
+    decoder_check: int = opt(0, "with --decoder: for this many rounds decode with the VAE too and "
+                             "log how often it names the same pair", least=0)
+    save_every: int = opt(10, "rounds between checkpoints; the last two stay, and that of the "
+                          "highest mean score (LoRA: best/)", least=1)
     grid_every: int = opt(10, "rounds between sample grids; 0: never", least=0)
     snapshot_every: int = opt(0, "rounds between LoRAs that stay, in loras/; 0: none", least=0)
 
 
-LOW = {         # estimated, not measured: sd15 within 10 GB at 512 pixels, sdxl within 24 GB at 1024
+LOW = {         # estimates: sd15 within 10 GB at 512 pixels, sdxl within 24 GB at 1024
     "sd15": dict(sample_batch=2, train_batch=4, decode_batch=2, checkpointing=True),
-    "": dict(sample_batch=1, train_batch=1, decode_batch=1, checkpointing=True),    # every other preset
+    "": dict(sample_batch=1, train_batch=1, decode_batch=1, checkpointing=True),    # all others
 }
 # What may differ where a run goes on. What a preset sets is compared itself.
 FREE = ("out", "preset", "device", "epochs", "rounds", "memory", "sample_batch", "train_batch",
@@ -124,7 +130,7 @@ def fit_memory(config: RunConfig, presets: dict[str, dict], device: torch.device
                arguments: list[str] | None = None) -> RunConfig:
     """The configuration with `memory` decided, normal or low.
 
-    Low's batches hold where the command line, `arguments` (None: this process's own), names no others.
+    Low's batches hold where the command line, `arguments` (None: this process's own), names none.
     """
     low = config.memory == "low"
     if config.memory == "auto" and device.type == "cuda":
@@ -147,9 +153,10 @@ def training_prompts(config: RunConfig) -> list[str]:
 
 def load_model(config: ModelConfig, processes: Processes) -> Pipeline:
     """The model that the options name."""
-    pipe = load_pipeline(config.model, DTYPES[config.dtype], processes.device, vae=config.vae or None,
-                         prediction_type=config.prediction_type, tokenizer=config.tokenizer,
-                         zero_negative=NEGATIVE[config.negative])
+    pipe = load_pipeline(
+        config.model, DTYPES[config.dtype], processes.device, vae=config.vae or None,
+        prediction_type=config.prediction_type, tokenizer=config.tokenizer,
+        zero_negative=NEGATIVE[config.negative])
     pipe.calls = Calls(processes.device)
     pipe.check_resolution(config.resolution)
     if processes.main:
@@ -182,30 +189,32 @@ def vae_decoder(pipe: Pipeline, config: RunConfig) -> Callable:
 
 def small_decoder(pipe: Pipeline, config: RunConfig) -> Callable:
     """The same by the decoder that --decoder names."""
-    decode, dtype = load_tiny_decoder(config.decoder, pipe, DTYPES[config.dtype]), DTYPES[config.dtype]
+    dtype = DTYPES[config.dtype]
+    decode = load_tiny_decoder(config.decoder, pipe, dtype)
     if config.compile:
         decode.compile(dynamic=False)
     return pipe.calls.wrap(lambda latents: decode(latents.to(dtype)).float(), "decoding")
 
 
 def compiled_sizes(config: RunConfig, world: int, k: int, rows: int) -> dict[str, tuple[int, ...]]:
-    """How many samples the compiled networks see in each phase: k candidates, up to `rows` a slot."""
+    """How many samples compiled networks see in each phase: k candidates, up to `rows` a slot."""
     if not config.compile:
         return {}
     prompts = min(config.sample_batch, -(-config.prompts_per_round // world))
     latents = (config.decode_batch, prompts * k % config.decode_batch)
     # Slots one at a time take one row or two; more of them are always filled up.
     training = (config.train_batch * rows,) if config.train_batch > 1 else (1, 2)
-    return dict(sampling=(prompts, prompts * k), training=training, decoding=latents, scoring=latents)
+    sampling = (prompts, prompts * k)
+    return dict(sampling=sampling, training=training, decoding=latents, scoring=latents)
 
 
 def save_lora(pipe: Pipeline, folder: Path) -> None:
     """The LoRA for diffusers (`load_lora_weights(folder)`) and as kohya's (ComfyUI, A1111)."""
     weights = lora.state(pipe.unet)
-    both = {"pytorch_lora_weights.safetensors": weights, "lora_kohya.safetensors": lora.to_kohya(weights)}
+    both = dict(pytorch_lora_weights=weights, lora_kohya=lora.to_kohya(weights))
     for name, tensors in both.items():
-        write_atomic(folder / name,
-                     functools.partial(save_file, tensors, metadata={"format": "pt"}))
+        write = functools.partial(save_file, tensors, metadata={"format": "pt"})
+        write_atomic(folder / f"{name}.safetensors", write)
 
 
 def draw_samples(pipe: Pipeline, prompts: list[str], config: RunConfig, path: Path) -> None:
@@ -213,8 +222,9 @@ def draw_samples(pipe: Pipeline, prompts: list[str], config: RunConfig, path: Pa
     some = [prompts[i] for i in permutation(len(prompts), 0, "preview")[:16]]
     batch = min(config.sample_batch, config.decode_batch)
     with torch.compiler.set_stance("force_eager"):          # its batches have other shapes
-        images = generate(pipe, some, list(range(len(some))), batch, steps=config.steps,
-                          guidance_scale=config.guidance_scale, resolution=config.resolution or None)
+        images = generate(
+            pipe, some, list(range(len(some))), batch, steps=config.steps,
+            guidance_scale=config.guidance_scale, resolution=config.resolution or None)
     write_atomic(path, functools.partial(grid(images, 8).save, format="PNG"))
 
 
@@ -246,7 +256,7 @@ class Turn:
 
 
 class Trainer:
-    """A LoRA in training: rounds of prompts, minibatches, checkpoints. Resumes and stops cleanly."""
+    """A LoRA in training: rounds of prompts, minibatches, checkpoints; resumes and stops."""
 
     def __init__(self, config: RunConfig, run: Run, pipe: Pipeline, prompts: list[str],
                  judge: torch.nn.Module | None = None, name: str = "spo"):
@@ -257,12 +267,13 @@ class Trainer:
         total = min(config.rounds or math.inf, config.epochs * self.rounds_per_epoch)
         self.rounds = Rounds(run, total, "round", config, pipe.calls.clock, name)
         self.weights = lora.parameters(pipe.unet)
-        self.optimizer = torch.optim.AdamW(self.weights, lr=config.lr, betas=(0.9, 0.999), eps=1e-8,
-                                           weight_decay=config.weight_decay)
+        self.optimizer = torch.optim.AdamW(
+            self.weights, lr=config.lr, betas=(0.9, 0.999), eps=1e-8,
+            weight_decay=config.weight_decay)
         self.totals = Totals(())
         state = run.resume(
-            prompts=fingerprint(prompts), model=fingerprint(pipe.unet, pipe.vae, *pipe.text_encoders),
-            judge=fingerprint(*[judge] if judge else []))
+            prompts=fingerprint(prompts), judge=fingerprint(*[judge] if judge else []),
+            model=fingerprint(pipe.unet, pipe.vae, *pipe.text_encoders))
         if state:
             put(self.weights, state["lora"])
             self.optimizer.load_state_dict(state["optimizer"])
@@ -272,7 +283,7 @@ class Trainer:
             f"{sum(p.numel() for p in self.weights):,} parameters, {self.processes.world} x "
             f"{pipe.device}, starting at round {self.rounds.done}")
         self.begin = self.rounds.done
-        self.before = self.good = copied(self.weights)      # good: drew finite pictures, for all we know
+        self.before = self.good = copied(self.weights)      # good: it drew finite pictures
 
     def __enter__(self) -> "Trainer":
         return self
@@ -300,7 +311,7 @@ class Trainer:
                     place_of: Callable[[int], str]) -> "Iterator[Minibatch]":
         """Each of the `slots` once, in shuffled minibatches, the same on every process.
 
-        `names`: of what is logged, the loss first; `place_of(slot)`: where it is from, for messages.
+        `names`: of what is logged, the loss first. `place_of(slot)`: where it is from, in words.
         """
         self.totals = Totals(names)
         key = (self.config.seed, "pairs", turn.epoch, turn.place)
@@ -310,29 +321,30 @@ class Trainer:
                 break
 
     def end(self, turn: Turn, stats: dict, sound: bool = True) -> None:
-        """Log a round; save, draw samples, leave, as is due. Raises InputError after TOO_MANY bad ones.
+        """Log a round; save, draw samples, leave, as is due. `sound`: was anything finite?
 
-        `sound`: was there anything finite to learn from?
+        Raises InputError after TOO_MANY that were not.
         """
         config, pipe, rounds = self.config, self.pipe, self.rounds
         rounds.bad += not sound
         if stats["score"] is not None or not rounds.bad:
             self.good = self.before
-        evaluations = torch.tensor([float(pipe.calls.evaluations)], device=pipe.device, dtype=torch.float64)
+        evaluations = torch.tensor([pipe.calls.evaluations], device=pipe.device)        # int64
         self.processes.sum([evaluations])
-        record = dict(round=turn.step + 1, epoch=turn.epoch, **stats, lora_norm=lora.norm(pipe.unet),
-                      evaluations=int(evaluations))
+        record = dict(round=turn.step + 1, epoch=turn.epoch, **stats,
+                      lora_norm=lora.norm(pipe.unet), evaluations=int(evaluations))
         shown = {k: f"{stats[k]:.4g}" for k in ("score", "pairs", "margin") if stats[k] is not None}
         rounds.end(record, "prompts", len(turn.indices), stats["score"], shown)
-        if self.processes.main and config.snapshot_every and rounds.done % config.snapshot_every == 0:
+        if self.processes.main and is_due(rounds.done, config.snapshot_every):
             save_lora(pipe, self.run.folder / "loras" / f"{rounds.done:05d}")
         if rounds.bad >= TOO_MANY:
             self.give_up()
         if rounds.due or rounds.ending:
             self.save()
         last = rounds.done == rounds.total
-        if self.processes.main and config.grid_every and (rounds.done % config.grid_every == 0 or last):
-            draw_samples(pipe, self.prompts, config, self.run.folder / f"samples-{rounds.done:05d}.png")
+        if self.processes.main and is_due(rounds.done, config.grid_every, last):
+            path = self.run.folder / f"samples-{rounds.done:05d}.png"
+            draw_samples(pipe, self.prompts, config, path)
         self.processes.barrier()
         if rounds.ending and not last:
             rounds.leave()
@@ -352,17 +364,24 @@ class Trainer:
         if self.processes.main:
             save_lora(self.pipe, self.run.folder)
         raise InputError(
-            f"round {self.rounds.done}: {TOO_MANY} optimizer steps in a row, or rounds, were not finite; "
-            f"the last good LoRA is in {self.run.folder} (try a lower --lr, or --dtype fp32)")
+            f"round {self.rounds.done}: {TOO_MANY} optimizer steps in a row, or rounds, were not "
+            f"finite; the last good LoRA is in {self.run.folder} (try a lower --lr, or "
+            "--dtype fp32)")
 
     def conclude(self) -> None:
         """What is left behind, and where."""
         checked = [row for row in self.run.read_log() if "decoder_pairs" in row]
         if count := sum(row["decoder_pairs"] for row in checked):
             same = sum(row["decoder_pairs"] * row["decoder_agreement"] for row in checked)
-            print(f"--decoder {self.config.decoder}: of {count} pairs, {same / count:.1%} are the VAE's too")
+            print(f"--decoder {self.config.decoder}: of {count} pairs, {same / count:.1%} are the "
+                  "VAE's too")
         print(f"LoRA in {self.run.folder / 'pytorch_lora_weights.safetensors'} (diffusers) and "
               "lora_kohya.safetensors (ComfyUI, A1111)")
+
+
+def is_due(done: int, every: int, last: bool = False) -> bool:
+    """Is something due that happens `every` so many rounds (0: never), and after the `last`?"""
+    return every > 0 and (done % every == 0 or last)
 
 
 def cut_minibatches(slots: list[int], size: int, *key) -> list[list[int]]:
@@ -382,7 +401,8 @@ class Totals:
 
     def means(self) -> dict:
         """Means over the slots used and the optimizer steps made."""
-        means = {name: float(value) / max(self.used, 1) for name, value in zip(self.names, self.sums)}
+        sums = zip(self.names, self.sums.tolist())
+        means = {name: value / max(self.used, 1) for name, value in sums}
         return means | dict(updates=len(self.norms), skipped=self.skipped,
                             grad_norm=sum(self.norms) / max(len(self.norms), 1))
 
@@ -390,7 +410,8 @@ class Totals:
 class Minibatch:
     """Slots that make one optimizer step; every process has its share of them, possibly none."""
 
-    def __init__(self, trainer: Trainer, slots: list[int], turn: Turn, place_of: Callable[[int], str]):
+    def __init__(self, trainer: Trainer, slots: list[int], turn: Turn,
+                 place_of: Callable[[int], str]):
         self.trainer, self.turn, self.place_of = trainer, turn, place_of
         self.size = len(slots)
         self.mine = slots[trainer.processes.rank::trainer.processes.world]
@@ -404,13 +425,13 @@ class Minibatch:
                 yield self.mine[begin:begin + self.trainer.config.train_batch]
 
     def backward(self, loss: torch.Tensor, logged: list[torch.Tensor]) -> None:
-        """Add up the gradients of the loss [N], normalised by the global minibatch, and what is logged."""
+        """Add up gradients of the loss [N], over the whole minibatch's size, and what is logged."""
         (loss.sum() / self.size).backward()
         self.losses.append(loss.detach())
         self.sums += torch.stack([loss, *logged]).detach().sum(1)
 
     def step(self) -> None:
-        """Sum the gradients over the processes, clip, and update; a gradient not finite is reported instead."""
+        """Sum gradients over the processes, clip, update; one that is not finite is reported."""
         trainer, totals = self.trainer, self.trainer.totals
         for p in trainer.weights:               # a process without slots still takes part
             if p.grad is None:
@@ -436,9 +457,10 @@ class Minibatch:
         if broken:
             what = f"the loss of {self.place_of(broken[0])}"
         elif self.trainer.processes.main and math.isfinite(float(self.sums[0])):
-            named = ((n, p.grad) for n, p in self.trainer.pipe.unet.named_parameters() if p.grad is not None)
-            names = (name for name, grad in named if not torch.isfinite(grad).all())
-            what = f"the gradient of {next(names, 'all weights together')}"     # finite, yet an infinite norm
+            # Finite numbers may have an infinite norm.
+            names = (name for name, p in self.trainer.pipe.unet.named_parameters()
+                     if p.grad is not None and not torch.isfinite(p.grad).all())
+            what = f"the gradient of {next(names, 'all weights together')}"
         else:
             return
         warn(f"{self.turn.name}: {what} is not finite; optimizer step skipped")

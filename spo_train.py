@@ -1,14 +1,15 @@
 """SPO and MSPO: step-by-step preference optimization of a text-to-image model (paper, section 4).
 
-    python spo_train.py                                       # the embedded tiny model, two minutes
-    python spo_train.py --model sd15 --prompts 4k_training_prompts.json                     # one GPU
-    torchrun --nproc_per_node=4 spo_train.py --model sdxl --prompts 4k_training_prompts.json   # four
+    python spo_train.py                                 # the embedded tiny model, two minutes
+    python spo_train.py --model sd15 --prompts 4k_training_prompts.json                 # one GPU
+    torchrun --nproc_per_node=4 spo_train.py --model sdxl --prompts 4k_training_prompts.json
 
 One round:
-    sample   Walk down the DDIM trajectory of every prompt. Where t_min <= t <= t_max, draw k candidates of
-             x_{t-1} from one x_t and let the step-aware preference model score their predicted clean
-             pictures. The best and the worst are a pair. Go on from a candidate chosen at random.
-    train    DPO on the pairs (Eq. 4), each once, in shuffled minibatches over all timesteps (Eq. 5).
+    sample   Walk down the DDIM trajectory of every prompt. Where t_min <= t <= t_max, draw k
+             candidates of x_{t-1} from one x_t and let the step-aware preference model score
+             their predicted clean pictures. The best and the worst are a pair. Go on from a
+             candidate chosen at random.
+    train    DPO on the pairs (Eq. 4), each once, in minibatches over all timesteps (Eq. 5).
 
 Shapes: B prompts, K candidates, J inner steps, G pools of a trajectory, S steps that give pairs,
 C H W latent, L tokens, D width, P width of the judge's features, N pairs.
@@ -47,34 +48,39 @@ from weights import InputError
 
 @dataclass
 class SPOConfig(RunConfig):
-    """The options of SPO, beside those of every run. P = the paper, O = the released official code."""
-    spm: str = opt("", "the judge's file or folder; empty: the one that belongs to the model and --judge")
-    judge: str = opt("spm", "who compares candidates (P Table 5)", ("spm", "step-blind", "pickscore"))
+    """The options of SPO, beside those of every run. P = the paper, O = the official code."""
+    spm: str = opt("", "the judge's file or folder; empty: the one that belongs to the model")
+    judge: str = opt("spm", "who compares candidates (P Table 5)",
+                     ("spm", "step-blind", "pickscore"))
     k: int = opt(4, "candidates per pool (P Table 6: 4; O: 2 for SDXL)", least=2)
-    j: int = opt(1, "inner steps from a pool to its scores; more than 1 is MSPO (P Table 7: 4 for SDXL)",
-                 least=1)
-    t_max: int = opt(751, "pools open at timesteps up to this (P: kappa = 750, Table 8; O: from t = 751)",
-                     least=0)
+    j: int = opt(1, "inner steps from a pool to its scores; more than 1 is MSPO (P Table 7: 4 for "
+                 "SDXL)", least=1)
+    t_max: int = opt(751, "pools open at timesteps up to this (P: kappa = 750, Table 8; O: from "
+                     "t = 751)", least=0)
     t_min: int = opt(0, "and down to this (P Table 8)", least=0)
     start: str = opt("random", "which candidate the trajectory goes on from (P Table 4)",
                      ("random", "win", "lose"))
-    pair: str = opt("best-worst", "which two candidates are compared (P Table 9)", ("best-worst", "random"))
-    threshold: float = opt(0.3, "a pair counts if softmax(best, worst) differ by more (O: 0.3 SD-1.5, 0.4 "
-                           "SDXL)", most=1)
-    beta: float = opt(10.0, "strength of regularization in Eq. 4 (P: 10, for the mean log-density)", above=0)
-    clamp: float = opt(0.1, "each probability ratio is clamped to 1 +- this; 0: not at all (O: 0.1)",
-                       least=0, below=1)
+    pair: str = opt("best-worst", "which two candidates are compared (P Table 9)",
+                    ("best-worst", "random"))
+    threshold: float = opt(0.3, "a pair counts if softmax(best, worst) differ by more (O: 0.3 "
+                           "SD-1.5, 0.4 SDXL)", most=1)
+    beta: float = opt(10.0, "regularization in Eq. 4 (P: 10, for the mean log-density)", above=0)
+    clamp: float = opt(0.1, "each probability ratio is clamped to 1 +- this; 0: not at all (O: "
+                       "0.1)", least=0, below=1)
 
 
 PRESETS = {
-    # Its latents have 256 numbers, not 16,384: less counts as far from the reference, in mean log-density
-    # (beta). A picture is settled earlier: pools above t = 751 help, below 501 they make colours drift.
-    "tiny": dict(prompts=str(TINY / "train_prompts.txt"), dtype="fp32", guidance_scale=3.0, threshold=0.1,
-                 t_min=501, t_max=951, beta=100.0, lr=4e-4, prompts_per_round=16, pairs_per_step=24,
-                 rounds=9, sample_batch=16, train_batch=28, decode_batch=64, save_every=3),
+    # Its latents have 256 numbers, not 16,384: less counts as far from the reference, in mean
+    # log-density (beta). A picture is settled earlier: pools above t = 751 help, pools below 501
+    # only make the colours drift.
+    "tiny": dict(
+        prompts=str(TINY / "train_prompts.txt"), dtype="fp32", guidance_scale=3.0, threshold=0.1,
+        t_min=501, t_max=951, beta=100.0, lr=4e-4, prompts_per_round=16, pairs_per_step=24,
+        rounds=9, sample_batch=16, train_batch=28, decode_batch=64, save_every=3),
     "sd15": dict(),
-    "sdxl": dict(vae=SDXL_VAE, k=2, j=4, threshold=0.4, lr=1e-5, rank=64, prompts_per_round=8,
-                 pairs_per_step=16, sample_batch=2, train_batch=1, decode_batch=4),
+    "sdxl": dict(
+        vae=SDXL_VAE, k=2, j=4, threshold=0.4, lr=1e-5, rank=64, prompts_per_round=8,
+        pairs_per_step=16, sample_batch=2, train_batch=1, decode_batch=4),
 }
 
 
@@ -116,8 +122,8 @@ class Pool:
     """K candidates that left one x_t together and went J steps (section 4.1; J > 1: MSPO, 4.5)."""
     timesteps: list[int]                # J
     noise: torch.Tensor                 # [B, J, K, C, H, W]
-    path: list[torch.Tensor]            # J + 1 times [B, K, C, H, W]; the first has K = 1, shared by all
-    x0: torch.Tensor                    # [B, K, C, H, W] predicted clean latents, which are judged
+    path: list[torch.Tensor]            # J + 1 times [B, K, C, H, W]; the first, shared, has K = 1
+    x0: torch.Tensor                    # [B, K, C, H, W] predicted clean latents: what is judged
     t: int                              # the timestep at which they are
     uniform: torch.Tensor               # [B, 3] decides what is left to chance
     scores: torch.Tensor                # [B, K]
@@ -129,13 +135,14 @@ class Pool:
 
 
 def pool_groups(timesteps: list[int], t_min: int, t_max: int, j: int) -> list[list[int]]:
-    """Indices into `timesteps` where t_min <= t <= t_max, cut into groups of j (the last may be shorter).
+    """Indices into `timesteps` where t_min <= t <= t_max, in groups of j; the last may be shorter.
 
-    20 steps, t <= 751, j = 4: [[4, 5, 6, 7], [8, ..], [12, ..], [16, ..]]; j = 1: sixteen groups of one.
+    20 steps, t <= 751, j = 4: [[4, 5, 6, 7], [8, ..], [12, ..], [16, ..]]; j = 1: sixteen of one.
     """
     inside = [i for i, t in enumerate(timesteps) if t_min <= t <= t_max]
     if not inside:
-        raise InputError(f"no timestep lies in {t_min}..{t_max}; the {len(timesteps)} steps are {timesteps}")
+        raise InputError(f"no timestep lies in {t_min}..{t_max}; the {len(timesteps)} steps are "
+                         f"{timesteps}")
     return [inside[i:i + j] for i in range(0, len(inside), j)]
 
 
@@ -143,8 +150,8 @@ def choose_pair(scores: torch.Tensor, threshold: float, how: str,
                 uniform: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Scores [B, K] -> (win [B], lose [B], valid [B]): indices of the pair, and whether it counts.
 
-    Best and worst of the pool (section 4.1), or two at random (Table 9), which the keyed `uniform` [B, 2]
-    decides.
+    Best and worst of the pool (section 4.1), or two at random (Table 9), which the keyed
+    `uniform` [B, 2] decides.
     """
     k = scores.shape[1]
     win, lose = scores.argmax(1), scores.argmin(1)
@@ -166,58 +173,58 @@ def pick(candidates: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
 @torch.no_grad()
 def sample_pools(pipe: Pipeline, judge: Judge, batch: Batch, config: SPOConfig,
                  observers: Sequence[Callable] = ()) -> list[Pool]:
-    """Walk down B trajectories; spread into K candidates, judge them, go on from one (Figures 3, 4)."""
+    """Walk down B trajectories: spread into K candidates, judge, go on from one (Figures 3, 4)."""
     schedule, shape = pipe.schedule, pipe.latent_shape(config.resolution or None)
     timesteps, stride = schedule.timesteps(config.steps), schedule.stride(config.steps)
     groups = pool_groups(timesteps, config.t_min, config.t_max, config.j)
-    early = [[i] for i in range(groups[0][0])]              # t > kappa: ordinary steps (section 4.3)
+    early = [[i] for i in range(groups[0][0])]          # t > kappa: ordinary steps (section 4.3)
 
-    def predict(latents: torch.Tensor, t: int) -> torch.Tensor:             # [B, K, C, H, W] -> the same
+    def predict(latents: torch.Tensor, t: int) -> torch.Tensor:     # [B, K, C, H, W] -> the same
         k = latents.shape[1]
         noise_pred = guided_noise(pipe, latents.flatten(0, 1), t, batch.cond.repeat(k),
                                   batch.uncond.repeat(k), config.guidance_scale)
         return noise_pred.unflatten(0, (-1, k))
 
     pools = []
-    latents = batch.draw(torch.randn, 1, *shape)            # x_T, a pool of one
+    latents = batch.draw(torch.randn, 1, *shape)        # x_T, a pool of one
     noise_pred = predict(latents, timesteps[0])
     for group in early + groups:
         k = 1 if group in early else config.k
-        noise = batch.draw(torch.randn, len(group), k, *shape)              # [B, J, K, C, H, W]
+        noise = batch.draw(torch.randn, len(group), k, *shape)          # [B, J, K, C, H, W]
         path = [latents]
-        for j, i in enumerate(group):                       # the first step spreads, the later ones follow
+        for j, i in enumerate(group):                   # the first step spreads, others follow
             if j > 0:
                 noise_pred = predict(path[-1], timesteps[i])
             mean, std = ddim.step_gaussian(schedule, path[-1], noise_pred, timesteps[i],
                                            timesteps[i] - stride, config.eta)
-            path.append(mean + std * noise[:, j])           # [B, K, C, H, W], Eq. 2
+            path.append(mean + std * noise[:, j])       # [B, K, C, H, W], Eq. 2
         latents, i = path[-1], group[-1] + 1
         if i < len(timesteps):
             t = timesteps[i]
             noise_pred = predict(latents, t)
             x0 = ddim.predict_x0(schedule, latents, noise_pred, t)
-        else:                                               # candidates are clean latents themselves
+        else:                                           # candidates are clean latents themselves
             t, x0 = 0, latents
         if group in early:
             continue
         uniform = batch.draw(torch.rand, 3)
         scores = judge(x0, t, batch.text)
         win, lose, valid = choose_pair(scores, config.threshold, config.pair, uniform[:, 1:])
-        anyone = (uniform[:, 0] * k).long().clamp(max=k - 1)                # section 4.3
-        chosen = dict(random=anyone, win=win, lose=lose)[config.start]      # Table 4
-        pools.append(Pool([timesteps[i] for i in group], noise, path, x0, t, uniform, scores, win, lose,
-                          valid, chosen))
+        anyone = (uniform[:, 0] * k).long().clamp(max=k - 1)            # section 4.3
+        chosen = dict(random=anyone, win=win, lose=lose)[config.start]  # Table 4
+        steps = [timesteps[i] for i in group]
+        pools.append(Pool(steps, noise, path, x0, t, uniform, scores, win, lose, valid, chosen))
         for observe in observers:
             observe(pools[-1], batch)
         latents = pick(latents, chosen)[:, None]
-        if i < len(timesteps):                              # its prediction is already there
+        if i < len(timesteps):                          # its prediction is already there
             noise_pred = pick(noise_pred, chosen)[:, None]
     return pools
 
 
 @dataclass
 class Pairs:
-    """Fixed slots, one per prompt and judged step; index 0 of the pair axis is the winner, 1 the loser."""
+    """Fixed slots, one per prompt and judged step; place 0 of a pair is the winner, 1 the loser."""
     x_t: torch.Tensor                   # [B, S, 2, C, H, W]; both equal at the first step of a pool
     x_next: torch.Tensor                # [B, S, 2, C, H, W]
     valid: torch.Tensor                 # [B, S] bool
@@ -231,7 +238,7 @@ class Pairs:
 
 def collect(pools: list[Pool]) -> Pairs:
     """Every step of the winners' and losers' paths."""
-    def both(latents: torch.Tensor, pool: Pool) -> torch.Tensor:            # [B, K, ...] -> [B, 2, ...]
+    def both(latents: torch.Tensor, pool: Pool) -> torch.Tensor:    # [B, K, ...] -> [B, 2, ...]
         latents = latents.expand(-1, pool.scores.shape[1], *latents.shape[2:])
         return torch.stack([pick(latents, pool.win), pick(latents, pool.lose)], 1)
 
@@ -249,7 +256,7 @@ def collect(pools: list[Pool]) -> Pairs:
 
 def sample_round(trainer: Trainer, judge: Judge, turn: Turn, config: SPOConfig,
                  observers: Sequence[Callable] = ()) -> Pairs:
-    """This process's share of a round's prompts, sampled; then everybody's, in the order of the round."""
+    """This process's share of a round's prompts, sampled; then everybody's, in their order."""
     pipe, processes, total = trainer.pipe, trainer.processes, len(turn.indices)
     mine = processes.share(total)
     share = mine or [0]                                     # one without prompts needs the shapes
@@ -260,7 +267,8 @@ def sample_round(trainer: Trainer, judge: Judge, turn: Turn, config: SPOConfig,
     with processes.droppable():                             # until the exchange nothing has changed
         for begin in range(0, len(share), config.sample_batch):
             rows = slice(begin, begin + config.sample_batch)
-            generators = [generator(config.seed, "pool", turn.epoch, turn.indices[i]) for i in share[rows]]
+            generators = [generator(config.seed, "pool", turn.epoch, turn.indices[i])
+                          for i in share[rows]]
             uncond = negative(pipe, cond[rows], trainer.empty)
             with pipe.calls.phase("sampling"):
                 batch = Batch(cond[rows], uncond, text[rows], generators)
@@ -295,10 +303,10 @@ def take(pairs: Pairs, slots: list[int], pipe: Pipeline, empty: Conditioning | N
     count = len(pairs.timesteps)
     places = [slot % count for slot in slots]
     numbers = [[slot // count for slot in slots], places, [pairs.timesteps[p] for p in places]]
-    prompt, place, t = upload(torch.tensor(numbers), pipe.device)       # a list would wait for the GPU
+    prompt, place, t = upload(torch.tensor(numbers), pipe.device)   # a list would wait for the GPU
     apart = torch.tensor([n for n, p in enumerate(places) if pairs.apart[p]], dtype=torch.long)
-    cond = pairs.cond[prompt]
-    return Steps(pairs.x_t[prompt, place], pairs.x_next[prompt, place], t, upload(apart, pipe.device), cond,
+    apart, cond = upload(apart, pipe.device), pairs.cond[prompt]
+    return Steps(pairs.x_t[prompt, place], pairs.x_next[prompt, place], t, apart, cond,
                  negative(pipe, cond, empty))
 
 
@@ -306,8 +314,8 @@ def pair_log_ratios(pipe: Pipeline, steps: Steps,
                     config: SPOConfig) -> tuple[torch.Tensor, torch.Tensor]:
     """log p_theta / p_ref of winner and loser, [N] each: the two logarithms of Eq. 4.
 
-    Winner and loser share x_t, so one policy and one reference forward serve both; the official code runs
-    four. Only pairs whose paths have parted need a second row, for the loser.
+    Winner and loser share x_t, so one policy and one reference forward serve both; the official
+    code runs four. Only pairs whose paths have parted need a second row, for the loser.
     """
     n, m, device = len(steps.x_t), len(steps.apart), steps.x_t.device
     win_row = torch.arange(n, device=device)
@@ -332,14 +340,15 @@ def pair_log_ratios(pipe: Pipeline, steps: Steps,
 
 
 def spo_loss(win: torch.Tensor, lose: torch.Tensor, beta: float, clamp: float) -> torch.Tensor:
-    """Eq. 4 per pair [N], from the two log-ratios, each ratio clamped to 1 +- `clamp` (0: not clamped).
+    """Eq. 4 per pair [N], from the two log-ratios, each ratio clamped to 1 +- `clamp` (0: not).
 
-    Outside the clamp the gradient is exactly zero; with beta 10, clamp 0.1 the loss lies in 0.126..2.133.
+    Outside the clamp the gradient is exactly zero. With beta 10, clamp 0.1 the loss lies in
+    0.126..2.133.
     """
     if clamp > 0:
         low, high = math.log(1 - clamp), math.log(1 + clamp)
         win, lose = win.clamp(low, high), lose.clamp(low, high)
-    return -F.logsigmoid(beta * (win - lose))                                                   # Eq. 4
+    return -F.logsigmoid(beta * (win - lose))                                           # Eq. 4
 
 
 @torch.no_grad()
@@ -351,7 +360,7 @@ def watched(win: torch.Tensor, lose: torch.Tensor, clamp: float) -> list[torch.T
 
 
 def train_on_pairs(trainer: Trainer, pairs: Pairs, turn: Turn, config: SPOConfig) -> dict:
-    """Use every valid pair of the round once, whatever its timestep (Eq. 5) -> what the log says."""
+    """Use every valid pair of the round once, whatever its timestep (Eq. 5) -> log entries."""
     pipe, count = trainer.pipe, len(pairs.timesteps)
 
     def place_of(slot: int) -> str:
@@ -375,13 +384,14 @@ def check(config: SPOConfig) -> None:
     if config.t_min > config.t_max:
         raise InputError(f"--t_min {config.t_min}: must be at most --t_max, {config.t_max}")
     if config.decoder_check and not config.decoder:
-        raise InputError(f"--decoder_check {config.decoder_check}: there is nothing to compare without --decoder")
+        raise InputError(f"--decoder_check {config.decoder_check}: there is nothing to compare "
+                         "without --decoder")
     if config.decoder == "taesd" and config.preset == "tiny":
         raise InputError("--decoder taesd: knows the latents of SD-1.5 and SDXL, not those of tiny")
 
 
 def load_judge(config: SPOConfig, pipe: Pipeline) -> Judge:
-    """The judge of a model's pictures; InputError where it is step-aware and should not be, or vice versa."""
+    """The judge of a model's pictures; InputError where its kind is not what --judge says."""
     source = config.spm or judge_source(config.model, config.preset, config.judge)
     clip = load_clip(source, DTYPES[config.dtype], pipe.device)
     if (config.judge == "spm") != clip.config.step_aware:
@@ -395,13 +405,14 @@ def load_judge(config: SPOConfig, pipe: Pipeline) -> Judge:
 
 
 def prepare(config: SPOConfig, processes: Processes) -> tuple[Pipeline, Judge, list[Callable]]:
-    """The policy, its judge, and the observers of its pools: faults first, then the decoder's check."""
+    """The policy, its judge, and observers of its pools: faults, then the decoder's check."""
     pipe = prepare_policy(config, processes)
     last, stride = pipe.schedule.timesteps(config.steps)[-1], pipe.schedule.stride(config.steps)
     if last >= config.t_min and last < stride and pipe.schedule.final_alpha_cumprod == 1:
         raise InputError(
-            f"{config.model}: its scheduler sets set_alpha_to_one, so the step from t = {last} has no spread "
-            f"and no probability; set it to false in scheduler_config.json, or --t_min {last + 1}")
+            f"{config.model}: its scheduler sets set_alpha_to_one, so the step from t = {last} has "
+            "no spread and no probability; set it to false in scheduler_config.json, or "
+            f"--t_min {last + 1}")
     judge = load_judge(config, pipe)
     pipe.calls.sizes = compiled_sizes(config, processes.world, config.k, 1 if config.j == 1 else 2)
     observers = [Faults(judge)]
@@ -423,9 +434,9 @@ def main() -> None:
     with Trainer(config, run, pipe, prompts, judge.clip) as trainer:
         for turn in trainer.turns():
             watching = observers if turn.step < config.decoder_check else observers[:1]
-            pairs = sample_round(trainer, judge, turn, config, watching)        # sections 4.1 to 4.3
+            pairs = sample_round(trainer, judge, turn, config, watching)    # sections 4.1 to 4.3
             seen = report(pairs, turn, processes.main)
-            stats = train_on_pairs(trainer, pairs, turn, config)                # section 4.4
+            stats = train_on_pairs(trainer, pairs, turn, config)            # section 4.4
             trainer.end(turn, stats | seen, sound=seen["score"] is not None)
 
 
