@@ -59,9 +59,10 @@ OFFLINE = ("diffusion-dpo", "mapo")
 
 @dataclass
 class BaselineConfig(RunConfig):
-    """Every option of a baseline: those of a run, and its own. D = the method's own released code."""
+    """The options of a rival, beside those of every run. D = the method's own released code."""
     method: str = opt("d3po", "which rival", tuple(METHODS))
-    out: str = opt("runs/baseline", "run folder: LoRA, log.jsonl, config.json, checkpoints, samples")
+    out: str = opt("runs/baseline", "run folder: LoRA, log.jsonl, config.json, checkpoints, "
+                   "samples")
     lr: float = opt(0.0, "AdamW learning rate; 0: the method's own (ddpo 3e-4, d3po 3e-5, "
                     "diffusion-dpo and mapo 2e-5)", least=0)
     prompts_per_round: int = opt(40, "global batch of prompts (online) or of preference pairs "
@@ -72,7 +73,8 @@ class BaselineConfig(RunConfig):
                  "uses 2", least=2)
     clamp: float = opt(0.1, "d3po: each probability ratio is clamped to 1 +- this (D)",
                        least=0, below=1)
-    clip_range: float = opt(1e-4, "ddpo: the probability ratio is clipped to 1 +- this (D)", above=0)
+    clip_range: float = opt(1e-4, "ddpo: the probability ratio is clipped to 1 +- this (D)",
+                            above=0)
     advantage_clip: float = opt(5.0, "ddpo: advantages, in standard deviations of the round's "
                                 "rewards, stay within +- this (D)", above=0)
     # diffusion-dpo, mapo
@@ -89,7 +91,7 @@ PRESETS = {model: {name: preset[name] for name in SHARED if name in preset}
 
 
 def d3po_as_spo(config: BaselineConfig) -> SPOConfig:
-    """Trajectory-level preference as MSPO: one group of all steps, judged at the end by PickScore."""
+    """Trajectory-level preference as MSPO: one group of all steps, judged once, by PickScore."""
     shared = {name: getattr(config, name) for name in SHARED}
     every = config.method == "ddpo"                 # which learns from pictures that tie, too
     return SPOConfig(
@@ -115,7 +117,7 @@ def ddpo_loss(log_ratio: torch.Tensor, advantage: torch.Tensor, clip_range: floa
 
 
 def density(schedule: ddim.Schedule, config: BaselineConfig) -> Callable:
-    """An observer of pools: the log-density of every step under the policy that drew it, [B, J, 2]."""
+    """An observer of pools: each step's log-density under the policy that drew it, [B, J, 2]."""
     def observe(pool, batch) -> None:
         values = []
         for j, t in enumerate(pool.timesteps):
@@ -297,7 +299,8 @@ def train_offline(config: BaselineConfig, run: Run, processes: Processes) -> Non
         data = load_pairs(config.pairs, pipe.side(config.resolution))
     else:
         data = world_pairs(config.count, config.seed)
-    used = [i for i, label in enumerate(data.label.tolist()) if label != 0.5]   # ties have no winner
+    labels = data.label.tolist()
+    used = [i for i, label in enumerate(labels) if label != 0.5]            # a tie has no winner
     if not used:
         raise InputError(f"{config.pairs}: every pair is a tie")
     captions = [data.captions[i] for i in used]

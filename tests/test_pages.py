@@ -1,0 +1,36 @@
+"""The pages: README is short, shows lines that are the code's own, and every relative link leads somewhere."""
+import re
+import textwrap
+
+import pytest
+
+from helpers import ROOT
+
+PAGES = [p for p in ROOT.rglob("*.md") if not {".venv", "runs", "results"} & set(p.relative_to(ROOT).parts)]
+
+
+def test_readme_is_read_in_five_minutes():
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").split()) <= 1500
+
+
+def test_the_algorithm_in_readme_is_the_code():
+    """Every line but the headings stands in spo_train.py, in this order within its function."""
+    page, source = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "spo_train.py"))
+    block = page[page.index("## The algorithm"):]
+    code = re.search(r"```python\n(.*?)```", block, re.S).group(1)
+    parts = re.split(r"^# (\w+).*\n", code, flags=re.M)[1:]
+    assert parts[::2] == ["sample_pools", "pair_log_ratios", "spo_loss"]
+    for name, lines in zip(parts[::2], parts[1::2]):
+        body = re.search(rf"^def {name}\(.*?(?=^\S)", source + "\nend", re.S | re.M).group(0)
+        place = 0
+        for line in filter(None, map(str.strip, lines.splitlines())):
+            place = body.find(line, place)
+            assert place >= 0, f"{name}: {line}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_links_lead_somewhere(page):
+    text = textwrap.dedent(page.read_text(encoding="utf-8"))
+    for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)|src=\"([^\"]+)\"", text):
+        path = next(filter(None, target))
+        assert path.startswith(("http:", "https:")) or (page.parent / path).exists(), path
