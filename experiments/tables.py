@@ -1,6 +1,6 @@
 """The paper's tables at small scale: every run is fixed here before it is run; failures stay in.
 
-    python experiments/tables.py 1              # Tables 1 to 3 (rivals, GenEval); or 4 ... 9, "more"
+    python experiments/tables.py 1              # 1 to 3 (rivals, GenEval); or 4 ... 9, "more"
     python experiments/tables.py all            # sized for a night on two cores
     python experiments/tables.py all --seeds 1  # one seed: several processes can share the work
     python experiments/tables.py render         # only results/tables.md, from what has been run
@@ -344,8 +344,8 @@ def gain(rows: list[dict], metric: str) -> float:
 def cells(seeds: dict[str, dict]) -> list[str]:
     """An arm's figures: at equal evaluations, at equal updates, what it had of the other budget."""
     at, also = ([seeds[s][point] for s in sorted(seeds)] for point in ("evaluations", "updates"))
-    updates, evaluations = (average([row[k] for row in rows]) for k, rows in
-                            (("updates", at), ("evaluations", also)))
+    updates = average([row["updates"] for row in at])
+    evaluations = average([row["evaluations"] for row in also])
     return [
         *(interval([row[m]["difference"] for row in at]) for m in METRICS),
         *(interval([row[m]["difference"] for row in also]) for m in METRICS[:2]),
@@ -369,7 +369,8 @@ def render() -> str:
         for name in ["base", *names] if number == "1" else names:
             theirs = [", ".join(map(str, paper[name]))] if name in paper else []
             rows.append([name, *arms.get(name, ["not measured"] + [""] * 5), *theirs])
-        lines += markdown(title, header + ["paper: " + ", ".join(PAPER)] * bool(paper), rows)
+        last = ["paper: " + ", ".join(PAPER)] if paper else []
+        lines += markdown(title, header + last, rows)
         if number == "1":
             lines += render_more(results)
     return "\n".join(lines) + "\n"
