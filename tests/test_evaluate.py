@@ -16,7 +16,7 @@ from conftest import seeded
 from diffusion import generate, to_pil
 from loading import load_pipeline
 from evaluate import compare
-from helpers import PROMPTS, call, shell
+from helpers import PROMPTS, call, together
 from metrics import load_metric
 from tiny import world
 from weights import InputError
@@ -418,9 +418,9 @@ def test_geneval_end_to_end(kind, tmp_path, monkeypatch):
 
 
 def test_two_processes_evaluate_what_one_does(kind, trained, tmp_path):
-    words = (*kind[:-5], "--lora", "base=", f"spo={trained[0]}", "--metrics", "aesthetics", "--device", "cpu")
-    for processes in (1, 2):
-        shell("evaluate.py", *words, "--out", tmp_path / str(processes), processes=processes)
+    words = ("evaluate", *kind[:-5], "--lora", "base=", f"spo={trained[0]}", "--metrics", "aesthetics")
+    call(*words, "--out", tmp_path / "1")
+    together(*words, "--out", tmp_path / "2")
     one, two = (json.loads((tmp_path / name / "results.json").read_text())["scores"] for name in "12")
     for name in ("base", "spo"):
         assert one[name]["aesthetics"] == pytest.approx(two[name]["aesthetics"], abs=0.05)      # a pixel may round the other way
