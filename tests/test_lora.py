@@ -27,12 +27,9 @@ INPUTS = dict(latents=torch.randn(2, 4, 16, 16, generator=seeded(1)), timestep=t
               prompt_embeds=torch.randn(2, 7, 12, generator=seeded(2)))
 
 
-BASE = randomize(UNet(UNetConfig.from_json(sd15_shaped())))
-
-
 def base_model() -> UNet:
     """A small UNet with random weights, the same each time."""
-    return copy.deepcopy(BASE)
+    return randomize(UNet(UNetConfig.from_json(sd15_shaped())))
 
 
 def predict(model: torch.nn.Module) -> torch.Tensor:
