@@ -106,6 +106,16 @@ def sdxl(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def small_xl(tmp_path_factory):
+    """And SDXL's kind of it."""
+    import helpers
+    return helpers.write_sdxl(
+        tmp_path_factory.mktemp("checkpoints") / "small_xl", block_out_channels=[8, 16], layers_per_block=1, attention_head_dim=[1, 2],
+        transformer_layers_per_block=[1, 2], down_block_types=["DownBlock2D", "CrossAttnDownBlock2D"],
+        up_block_types=["CrossAttnUpBlock2D", "UpBlock2D"])
+
+
+@pytest.fixture(scope="session")
 def pickscore(tmp_path_factory):
     """Folder of a minuscule random CLIP of both towers."""
     import helpers

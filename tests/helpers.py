@@ -54,7 +54,7 @@ def write_sd(folder: Path, **unet) -> Path:
     return folder
 
 
-def write_sdxl(folder: Path) -> Path:
+def write_sdxl(folder: Path, **unet) -> Path:
     """SDXL's structure: two text encoders, the second padded with "!", text_time embedding, zero negative conditioning."""
     from diffusers import DDIMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
@@ -62,8 +62,9 @@ def write_sdxl(folder: Path) -> Path:
     two = CLIPTextConfig(hidden_size=12, intermediate_size=24, num_hidden_layers=3, hidden_act="gelu", projection_dim=10, **TEXT)
     StableDiffusionXLPipeline(
         vae=_vae(4), text_encoder=randomize(CLIPTextModel(one), 5), text_encoder_2=randomize(CLIPTextModelWithProjection(two), 6),
-        tokenizer=_tokenizer(), tokenizer_2=_tokenizer("!"), unet=randomize(UNet2DConditionModel(**sdxl_shaped(sample_size=8)), 7),
-        scheduler=DDIMScheduler(**SCHEDULER), force_zeros_for_empty_prompt=True, add_watermarker=False).save_pretrained(folder)
+        tokenizer=_tokenizer(), tokenizer_2=_tokenizer("!"), scheduler=DDIMScheduler(**SCHEDULER),
+        unet=randomize(UNet2DConditionModel(**sdxl_shaped(sample_size=8, **unet)), 7), force_zeros_for_empty_prompt=True,
+        add_watermarker=False).save_pretrained(folder)
     return folder
 
 
