@@ -4,7 +4,9 @@ VENV   ?= .venv
 PY     := $(VENV)/bin/python
 OUT    ?= runs/demo
 
-.PHONY: demo test test-slow soak clean
+HEART  := $(patsubst %,tests/test_%.py,spo baselines ddim lora clip_spm unet)
+
+.PHONY: demo test quick test-slow soak clean
 
 $(VENV)/.runtime: requirements.txt
 	@echo 'setting up $(VENV): about 1.2 GB with the CPU build of torch, more with CUDA; a few minutes'
@@ -25,6 +27,11 @@ demo: $(VENV)/.runtime
 test: $(VENV)/.dev
 	$(PY) -m ruff check .
 	$(PY) -m pytest -n 2 --dist worksteal
+
+# The method itself, for everyday work, without what takes long: compiling, low memory, processes of their own.
+quick: $(VENV)/.dev
+	$(PY) -m ruff check .
+	$(PY) -m pytest -n 2 --dist worksteal -k 'not compil and not low_memory and not a_user and not processes' $(HEART)
 
 test-slow: $(VENV)/.dev
 	$(PY) -m pytest -m slow

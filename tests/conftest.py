@@ -91,10 +91,28 @@ def sd(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def small(tmp_path_factory):
+    """The same with the fewest blocks, for tests of runs: what a forward costs here is their number."""
+    import helpers
+    return helpers.write_sd(tmp_path_factory.mktemp("checkpoints") / "small", block_out_channels=[8, 16], layers_per_block=1,
+                            down_block_types=["CrossAttnDownBlock2D", "DownBlock2D"], up_block_types=["UpBlock2D", "CrossAttnUpBlock2D"])
+
+
+@pytest.fixture(scope="session")
 def sdxl(tmp_path_factory):
     """Folder of a minuscule random SDXL-shaped checkpoint."""
     import helpers
     return helpers.write_sdxl(tmp_path_factory.mktemp("checkpoints") / "sdxl")
+
+
+@pytest.fixture(scope="session")
+def small_xl(tmp_path_factory):
+    """And SDXL's kind of it."""
+    import helpers
+    return helpers.write_sdxl(
+        tmp_path_factory.mktemp("checkpoints") / "small_xl", block_out_channels=[8, 16], layers_per_block=1, attention_head_dim=[1, 2],
+        transformer_layers_per_block=[1, 2], down_block_types=["DownBlock2D", "CrossAttnDownBlock2D"],
+        up_block_types=["CrossAttnUpBlock2D", "UpBlock2D"])
 
 
 @pytest.fixture(scope="session")

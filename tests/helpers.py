@@ -3,14 +3,18 @@ import contextlib
 import importlib
 import io
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+import torch.distributed as dist
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
@@ -21,7 +25,7 @@ from conftest import randomize, sd15_shaped, sdxl_shaped, seeded
 from diffusion import encode_empty
 from finetune import Trainer, Turn
 from loading import TINY, load_clip
-from training import Processes
+from training import Processes, run_script
 
 ROOT = Path(__file__).resolve().parent.parent
 PROMPTS = ["a red circle", "two blue squares", "a green cross above a yellow triangle", "three cyan crosses", "a purple square",
@@ -42,19 +46,19 @@ def _vae(seed: int):
                                    up_block_types=["UpDecoderBlock2D"] * 2, layers_per_block=1, norm_num_groups=4, sample_size=16), seed)
 
 
-def write_sd(folder: Path) -> Path:
-    """SD-1.5's structure with 8 to 24 channels, latents 4 x 8 x 8, pictures 16 x 16, 16 tokens."""
+def write_sd(folder: Path, **unet) -> Path:
+    """SD-1.5's structure with 8 to 24 channels, latents 4 x 8 x 8, pictures 16 x 16, 16 tokens; `unet`: what its UNet has otherwise."""
     from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
     text = CLIPTextConfig(hidden_size=12, intermediate_size=24, num_hidden_layers=2, hidden_act="quick_gelu", **TEXT)
     StableDiffusionPipeline(
         vae=_vae(1), text_encoder=randomize(CLIPTextModel(text), 2), tokenizer=_tokenizer(),
-        unet=randomize(UNet2DConditionModel(**sd15_shaped(sample_size=8)), 3), scheduler=DDIMScheduler(**SCHEDULER), safety_checker=None,
-        feature_extractor=None, requires_safety_checker=False).save_pretrained(folder)
+        unet=randomize(UNet2DConditionModel(**sd15_shaped(sample_size=8, **unet)), 3), scheduler=DDIMScheduler(**SCHEDULER),
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False).save_pretrained(folder)
     return folder
 
 
-def write_sdxl(folder: Path) -> Path:
+def write_sdxl(folder: Path, **unet) -> Path:
     """SDXL's structure: two text encoders, the second padded with "!", text_time embedding, zero negative conditioning."""
     from diffusers import DDIMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
@@ -62,8 +66,9 @@ def write_sdxl(folder: Path) -> Path:
     two = CLIPTextConfig(hidden_size=12, intermediate_size=24, num_hidden_layers=3, hidden_act="gelu", projection_dim=10, **TEXT)
     StableDiffusionXLPipeline(
         vae=_vae(4), text_encoder=randomize(CLIPTextModel(one), 5), text_encoder_2=randomize(CLIPTextModelWithProjection(two), 6),
-        tokenizer=_tokenizer(), tokenizer_2=_tokenizer("!"), unet=randomize(UNet2DConditionModel(**sdxl_shaped(sample_size=8)), 7),
-        scheduler=DDIMScheduler(**SCHEDULER), force_zeros_for_empty_prompt=True, add_watermarker=False).save_pretrained(folder)
+        tokenizer=_tokenizer(), tokenizer_2=_tokenizer("!"), scheduler=DDIMScheduler(**SCHEDULER),
+        unet=randomize(UNet2DConditionModel(**sdxl_shaped(sample_size=8, **unet)), 7), force_zeros_for_empty_prompt=True,
+        add_watermarker=False).save_pretrained(folder)
     return folder
 
 
@@ -120,26 +125,100 @@ def environment() -> dict[str, str]:
 
 
 def shell(*words: object, check: bool = True, processes: int = 1) -> subprocess.CompletedProcess:
-    """Run one of the scripts as a user does; with `processes` > 1 under torchrun."""
+    """Run one of the scripts as a user does; with `processes` > 1 under torchrun. The imports alone take seconds."""
     launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
     done = subprocess.run([sys.executable, *launch, *map(str, words)], cwd=ROOT, env=environment(), capture_output=True, text=True)
     assert not check or done.returncode == 0, done.stderr[-3000:]
     return done
 
 
+# Forked from a process that has imported what takes seconds; it has computed nothing, so its children may.
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["torch._dynamo", "transformers.models.clip.tokenization_clip", "pytest", "baselines", "spm_train"])
+
+
+def run_script_here(script: str, words: list[str], adam: object, variables: dict[str, str], folder: str) -> None:
+    """One process of `Job`: the script's main, its number and its output in files."""
+    os.environ.update(variables, OMP_NUM_THREADS="1")
+    torch.set_num_threads(1)
+    rank = os.environ["RANK"]
+    for number, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(f"{folder}/{name}{rank}", os.O_CREAT | os.O_WRONLY | os.O_APPEND), number)
+    Path(folder, f"pid{rank}").write_text(str(os.getpid()))
+    torch.optim.AdamW = adam
+    sys.argv = [script, *words]
+    run_script(importlib.import_module(script).main)
+
+
+class Job:
+    """A script in `count` processes that find each other as those of torchrun do, on this process's store."""
+
+    def __init__(self, script: str, words: tuple, count: int, adam: object = torch.optim.AdamW):
+        self.store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        self.folder = tempfile.TemporaryDirectory()
+        self.processes = []
+        shared = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(self.store.port), WORLD_SIZE=str(count), LOCAL_WORLD_SIZE=str(count),
+                      TORCHELASTIC_USE_AGENT_STORE="True", TORCHELASTIC_RESTART_COUNT="0")
+        for rank in map(str, range(count)):
+            arguments = (script, [*map(str, words), "--device", "cpu"], adam, shared | dict(RANK=rank, LOCAL_RANK=rank), self.folder.name)
+            self.processes.append(FORKS.Process(target=run_script_here, args=arguments, daemon=True))
+            self.processes[-1].start()
+
+    def said(self, name: str) -> str:
+        """What all have written so far, by rank, on `out` or `err`."""
+        return "".join(file.read_text() for file in sorted(Path(self.folder.name).glob(name + "*")))
+
+    def wait(self, seconds: float = 300) -> list[int]:
+        """The exit statuses; AssertionError if one is still there after `seconds`. Nobody ends another."""
+        end = time.monotonic() + seconds
+        for process in self.processes:
+            process.join(max(0.0, end - time.monotonic()))
+        status = [process.exitcode for process in self.processes]
+        for process in self.processes:
+            process.kill()
+        assert None not in status, f"still running after {seconds} s: {status}\n{self.said('err')[-3000:]}"
+        return status
+
+
+def together(script: str, *words: object, processes: int = 2, adam: object = torch.optim.AdamW) -> str:
+    """Run a script's main in several processes, or in one of its own, with one thread each; returns what they printed."""
+    job = Job(script, words, processes, adam)
+    status = job.wait()
+    assert not any(status), (status, job.said("err")[-3000:])
+    return job.said("out")
+
+
 def call(script: str, *words: object) -> str:
-    """Run a script's main in this process, which spares the imports; returns what it printed."""
-    module, out = importlib.import_module(script), io.StringIO()
+    """Run a script's main in this process, which spares the imports; returns what it printed. Mistakes are raised."""
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(io.StringIO()), main_of(script, *words, "--device", "cpu") as main:
+        main()
+    return out.getvalue()
+
+
+def command(script: str, *words: object) -> subprocess.CompletedProcess:
+    """Run a script in this process as its command line would: exit status and what it says."""
+    out, errors, status = io.StringIO(), io.StringIO(), 0
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors), main_of(script, *words) as main:
+        try:
+            run_script(main)
+        except SystemExit as end:
+            status = end.code or 0
+    return subprocess.CompletedProcess(words, status, out.getvalue(), errors.getvalue())
+
+
+@contextlib.contextmanager
+def main_of(script: str, *words: object):
+    """A script's main function, the command line being `words`; the signals are afterwards what they were."""
     handlers = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}
-    argv, sys.argv = sys.argv, [script, *map(str, words), "--device", "cpu"]
+    argv, sys.argv = sys.argv, [script, *map(str, words)]
+    module = importlib.import_module(script)
     try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(io.StringIO()):
-            module.main()
+        yield getattr(module, "main", None) or module.command_line
     finally:
         sys.argv = argv
         for number, handler in handlers.items():
             signal.signal(number, handler)
-    return out.getvalue()
 
 
 def log_of(folder: Path, timing: bool = False) -> list[dict]:

@@ -6,15 +6,17 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 import gentle
 from conftest import assert_close
-from helpers import PROMPTS, ROOT, call, environment, log_of, shell
+from helpers import PROMPTS, ROOT, Job, call, environment, log_of, run_script_here, together
 
 LORA = "pytorch_lora_weights.safetensors"
 # Seven prompts, three a round: shares of 2 and 1, and in each epoch's last round of 1 and none.
@@ -23,9 +25,9 @@ BASE = ("--dtype", "fp32", "--steps", "4", "--k", "2", "--prompts_per_round", "3
 
 
 @pytest.fixture
-def kind(sd, spm, prompts):
+def kind(small, spm, prompts):
     """The options of a run but its folder and its length."""
-    return ("--model", sd, "--spm", spm, "--prompts", prompts, *BASE)
+    return ("--model", small, "--spm", spm, "--prompts", prompts, *BASE)
 
 
 def assert_same_run(a, b, step: int) -> None:
@@ -45,10 +47,11 @@ def assert_same_run(a, b, step: int) -> None:
 # more than 1 is impossible, so nobody ever has one. With train_batch 1, gradients accumulate; with j = 2 (MSPO) x_t are not shared.
 @pytest.mark.parametrize("threshold, train_batch, j, processes", [(0.0, 10, 1, 2), (0.0, 1, 2, 3), (0.0, 10, 1, 4), (0.99, 10, 1, 2),
                                                                   (1.0, 10, 1, 3)])
-def test_several_processes_train_what_one_trains(kind, tmp_path, threshold, train_batch, j, processes):
-    words = ("tests/gentle.py", "spo_train.py", *kind, "--lr", 0.005, "--rounds", 4, "--threshold", threshold, "--j", j)
-    shell(*words, "--out", tmp_path / "one")
-    shell(*words, "--out", tmp_path / "two", "--train_batch", train_batch, processes=processes)
+def test_several_processes_train_what_one_trains(kind, tmp_path, monkeypatch, threshold, train_batch, j, processes):
+    words = ("spo_train", *kind, "--lr", 0.005, "--rounds", 4, "--threshold", threshold, "--j", j)
+    monkeypatch.setattr(torch.optim, "AdamW", gentle.adamw)
+    call(*words, "--out", tmp_path / "one")
+    together(*words, "--out", tmp_path / "two", "--train_batch", train_batch, processes=processes, adam=gentle.adamw)
     one, two = log_of(tmp_path / "one"), log_of(tmp_path / "two")
     for a, b in zip(one, two, strict=True):
         assert a.keys() == b.keys() and all(a[k] == pytest.approx(b[k], rel=1e-4, abs=1e-5) for k in a), (a, b)
@@ -65,53 +68,44 @@ def test_mistakes_end_every_process(kind, tmp_path):
     """No process waits for one that has given up."""
     (tmp_path / "run").mkdir()
     (tmp_path / "run/config.json").write_text('{"lr": 5}')
-    begin = time.time()
-    done = shell("spo_train.py", *kind, "--rounds", 1, "--out", tmp_path / "run", processes=2, check=False)
-    assert done.returncode != 0 and "holds a run with other options" in done.stderr and time.time() - begin < 300
+    job = Job("spo_train", (*kind, "--rounds", 1, "--out", tmp_path / "run"), 2)
+    assert job.wait() == [2, 2] and "holds a run with other options" in job.said("err")
 
 
-def kill_rank(launch: list[str], log, rank: int, rounds: int) -> tuple[int, str, float]:
-    """Start a torchrun job, SIGKILL one rank once `rounds` rounds are logged; (exit status, stderr, seconds from kill to exit)."""
-    job = subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", *launch], cwd=ROOT, env=environment(),
-                           stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    try:
-        while job.poll() is None and not (log.exists() and len(log.read_text().splitlines()) >= rounds):
-            time.sleep(0.05)
-        assert job.poll() is None, job.stderr.read()[-3000:]
-        for home in Path("/proc").glob("[0-9]*"):
-            try:
-                mine = int((home / "stat").read_text().rsplit(")", 1)[1].split()[1]) == job.pid
-                if mine and f"RANK={rank}".encode() in (home / "environ").read_bytes().split(b"\0"):
-                    os.kill(int(home.name), signal.SIGKILL)
-                    break
-            except OSError:
-                continue
-        else:
-            raise AssertionError(f"rank {rank} not found")
-        begin = time.time()
-        _, errors = job.communicate(timeout=300)
-        return job.returncode, errors, time.time() - begin
-    finally:
-        job.kill()
+def rounds_of(folder: Path) -> int:
+    """How many rounds are logged so far."""
+    return (folder / "log.jsonl").read_text().count("\n") if (folder / "log.jsonl").exists() else 0
 
 
-@pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds the ranks in /proc")
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_killed_rank_is_restarted_and_the_run_ends_the_same(kind, tmp_path, rank):
-    words = ["spo_train.py", *map(str, kind), "--rounds", "6", "--save_every", "1"]
-    status, errors, _ = kill_rank(["--nproc_per_node=2", "--max-restarts=1", *words, "--out", str(tmp_path / "run")],
-                                  tmp_path / "run/log.jsonl", rank, 2)
-    assert status == 0, errors[:6000]
-    shell(*words, "--out", tmp_path / "whole", processes=2)
-    assert_same_run(tmp_path / "run", tmp_path / "whole", 6)
+def test_killed_ranks_are_restarted_and_the_run_ends_the_same(kind, tmp_path):
+    """Rank 0 and, once that is mended, rank 1, under torchrun's own agent, which starts each process anew."""
+    run, words = tmp_path / "run", (*kind, "--device", "cpu", "--rounds", 14, "--save_every", 1)
+    config = LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=2, max_restarts=2, rdzv_backend="c10d", rdzv_endpoint="localhost:0",
+                          run_id="killed", start_method="forkserver", monitor_interval=0.1)
+    arguments = ("spo_train", [*map(str, words), "--out", str(run)], torch.optim.AdamW, {}, str(tmp_path))
+    starts = lambda: (tmp_path / "out0").exists() and (tmp_path / "out0").read_text().count("starting at round")  # noqa: E731
+    with ThreadPoolExecutor(1) as pool:
+        job = pool.submit(elastic_launch(config, run_script_here), *arguments)
+        for rank in (0, 1):
+            while (starts() <= rank or rounds_of(run) < 2 * rank + 2) and not job.done():
+                time.sleep(0.02)
+            assert not job.done(), job.result()
+            os.kill(int((tmp_path / f"pid{rank}").read_text()), signal.SIGKILL)
+        job.result(300)
+    together("spo_train", *words, "--out", tmp_path / "whole")
+    assert_same_run(run, tmp_path / "whole", 14)
+    assert starts() == 3
 
 
-@pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds the ranks in /proc")
 def test_without_restarts_a_killed_rank_ends_the_job_with_a_message(kind, tmp_path):
-    words = ["spo_train.py", *map(str, kind), "--rounds", "500", "--epochs", "999", "--save_every", "1", "--out", str(tmp_path / "run")]
-    status, errors, seconds = kill_rank(["--nproc_per_node=2", *words], tmp_path / "run/log.jsonl", 1, 2)
-    assert status != 0 and seconds < 60
-    assert "another process is gone" in errors and "start the same command again" in errors
+    """The one that is left says what happened; torchrun asks it to end, too."""
+    job = Job("spo_train", (*kind, "--rounds", 500, "--epochs", 999, "--save_every", 1, "--out", tmp_path / "run"), 2)
+    while rounds_of(tmp_path / "run") < 2 and job.processes[0].is_alive():
+        time.sleep(0.02)
+    job.processes[1].kill()
+    os.kill(job.processes[0].pid, signal.SIGTERM)
+    assert job.wait(60) == [1, -signal.SIGKILL]
+    assert "another process is gone" in job.said("err") and "start the same command again" in job.said("err")
 
 
 def test_stopped_and_continued_is_the_same_run(kind, tmp_path):
@@ -173,9 +167,9 @@ def test_a_signal_saves_and_the_run_goes_on(kind, tmp_path, number, processes):
     saved = len(log_of(out))
     assert 1 <= saved < 1000 and (out / f"checkpoint-{saved:06d}.pt").exists() and (out / LORA).exists()
     # With as many threads as before: their number changes the order of sums.
-    more = ("spo_train.py", *kind, "--rounds", saved + 1, "--epochs", 999)
-    assert f"starting at round {saved}" in shell(*more, "--out", out, processes=processes).stdout
-    shell(*more, "--out", tmp_path / "whole", processes=processes)
+    more = ("spo_train", *kind, "--rounds", saved + 1, "--epochs", 999)
+    assert f"starting at round {saved}" in together(*more, "--out", out, processes=processes)
+    together(*more, "--out", tmp_path / "whole", processes=processes)
     assert_same_run(out, tmp_path / "whole", saved + 1)
 
 

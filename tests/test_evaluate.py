@@ -17,7 +17,7 @@ from conftest import seeded
 from diffusion import generate, to_pil
 from loading import load_pipeline
 from evaluate import compare
-from helpers import PROMPTS, call, shell
+from helpers import PROMPTS, call, together
 from metrics import load_metric
 from tiny import world
 from weights import InputError
@@ -68,9 +68,9 @@ def test_groups_count_alike_however_large():
 # End to end
 
 @pytest.fixture
-def trained(sd, tmp_path):
+def trained(small, tmp_path):
     """Two different LoRA files."""
-    unet, files = load_pipeline(str(sd)).unet, []
+    unet, files = load_pipeline(str(small)).unet, []
     lora.add(unet, 2)
     for i in range(2):
         with torch.no_grad():
@@ -82,10 +82,10 @@ def trained(sd, tmp_path):
 
 
 @pytest.fixture
-def kind(sd, prompts, tmp_path, monkeypatch, pickscore_metric):
+def kind(small, prompts, tmp_path, monkeypatch, pickscore_metric):
     """The options of a quick evaluation but its candidates; PickScore is the random one."""
     monkeypatch.setattr(evaluate, "load_metric", pickscore_metric)
-    return ("--model", sd, "--prompts", prompts, "--dtype", "fp32", "--steps", 2, "--batch", 3, "--out", tmp_path / "e",
+    return ("--model", small, "--prompts", prompts, "--dtype", "fp32", "--steps", 2, "--batch", 3, "--out", tmp_path / "e",
             "--metrics", "aesthetics", "pickscore")
 
 
@@ -96,7 +96,7 @@ def pickscore_metric(pickscore):
         metrics.pickscore(str(pickscore), tokenizer, device) if name == "pickscore" else load_metric(name, model, tokenizer, device))
 
 
-def test_evaluation_end_to_end(kind, trained, tmp_path, sd, pickscore):
+def test_evaluation_end_to_end(kind, trained, tmp_path, small, pickscore):
     out = tmp_path / "e"
     said = call("evaluate", *kind, "--lora", "base=", f"spo={trained[0]}", "--images_per_prompt", 2, "--limit", 3)
     report = json.loads((out / "results.json").read_text())
@@ -109,7 +109,7 @@ def test_evaluation_end_to_end(kind, trained, tmp_path, sd, pickscore):
             want = compare(report["scores"][name][metric], report["scores"]["base"][metric], each=2)
             assert report["results"][name][metric] == want and want["n"] == 6
     # Picture 3 is the second prompt from seed 3; its scores are the metrics of what is on disk.
-    pipe = load_pipeline(str(sd))
+    pipe = load_pipeline(str(small))
     image = to_pil(generate(pipe, [PROMPTS[1]], [3], steps=2))[0]
     assert np.abs(np.asarray(image).astype(int) - np.asarray(evaluate.Image.open(out / "images/base/00003.png"))).max() <= 1
     pictures = evaluate.load_images([out / "images/spo" / f"{i:05d}.png" for i in range(6)])
@@ -165,9 +165,9 @@ def test_folder_of_another_evaluation_is_refused(kind, trained, tmp_path, prompt
 
 
 @pytest.fixture
-def other_unet(sd, tmp_path):
+def other_unet(small, tmp_path):
     """A folder like Diffusion-DPO's release: unet/ with weights of its own, no configuration."""
-    weights = load_file(sd / "unet/diffusion_pytorch_model.safetensors")
+    weights = load_file(small / "unet/diffusion_pytorch_model.safetensors")
     (tmp_path / "dpo/unet").mkdir(parents=True)
     save_file({k: v * 1.1 for k, v in weights.items()}, tmp_path / "dpo/unet/diffusion_pytorch_model.safetensors")
     return tmp_path / "dpo"
@@ -203,7 +203,7 @@ def test_processes_deal_out_what_is_missing(tmp_path):
     assert drawn == ["b", "g"]
 
 
-def test_whole_unets_are_candidates(kind, trained, tmp_path, sd, other_unet, monkeypatch):
+def test_whole_unets_are_candidates(kind, trained, tmp_path, small, other_unet, monkeypatch):
     """Folder with unet/, folder, file; and the models after it are what they are without it."""
     pictures = lambda: {f: f.read_bytes() for f in sorted((tmp_path / "e/images").rglob("*.png"))}  # noqa: E731
     call("evaluate", *kind, "--lora", "base=", f"spo={trained[0]}", "--limit", 2)
@@ -215,7 +215,7 @@ def test_whole_unets_are_candidates(kind, trained, tmp_path, sd, other_unet, mon
     assert all(drawn[f] == content for f, content in alone.items()) and len(drawn) == 10
     name = lambda n: [content for f, content in drawn.items() if f.parent.name == n]  # noqa: E731
     assert name("dpo") == name("root") == name("file") and name("dpo") != name("base")
-    shutil.copytree(sd, tmp_path / "whole")
+    shutil.copytree(small, tmp_path / "whole")
     shutil.copy(file, tmp_path / "whole/unet")
     image = to_pil(generate(load_pipeline(str(tmp_path / "whole")), PROMPTS[:1], [0], steps=2))[0]
     assert np.abs(np.asarray(image).astype(int) - np.asarray(evaluate.Image.open(tmp_path / "e/images/dpo/00000.png"))).max() <= 1
@@ -419,9 +419,9 @@ def test_geneval_end_to_end(kind, tmp_path, monkeypatch):
 
 
 def test_two_processes_evaluate_what_one_does(kind, trained, tmp_path):
-    words = (*kind[:-5], "--lora", "base=", f"spo={trained[0]}", "--metrics", "aesthetics", "--device", "cpu")
-    for processes in (1, 2):
-        shell("evaluate.py", *words, "--out", tmp_path / str(processes), processes=processes)
+    words = ("evaluate", *kind[:-5], "--lora", "base=", f"spo={trained[0]}", "--metrics", "aesthetics")
+    call(*words, "--out", tmp_path / "1")
+    together(*words, "--out", tmp_path / "2")
     one, two = (json.loads((tmp_path / name / "results.json").read_text())["scores"] for name in "12")
     for name in ("base", "spo"):
         assert one[name]["aesthetics"] == pytest.approx(two[name]["aesthetics"], abs=0.05)      # a pixel may round the other way
@@ -434,13 +434,13 @@ def test_two_processes_evaluate_what_one_does(kind, trained, tmp_path):
     (("--metrics", "hpsv2", "hpsv2"), "each metric once"), (("--metrics", "aesthetic-v1"), "aesthetic-v1=FILE"), (("--prompts", "geneval"), "geneval=FILE"),
     (("--resolution", "17"), "multiple of 2"), (("--images", "x", "--trace", "a red circle"), "leave out --trace"), (("--trace", "a red circle"), "Step-Aware_Preference_Models"),
     (("--steps", "0"), "--steps 0"), (("--batch", "0"), "--batch 0"), (("--images_per_prompt", "0"), "at least 1"), (("--prompts", "none.txt"), "none.txt"), (("--metric", "pickscore"), "did you mean --metrics?")])
-def test_mistakes_are_one_line(sd, prompts, tmp_path, words, says):
+def test_mistakes_are_one_line(small, prompts, tmp_path, words, says):
     with pytest.raises(InputError) as caught:
-        call("evaluate", "--model", sd, "--prompts", prompts, "--dtype", "fp32", "--steps", 1, "--out", tmp_path / "e", *words)
+        call("evaluate", "--model", small, "--prompts", prompts, "--dtype", "fp32", "--steps", 1, "--out", tmp_path / "e", *words)
     assert says in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_a_place_that_cannot_be_written_is_one_line(kind, sd, spm, tmp_path):
+def test_a_place_that_cannot_be_written_is_one_line(kind, small, spm, tmp_path):
     (tmp_path / "file").touch()
     for words in ((), ("--prompt", "a red circle"), ("--trace", "a red circle", "--spm", spm)):
         with pytest.raises(InputError, match="file/.*cannot be written") as caught:
@@ -455,8 +455,8 @@ def test_no_model_need_be_named(tmp_path):
         call("evaluate", "--tally", tmp_path / "nope.json")
 
 
-def test_one_prompt_for_every_candidate(sd, trained, tmp_path):
-    words = ("--model", sd, "--dtype", "fp32", "--steps", 2, "--out", tmp_path)
+def test_one_prompt_for_every_candidate(small, trained, tmp_path):
+    words = ("--model", small, "--dtype", "fp32", "--steps", 2, "--out", tmp_path)
     call("evaluate", *words, "--prompt", "a red circle", "--lora", "base=", f"spo={trained[0]}")
     first = (tmp_path / "base.png").read_bytes()
     assert first != (tmp_path / "spo.png").read_bytes()
@@ -466,9 +466,9 @@ def test_one_prompt_for_every_candidate(sd, trained, tmp_path):
     assert {p.name for p in tmp_path.glob("*.png")} == {"base.png", "spo.png", "base-2.png", "base-3.png", "spo-3.png"}
 
 
-def test_trace_of_any_model(sd, spm, trained, tmp_path):
+def test_trace_of_any_model(small, spm, trained, tmp_path):
     """A folder is judged by its kind's official SPM unless --spm names another. Sixteen pools of four."""
-    call("evaluate", "--model", sd, "--dtype", "fp32", "--trace", "a red circle", "--spm", spm, "--lora", f"spo={trained[0]}", "--out", tmp_path)
+    call("evaluate", "--model", small, "--dtype", "fp32", "--trace", "a red circle", "--spm", spm, "--lora", f"spo={trained[0]}", "--out", tmp_path)
     with Image.open(tmp_path / "trace-spo.png") as image:
         assert image.size == (64 + 4 * 108, 16 * 124 + 16) and {(0x1a, 0x98, 0x50), (0x2b, 0x6c, 0xff)} & {c for _, c in image.getcolors(10 ** 6)}
 

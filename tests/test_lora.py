@@ -19,7 +19,7 @@ import lora
 from conftest import assert_close, randomize, sd15_shaped, sdxl_shaped, seeded
 from diffusion import generate
 from loading import load_pipeline
-from helpers import PROMPTS, shell
+from helpers import PROMPTS, command, shell
 from unet import UNet, UNetConfig
 from weights import InputError, original_unet_name, read_weights
 
@@ -389,12 +389,12 @@ def test_command_line_converts_there_and_back(sd, lora_file, tmp_path):
     run.mkdir()
     shutil.copy(lora_file, run / "pytorch_lora_weights.safetensors")
     shell("lora.py", "convert", run, kohya, "--model", sd, "--format", "kohya")
-    done = shell("lora.py", "convert", kohya, back, "--model", sd)
+    done = command("lora", "convert", kohya, back, "--model", sd)
     assert "diffusers format" in done.stdout
     first, middle, last = (read_weights(f) for f in (lora_file, kohya, back))
     assert all(k.startswith("lora_unet_") for k in middle) and any(k.endswith(".alpha") for k in middle)
     assert first.keys() == last.keys() and all(torch.equal(v, last[k]) for k, v in first.items())
-    refused = shell("lora.py", "convert", lora_file, kohya, "--model", sd, check=False)
+    refused = command("lora", "convert", lora_file, kohya, "--model", sd)
     assert refused.returncode and "exists already" in refused.stderr and "Traceback" not in refused.stderr
 
 
@@ -406,7 +406,7 @@ def test_command_line_merges_into_a_checkpoint_of_its_own(sd, lora_file, tmp_pat
     del index["requires_safety_checker"]
     (official / "model_index.json").write_text(json.dumps(index | dict(feature_extractor=["transformers", "CLIPImageProcessor"],
                                                                        safety_checker=["stable_diffusion", "StableDiffusionSafetyChecker"])))
-    shell("lora.py", "merge", lora_file, tmp_path / "merged", "--model", official)
+    assert not command("lora", "merge", lora_file, tmp_path / "merged", "--model", official).returncode
     base, worn, merged = load_pipeline(str(sd)), load_pipeline(str(sd)), load_pipeline(str(tmp_path / "merged"))
     lora.load(worn.unet, read_weights(lora_file))
     images = [generate(p, PROMPTS[:2], [0, 1], steps=3) for p in (base, worn, merged)]
@@ -416,7 +416,7 @@ def test_command_line_merges_into_a_checkpoint_of_its_own(sd, lora_file, tmp_pat
     ours = merged.unet.state_dict()
     assert all(torch.equal(v, ours[k]) for k, v in theirs.unet.state_dict().items())
     assert json.loads((tmp_path / "merged/model_index.json").read_text())["safety_checker"] == [None, None]
-    refused = shell("lora.py", "merge", lora_file, tmp_path / "merged", "--model", sd, check=False)
+    refused = command("lora", "merge", lora_file, tmp_path / "merged", "--model", sd)
     assert refused.returncode and "exists already" in refused.stderr
 
 
@@ -459,5 +459,5 @@ def test_a_single_file_is_merged_into_a_single_file(kind, request, tmp_path, mon
     (("merge", "{lora}", "{out}", "--model", "tiny"), "another"), (("convert", "no.safetensors", "{out}"), "no such weight file"),
     (("merge", "{lora}", "{out}", "--model", "nowhere"), "neither an existing")])
 def test_command_line_errors_are_one_line(lora_file, tmp_path, words, message):
-    done = shell("lora.py", *(str(w).format(lora=lora_file, out=tmp_path / "out") for w in words), check=False)
+    done = command("lora", *(w.format(lora=lora_file, out=tmp_path / "out") for w in words))
     assert done.returncode and message in done.stderr and "Traceback" not in done.stderr and not (tmp_path / "out").exists()
