@@ -10,10 +10,8 @@ Captions and labels are held in memory, pictures are not. Where pictures lie tog
 group of a Parquet file), they are used at about the same time: an epoch shuffles the groups, then
 the rows of a few groups at a time.
 """
-import functools
 import io
 import json
-import math
 import os
 import shutil
 import threading
@@ -330,22 +328,21 @@ def open_latents(folder: Path, pipe: Pipeline, side: int, count: int) -> torch.T
     """
     path, dtype = folder / "latents.bin", pipe.vae.quant_conv.weight.dtype
     height = width = side // pipe.vae.factor
-    shape = (count, 2, 2, pipe.vae.config.latent_channels, height, width)
-    size = math.prod(shape) * dtype.itemsize
+    shape = torch.Size((count, 2, 2, pipe.vae.config.latent_channels, height, width))
+    size = shape.numel() * dtype.itemsize
     try:
-        there = path.stat() if path.exists() else None
-        if there and there.st_size != size:
+        if path.exists() and path.stat().st_size != size:
             raise InputError(f"{path}: holds the latents of other pairs; delete it")
-        written = there.st_blocks * 512 if there else 0
+        missing = size - (path.stat().st_blocks * 512 if path.exists() else 0)
         free = shutil.disk_usage(folder).free
-        if free < size - written:
+        if free < missing:
             raise InputError(f"{path}: {size / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are "
                              "free; leave out --cache_latents")
-        numbers = torch.from_file(str(path), shared=True, size=math.prod(shape), dtype=dtype)
-        return numbers.view(shape)
+        latents = torch.from_file(str(path), shared=True, size=shape.numel(), dtype=dtype)
+        return latents.view(shape)
     except (OSError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"{path}: cannot be used as a cache ({reason})") from None
+        raise InputError(f"{path}: cannot be used as a cache "
+                         f"({str(error).splitlines()[0]})") from None
 
 
 def is_encoded(latents: torch.Tensor | None, i: int) -> bool:
@@ -359,7 +356,7 @@ def encode_cached(pipe: Pipeline, images: torch.Tensor, latents: torch.Tensor | 
 
     Where `seen`, these are written there.
     """
-    encode = pipe.calls.wrap(functools.partial(encode_pairs, pipe), "encoding")
+    encode = pipe.calls.wrap(lambda rows: encode_pairs(pipe, rows), "encoding")
     if latents is None:
         return encode(images)
     moments = upload(latents[index], pipe.device)

@@ -20,7 +20,6 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from torch.distributed.optim import ZeroRedundancyOptimizer
 
 import ddim
 from calls import upload
@@ -240,9 +239,9 @@ def backward(setting: Setting, models: dict[str, CLIP], batch: list[int], timest
     """
     config, pipe, pairs = setting.config, setting.pipe, setting.pairs
     dtype, mine = DTYPES[config.dtype], setting.processes.share(len(batch))
-    places = [(pairs.captions[batch[r]], int(timesteps[r])) for r in mine]
     total_weight = float(pairs.weight[batch].sum())
-    found = Found(torch.zeros(len(models), 2, device=pipe.device), places, [], {})
+    found = Found(stats=torch.zeros(len(models), 2, device=pipe.device), finite=[], broken={},
+                  places=[(pairs.captions[batch[r]], int(timesteps[r])) for r in mine])
     for begin in range(0, len(mine), config.micro_batch):
         rows = mine[begin:begin + config.micro_batch]
         index, t = [batch[r] for r in rows], timesteps[rows]
@@ -254,8 +253,8 @@ def backward(setting: Setting, models: dict[str, CLIP], batch: list[int], timest
             cond = encode_prompts(pipe, [pairs.captions[i] for i in index], setting.side)
             moments = encode_cached(pipe, images, setting.latents, index, seen)
         with pipe.calls.phase("predicting"):
-            key = (config.seed, "noise", step)
-            pixels = predicted_pixels(setting, index, moments, cond, t, key)
+            pixels = predicted_pixels(setting, index, moments, cond, t,
+                                      (config.seed, "noise", step))
         with pipe.calls.phase("training"):
             label = setting.labels(index, images)
             weight = upload(pairs.weight[index] * seen, pipe.device)
@@ -272,16 +271,16 @@ def backward(setting: Setting, models: dict[str, CLIP], batch: list[int], timest
     return found
 
 
-def report_fault(step: int, models: dict[str, CLIP], found: Found, gradients: bool) -> None:
+def report_fault(step: int, models: dict[str, CLIP], found: Found, main: bool) -> None:
     """Say on stderr where a step that was not finite went wrong.
 
-    `gradients`: speak of them if nothing is wrong before.
+    If nothing is wrong before the gradients, the `main` process speaks of them.
     """
     finite = torch.cat(found.finite, 1).t().tolist() if found.finite else []
     faults = [f"{'the judge' if drawn else 'a predicted picture'} is not finite at t = {t}, "
               f"caption {caption!r}"
               for (drawn, judged), (caption, t) in zip(finite, found.places) if not judged]
-    if gradients and not faults:
+    if main and not faults and torch.isfinite(found.stats).all():
         faults = [f"the gradient of {key} ({name}) is not finite" for name, clip in models.items()
                   for key, p in clip.named_parameters() if not torch.isfinite(p.grad).all()]
         faults.append("the gradient of all weights together is not finite")
@@ -296,9 +295,10 @@ def list_unreadable(known: dict[int, str], new: dict[int, str], run: Run) -> dic
     """
     both = known | new
     if run.processes.main:
-        for place, i in enumerate(sorted(new.keys() - known.keys())[:10 - len(known)], len(known)):
-            more = " (further ones: see unreadable.txt)" if place == 9 else ""
-            warn(f"{new[i]}; the pair is skipped{more}")
+        for place, i in enumerate(sorted(new.keys() - known.keys()), len(known)):
+            if place < 10:
+                more = " (further ones: see unreadable.txt)" if place == 9 else ""
+                warn(f"{new[i]}; the pair is skipped{more}")
         lines = "".join(f"{both[i]}\n" for i in sorted(both))
         write_atomic(run.folder / "unreadable.txt", lambda p: p.write_text(lines, encoding="utf-8"))
     return both
@@ -333,10 +333,11 @@ def build_models(pickscore: CLIP, config: SPMConfig,
     known = set(pickscore.state_dict())
     groups = [dict(params=[p for name, p in named if name in known]),
               dict(params=[p for name, p in named if name not in known])]
-    kind = dict(lr=config.lr, betas=(0.9, 0.999), weight_decay=config.weight_decay)
+    adamw = torch.optim.AdamW
     if processes.world > 1:
-        return models, ZeroRedundancyOptimizer(groups, torch.optim.AdamW, **kind)
-    return models, torch.optim.AdamW(groups, **kind)
+        from torch.distributed.optim import ZeroRedundancyOptimizer         # slow to import
+        adamw = functools.partial(ZeroRedundancyOptimizer, optimizer_class=adamw)
+    return models, adamw(groups, lr=config.lr, betas=(0.9, 0.999), weight_decay=config.weight_decay)
 
 
 class Trainer:
@@ -344,8 +345,7 @@ class Trainer:
 
     def __init__(self, setting: Setting, run: Run, used: int):
         config, pipe, pairs = setting.config, setting.pipe, setting.pairs
-        self.config, self.run, self.processes = config, run, run.processes
-        self.used = used                                            # pairs to train on
+        self.config, self.run, self.used = config, run, used        # used: pairs to train on
         self.models, self.optimizer = build_models(setting.pickscore, config, run.processes)
         self.rounds = Rounds(run, config.steps, "step", config, pipe.calls.clock, "spm")
         state = run.resume(
@@ -365,7 +365,7 @@ class Trainer:
 
         A step that is not finite is reported instead.
         """
-        config, models, processes = self.config, self.models, self.processes
+        config, models, processes = self.config, self.models, self.run.processes
         weights = [p for clip in models.values() for p in clip.parameters()]
         for p in weights:                       # a process without pairs still takes part
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
@@ -376,8 +376,8 @@ class Trainer:
             self.unreadable = list_unreadable(self.unreadable, broken, self.run)
         norms = [float(torch.nn.utils.clip_grad_norm_(list(clip.parameters()), config.clip_norm))
                  for clip in models.values()]
-        decay = 1 - step / config.steps if config.decay else 1
-        lr = learning_rate(step, config.lr, config.warmup) * decay
+        lr = learning_rate(step, config.lr, config.warmup)
+        lr *= 1 - step / config.steps if config.decay else 1
         for group, factor in zip(self.optimizer.param_groups, (1.0, config.adaln_lr), strict=True):
             group["lr"] = lr * factor
         losses = found.stats[:, 0].tolist()
@@ -387,8 +387,7 @@ class Trainer:
             self.optimizer.step()
         else:
             self.skipped += 1
-            gradients = processes.main and all(map(math.isfinite, losses))
-            report_fault(step + 1, models, found, gradients)
+            report_fault(step + 1, models, found, processes.main)
         self.optimizer.zero_grad(set_to_none=True)
         return dict(loss=losses[0] if sound else None, accuracy=float(found.stats[0, 1]),
                     grad_norm=norms[0] if sound else None, lr=lr, skipped=self.skipped,
@@ -401,14 +400,13 @@ class Trainer:
         rounds.end(record, "pairs", count, record["accuracy"], shown)
         damaged, read = len(self.unreadable), min(rounds.done * self.config.batch, self.used)
         spoilt = damaged > max(3, self.config.max_unreadable * read)
-        lost = rounds.bad >= TOO_MANY
-        if rounds.due or rounds.ending or spoilt or lost:
+        if rounds.due or rounds.ending or spoilt or rounds.bad >= TOO_MANY:
             self.save()
         if spoilt:
             raise InputError(
                 f"{damaged} of the {read} pairs read so far have damaged pictures, listed in "
                 f"{folder / 'unreadable.txt'}; mend them, or allow more with --max_unreadable")
-        if lost:
+        if rounds.bad >= TOO_MANY:
             raise InputError(
                 f"step {rounds.done}: {TOO_MANY} optimizer steps in a row were not finite; the "
                 f"last good SPM is in {folder}'s checkpoint (try --dtype fp32, another --vae, or a "
@@ -419,70 +417,80 @@ class Trainer:
     def save(self) -> None:
         """The best SPM so far, if this is it; then the checkpoint."""
         score, models = self.rounds.take_score(), self.models
-        if self.processes.world > 1:
+        if self.run.processes.world > 1:
             self.optimizer.consolidate_state_dict(to=0)
-        if self.processes.main and self.run.is_best(score):
+        if self.run.processes.main and self.run.is_best(score):
             save_spm(models["SPM"], self.run.folder / "best")
         self.rounds.save(
             score, unreadable=self.unreadable, skipped=self.skipped,
             models=[{k: v.cpu() for k, v in clip.state_dict().items()} for clip in models.values()],
-            optimizer=self.optimizer.state_dict() if self.processes.main else None)
+            optimizer=self.optimizer.state_dict() if self.run.processes.main else None)
 
+
+# The table of accuracies
 
 @torch.no_grad()
 def accuracy_table(setting: Setting, models: dict[str, CLIP],
                    index: list[int]) -> dict[str, dict[int, list[float]]]:
-    """Share of the pairs `index` that each model orders as labelled, at each timestep.
+    """How often each model orders the pairs `index` as labelled -> {model: {timestep: `share`}}.
 
-    {model: {t: [accuracy, standard error, pairs, difference from the first model, its error]}}
-    Ties and unreadable pairs are left out. Every model sees the same inputs, so the error of a
-    paired difference is smaller than two errors together.
+    Ties and unreadable pairs are left out. Every model sees the same inputs.
     """
     config, pipe, pairs = setting.config, setting.pipe, setting.pairs
-    hits = torch.zeros(len(REPORT_AT), len(models), len(index), device=pipe.device)
+    hits = torch.zeros(len(models), len(REPORT_AT), len(index), device=pipe.device)
     counted = torch.zeros(len(index), device=pipe.device)
     mine = setting.processes.share(len(index))
-    # What was compiled, or twice what fits with gradients.
-    chunk, = pipe.calls.sizes.get("encoding", (2 * config.micro_batch,))
+    # As many as were compiled for, or twice what fits with gradients.
+    chunk = pipe.calls.sizes.get("encoding", (2 * config.micro_batch,))[0]
     for begin in range(0, len(mine), chunk):
         places = mine[begin:begin + chunk]
         rows = [index[place] for place in places]
-        ids = setting.ids[rows]
         images, seen = stack_pictures([readable(pairs, i) for i in rows], setting.side)
         label = setting.labels(rows, images)
         counted[places] = ((label != 0.5) & seen.to(pipe.device)).float()
         cond = encode_prompts(pipe, [pairs.captions[i] for i in rows], setting.side)
         moments = encode_cached(pipe, images, None, rows, seen)
-        for row, t in enumerate(REPORT_AT):
-            steps = torch.full((len(rows),), t)
+        for n, t in enumerate(REPORT_AT):
+            timestep = torch.full((len(rows),), t)
             with pipe.calls.phase("predicting"):
-                pixels = predicted_pixels(setting, rows, moments, cond, steps,
+                pixels = predicted_pixels(setting, rows, moments, cond, timestep,
                                           (config.seed, "report", t))
             for m, clip in enumerate(models.values()):
                 with torch.compiler.set_stance("force_eager"):      # PickScore is not compiled
-                    scores = pair_scores(pipe, clip, pixels, steps, ids, torch.float32)
-                hits[row, m, places] = ((scores[:, 0] > scores[:, 1]) == (label > 0.5)).float()
+                    scores = pair_scores(pipe, clip, pixels, timestep, setting.ids[rows],
+                                         torch.float32)
+                hits[m, n, places] = ((scores[:, 0] > scores[:, 1]) == (label > 0.5)).float()
     setting.processes.sum([hits, counted])
-    hits, out = hits[:, :, counted > 0], {name: {} for name in models}
-    n = max(hits.shape[-1], 1)
-    for row, t in zip(hits, REPORT_AT):
-        for name, right in zip(models, row):
-            share, change = float(right.sum()) / n, right - row[0]
-            variance = float(change.square().sum() / n - (change.sum() / n) ** 2)
-            out[name][t] = [share, (share * (1 - share) / n) ** 0.5, right.numel(),
-                            float(change.sum()) / n, variance ** 0.5 / n ** 0.5]
-    return out
+    hits = hits[:, :, counted > 0]
+    return {name: {t: share(right, first) for t, right, first in zip(REPORT_AT, row, hits[0])}
+            for name, row in zip(models, hits)}
+
+
+def share(right: torch.Tensor, first: torch.Tensor) -> list[float]:
+    """Pairs [N] that a model and the first one got right, 1 or 0 -> what the table says.
+
+    [accuracy, its standard error, N, difference from the first model, its standard error]: paired,
+    the latter is smaller than both models' errors together.
+    """
+    n, change = max(len(right), 1), right - first
+    accuracy = float(right.sum()) / n
+    variance = float(change.square().sum() / n - (change.sum() / n) ** 2)
+    return [accuracy, (accuracy * (1 - accuracy) / n) ** 0.5, len(right),
+            float(change.sum()) / n, variance ** 0.5 / n ** 0.5]
 
 
 def print_table(table: dict[str, dict[int, list[float]]]) -> None:
     """The table of accuracies as text, and how far each model is from the first, pair by pair."""
     print(f"{'pair accuracy at t =':22}" + "".join(f"{t:>16}" for t in REPORT_AT))
     for name, row in table.items():
-        print(f"{name:22}" + "".join(f"{row[t][0]:>9.3f} ± {row[t][1]:.3f}" for t in REPORT_AT))
+        cells = "".join(f"{share:>9.3f} ± {error:.3f}" for share, error, *_ in row.values())
+        print(f"{name:22}{cells}")
     for name, row in list(table.items())[1:]:
-        more = "".join(f"{row[t][3]:>+9.3f} ± {row[t][4]:.3f}" for t in REPORT_AT)
-        print(f"{'  ' + name + ', more':22}{more}")
+        cells = "".join(f"{more:>+9.3f} ± {error:.3f}" for *_, more, error in row.values())
+        print(f"{'  ' + name + ', more':22}{cells}")
 
+
+# How it is launched
 
 def read_pairs(config: SPMConfig, side: int) -> Pairs:
     """The pairs that the options name."""
@@ -542,8 +550,8 @@ def main() -> None:
     coming = batches(setting, used, rounds.done)
     for step in rounds:
         epoch, batch, pictures = next(coming)
-        key = generator(config.seed, "timestep", step)
-        timesteps = torch.randint(0, 1000, (len(batch),), generator=key)            # t ~ U{0..999}
+        timesteps = torch.randint(0, 1000, (len(batch),),                           # t ~ U{0..999}
+                                  generator=generator(config.seed, "timestep", step))
         found = backward(setting, models, batch, timesteps, pictures, step)
         stats = trainer.update(found, step)
         trainer.end(dict(step=step + 1, epoch=epoch, **stats), len(batch))
