@@ -13,6 +13,7 @@ the rows of a few groups at a time.
 import io
 import json
 import os
+import shutil
 import threading
 from collections import Counter, OrderedDict
 from collections.abc import Callable
@@ -283,16 +284,74 @@ def readable(pairs: Pairs, i: int) -> torch.Tensor | str:
         return str(error)
 
 
-def stack_pictures(got: list[torch.Tensor | str | None], side: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """What `readable` gave for N pairs (None: not needed) -> uint8 [N, 2, 3, S, S], black where nothing, and [N] false where unreadable."""
+def stack_pictures(got: list[torch.Tensor | str | None],
+                   side: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """What `readable` gave for N pairs (None: not needed) -> their pictures, and which are sound.
+
+    uint8 [N, 2, 3, S, S], black where there is nothing, and bool [N], false where unreadable.
+    """
     blank = torch.zeros(2, 3, side, side, dtype=torch.uint8)
     return (torch.stack([g if isinstance(g, torch.Tensor) else blank for g in got]),
             torch.tensor([not isinstance(g, str) for g in got]))
 
 
+# Their latents
+
 @torch.no_grad()
 def encode_pairs(pipe: Pipeline, images: torch.Tensor) -> torch.Tensor:
-    """Pictures of N pairs [N, 2, 3, H, W] uint8 -> [N, 2, 2, C, h, w]: mean and standard deviation of both unscaled latents."""
+    """Pictures of N pairs [N, 2, 3, H, W] uint8 -> [N, 2, 2, C, h, w].
+
+    That is mean and standard deviation of both unscaled latents.
+    """
     vae = pipe.vae.quant_conv.weight
-    moments = pipe.vae.moments(upload(images, vae.device).flatten(0, 1).to(vae.dtype) / 127.5 - 1)            # [2 N, C, h, w] each
+    pictures = upload(images, vae.device).flatten(0, 1).to(vae.dtype) / 127.5 - 1
+    moments = pipe.vae.moments(pictures)                                    # [2 N, C, h, w] each
     return torch.stack([m.unflatten(0, (-1, 2)) for m in moments], 1).contiguous()
+
+
+def open_latents(folder: Path, pipe: Pipeline, side: int, count: int) -> torch.Tensor:
+    """What encode_pairs gives for `count` pairs, as a file that a machine's processes share.
+
+    It is zero where nothing was encoded yet. Raises InputError.
+    """
+    path, dtype = folder / "latents.bin", pipe.vae.quant_conv.weight.dtype
+    height = width = side // pipe.vae.factor
+    shape = torch.Size((count, 2, 2, pipe.vae.config.latent_channels, height, width))
+    size = shape.numel() * dtype.itemsize
+    try:
+        if path.exists() and path.stat().st_size != size:
+            raise InputError(f"{path}: holds the latents of other pairs; delete it")
+        missing = size - (path.stat().st_blocks * 512 if path.exists() else 0)
+        free = shutil.disk_usage(folder).free
+        if free < missing:
+            raise InputError(f"{path}: {size / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are "
+                             "free; leave out --cache_latents")
+        latents = torch.from_file(str(path), shared=True, size=shape.numel(), dtype=dtype)
+        return latents.view(shape)
+    except (OSError, RuntimeError) as error:
+        raise InputError(f"{path}: cannot be used as a cache "
+                         f"({str(error).splitlines()[0]})") from None
+
+
+def is_encoded(latents: torch.Tensor | None, i: int) -> bool:
+    """Is pair i there? Its standard deviations, none of which is zero, are written last."""
+    return latents is not None and bool(latents[i, 1].all())
+
+
+def encode_cached(pipe: Pipeline, images: torch.Tensor, latents: torch.Tensor | None,
+                  index: list[int], seen: torch.Tensor) -> torch.Tensor:
+    """encode_pairs of the pairs `index`; with `latents`, of those that it lacks.
+
+    Where `seen`, these are written there.
+    """
+    encode = pipe.calls.wrap(lambda rows: encode_pairs(pipe, rows), "encoding")
+    if latents is None:
+        return encode(images)
+    moments = upload(latents[index], pipe.device)
+    new = [n for n, i in enumerate(index) if not is_encoded(latents, i)]
+    if new:
+        moments[new] = encode(images[new])
+    for n in new:
+        if seen[n]:
+            latents[index[n], 0], latents[index[n], 1] = moments[n].cpu()
+    return moments

@@ -14,11 +14,12 @@ import gentle
 import spm_train
 from clip_spm import make_step_aware
 from conftest import assert_close, seeded
-from diffusion import encode_empty, encode_prompts
+from diffusion import encode_prompts
 from loading import load_clip, load_pipeline
 from helpers import PROMPTS, call, log_of, shell
-from pairs import UnreadablePicture, epoch_order, folder_pairs, load_pairs, square
-from spm_train import encode_pairs, open_latents, predicted_pixels, relabel
+from pairs import UnreadablePicture, encode_pairs, epoch_order, folder_pairs, is_encoded, load_pairs, open_latents, square
+from spm_train import Setting, SPMConfig, predicted_pixels, relabel
+from training import start_processes
 from weights import InputError
 
 
@@ -180,31 +181,36 @@ def test_an_epoch_is_every_row_once_and_neighbours_share_groups(monkeypatch):
     assert sum(abs(a - b) > 10 for a, b in zip(first, first[1:])) > 200         # and yet they are well mixed
 
 
-def test_both_pictures_of_a_pair_get_the_same_noise(sd):
+@pytest.fixture
+def setting(sd, pickscore, pairs):
+    """What shows those pairs to a judge."""
+    return Setting(load_pipeline(str(sd)), load_clip(str(pickscore)), load_pairs(str(pairs), 16), SPMConfig(), start_processes("cpu"))
+
+
+def test_both_pictures_of_a_pair_get_the_same_noise(setting):
     """Equal pictures stay equal, at every t; another pair, step or seed gets other noise."""
-    pipe = load_pipeline(str(sd))
+    pipe = setting.pipe
     images = torch.randint(0, 256, (1, 1, 3, 16, 16), generator=seeded(0)).byte().expand(3, 2, 3, 16, 16)
     pipe.vae.moments = lambda x, plain=pipe.vae.moments: (plain(x)[0], torch.zeros_like(plain(x)[1]))     # the encoder's own noise differs
     cond, t = encode_prompts(pipe, [PROMPTS[0]] * 3), torch.tensor([500, 500, 900])
-    see = lambda *key: predicted_pixels(pipe, encode_pairs(pipe, images), [0, 1, 2], t, cond, encode_empty(pipe), 5.0, key, 16)
-    pixels = see(0, "noise", 0).unflatten(0, (3, 2))
+    see = lambda *key: predicted_pixels(setting, [0, 1, 2], encode_pairs(pipe, images), cond, t, key)
+    pixels = see(0, "noise", 0)
     assert_close(pixels[:, 0], pixels[:, 1]) and torch.equal(see(0, "noise", 0), see(0, "noise", 0))
     assert (pixels[0] - pixels[1]).abs().max() > 0.1
     for other in ((0, "noise", 1), (1, "noise", 0), (0, "report", 0)):
-        assert (see(*other).unflatten(0, (3, 2)) - pixels).abs().amax((1, 2, 3, 4)).min() > 0.1
+        assert (see(*other) - pixels).abs().amax((1, 2, 3, 4)).min() > 0.1
 
 
-def test_pixels_by_hand(sd):
+def test_pixels_by_hand(sd, setting):
     """Encode, add that pair's noise at t, predict x0 under guidance, decode: with diffusers' networks and scheduler."""
     from diffusers import StableDiffusionPipeline
 
     from clip_spm import preprocess_decoded
     from training import generator
-    pipe, theirs = load_pipeline(str(sd)), StableDiffusionPipeline.from_pretrained(sd)
+    pipe, theirs = setting.pipe, StableDiffusionPipeline.from_pretrained(sd)
     images = torch.randint(0, 256, (2, 2, 3, 16, 16), generator=seeded(1)).byte()
     t = torch.tensor([251, 777])
-    ours = predicted_pixels(pipe, encode_pairs(pipe, images), [0, 1], t, encode_prompts(pipe, PROMPTS[:2]), encode_empty(pipe), 5.0,
-                            (0, "noise", 4), 16)
+    ours = predicted_pixels(setting, [0, 1], encode_pairs(pipe, images), encode_prompts(pipe, PROMPTS[:2]), t, (0, "noise", 4))
     with torch.no_grad():
         for i in range(2):
             noise, *encoder = torch.randn(3, 4, 8, 8, generator=generator(0, "noise", 4, i))
@@ -217,7 +223,7 @@ def test_pixels_by_hand(sd):
                 alpha = theirs.scheduler.alphas_cumprod[t[i]]
                 x0 = (x - (1 - alpha).sqrt() * (low + 5 * (high - low))) / alpha.sqrt()
                 picture = theirs.vae.decode(x0 / theirs.vae.config.scaling_factor).sample
-                assert_close(ours[2 * i + side][None], preprocess_decoded(picture, 16, clamp_first=True), 1e-4)
+                assert_close(ours[i, side][None], preprocess_decoded(picture, 16, clamp_first=True), 1e-4)
 
 
 def test_relabelling_by_pickscore(pickscore, pairs, sd):
@@ -327,15 +333,13 @@ def test_stopped_and_continued_is_the_same_run(kind, tmp_path, monkeypatch):
     assert (tmp_path / "parts/results.json").read_text() == (tmp_path / "whole/results.json").read_text()
 
 
-def test_two_processes_train_what_one_trains(kind, tmp_path):
+def test_two_processes_train_what_one_trains(kind, tmp_path, monkeypatch):
     """Sharded optimizer state, shares of 3 and 3 pairs of which micro batches hold 4 and 2, one cache of latents for both processes."""
-    words = ("tests/gentle.py", "spm_train.py", *kind, "--device", "cpu")
-    shell(*words, "--out", tmp_path / "one")
-    shell(*words, "--out", tmp_path / "two", "--micro_batch", 2, "--cache_latents", processes=2)
-    assert_same_models(tmp_path / "one", tmp_path / "two", 1e-5)
-    for file in (*(tmp_path / "two").glob("checkpoint-000005.*"), tmp_path / "two/results.json"):
-        file.unlink()
-    said = shell(*words, "--out", tmp_path / "two", processes=2).stdout         # as if killed in the last step
+    monkeypatch.setattr(torch.optim, "AdamW", gentle.adamw)
+    call("spm_train", *kind, "--out", tmp_path / "one")
+    words = ("spm_train.py", *kind, "--device", "cpu", "--out", tmp_path / "two")
+    said = shell("tests/killed.py", tmp_path / "two", *words, "--micro_batch", 2, "--cache_latents", "then", *words, processes=2).stdout
+    assert_same_models(tmp_path / "one", tmp_path / "two-first", 1e-5)
     assert "starting at step 4" in said and [row["step"] for row in log_of(tmp_path / "two")] == [1, 2, 3, 4, 5]
     assert_same_models(tmp_path / "one", tmp_path / "two", 1e-5)
 
@@ -343,8 +347,9 @@ def test_two_processes_train_what_one_trains(kind, tmp_path):
 @pytest.mark.parametrize("labels, dtype", [("human", "fp32"), ("human", "bf16"), ("pickscore", "fp32")])
 def test_cached_latents_change_nothing(kind, tmp_path, monkeypatch, labels, dtype):
     """Same losses, weights and table, also where a run goes on with what another part encoded; each training pair is encoded once."""
-    encoded, read, plain, readable = [], [], spm_train.encode_pairs, spm_train.readable
-    monkeypatch.setattr(spm_train, "encode_pairs", lambda pipe, images: encoded.append(len(images)) or plain(pipe, images))
+    import pairs as module
+    encoded, read, plain, readable = [], [], module.encode_pairs, spm_train.readable
+    monkeypatch.setattr(module, "encode_pairs", lambda pipe, images: encoded.append(len(images)) or plain(pipe, images))
     monkeypatch.setattr(spm_train, "readable", lambda pairs, i: read.append(i) or readable(pairs, i))
     monkeypatch.setattr(spm_train, "accuracy_table", lambda *inputs: {name: {t: [0] * 5 for t in (0, 251, 501, 701, 951)} for name in inputs[1]})
     words = ("spm_train", *kind, "--labels", labels, "--dtype", dtype, "--save_every", 3)
@@ -381,9 +386,9 @@ def test_a_cache_that_does_not_fit_is_one_line(sd, tmp_path, monkeypatch):
     assert latents.shape == (3, 2, 2, 4, 8, 8) and not latents.any()
     latents[1] = 2.5
     again = open_latents(tmp_path, pipe, 16, 3)
-    assert [spm_train.is_encoded(again, i) for i in range(3)] == [False, True, False] and torch.equal(again, latents)
+    assert [is_encoded(again, i) for i in range(3)] == [False, True, False] and torch.equal(again, latents)
     again[2, 0], again[2, 1, 0] = 1.0, 1.0                      # cut off while it was written
-    assert not spm_train.is_encoded(again, 2)
+    assert not is_encoded(again, 2)
     with pytest.raises(InputError, match="latents.bin: holds the latents of other pairs; delete it"):
         open_latents(tmp_path, pipe, 16, 4)
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10, 9, 1))
