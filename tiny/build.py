@@ -26,10 +26,10 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT)]
 import ddim
 from clip_spm import CLIP, CLIPConfig, preference_loss, preprocess_decoded
-from diffusion import encode_empty, generate
+from diffusion import generate
 from loading import TINY, first_tokenizer, load_clip, load_pipeline
 from pairs import Pairs
-from spm_train import PRESETS, SPMConfig, accuracy_table
+from spm_train import PRESETS, Setting, SPMConfig, accuracy_table
 from tiny import world
 from training import start_processes, write_json
 from unet import UNet, UNetConfig
@@ -479,11 +479,10 @@ def judge_table(
     pipe = load_pipeline(folder, device=device)
     images, captions, labels = world.preference_pairs(count, seed)
     pairs = Pairs(captions, labels, torch.ones(count), [range(count)], lambda i: images[i])
-    return accuracy_table(
-        pipe, models, pairs, lambda index, _: labels[index].to(device), list(range(count)),
-        SPMConfig(**PRESETS["tiny"], seed=seed), encode_empty(pipe), tokenize(folder, captions),
-        start_processes(device),
-    )
+    config = SPMConfig(**PRESETS["tiny"], seed=seed)
+    first = next(iter(models.values()))                     # what size of pictures it wants
+    setting = Setting(pipe, first, pairs, config, start_processes(device))
+    return accuracy_table(setting, models, list(range(count)))
 
 
 def build_spm(out: Path, device: torch.device, seed: int) -> None:
