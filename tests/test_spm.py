@@ -38,11 +38,19 @@ def pairs(tmp_path_factory):
     return folder
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def kind(sd, pickscore, pairs):
     """The options of a short run but its folder."""
     return ("--model", sd, "--pickscore", pickscore, "--pairs", pairs, "--dtype", "fp32", "--steps", 5, "--batch", 6, "--micro_batch", 4,
             "--validation", 5, "--warmup", 2, "--lr", 1e-3, "--save_every", 2, "--step_blind")
+
+
+@pytest.fixture(scope="module")
+def whole(kind, tmp_path_factory):
+    """The folder of such a run, undisturbed."""
+    folder = tmp_path_factory.mktemp("whole")
+    call("spm_train", *kind, "--out", folder)
+    return folder
 
 
 def test_pairs_are_read(pairs):
@@ -313,9 +321,8 @@ def assert_same_models(a, b, tolerance: float = 0.0) -> None:
             assert (value - theirs[key]).abs().max() <= tolerance * max(1, float(value.abs().max())), key
 
 
-def test_stopped_and_continued_is_the_same_run(kind, tmp_path, monkeypatch):
+def test_stopped_and_continued_is_the_same_run(kind, whole, tmp_path, monkeypatch):
     """A signal in step 3 saves after it; the same command again ends where an undisturbed run ends, bit for bit."""
-    call("spm_train", *kind, "--out", tmp_path / "whole")
     plain = spm_train.Run.log
 
     def log(self, record):
@@ -328,9 +335,9 @@ def test_stopped_and_continued_is_the_same_run(kind, tmp_path, monkeypatch):
             call("spm_train", *kind, "--out", tmp_path / "parts")
     assert len(log_of(tmp_path / "parts")) == 3 and not (tmp_path / "parts/results.json").exists()
     assert "starting at step 3" in call("spm_train", *kind, "--out", tmp_path / "parts")
-    assert_same_models(tmp_path / "parts", tmp_path / "whole")
-    assert log_of(tmp_path / "parts") == log_of(tmp_path / "whole")
-    assert (tmp_path / "parts/results.json").read_text() == (tmp_path / "whole/results.json").read_text()
+    assert_same_models(tmp_path / "parts", whole)
+    assert log_of(tmp_path / "parts") == log_of(whole)
+    assert (tmp_path / "parts/results.json").read_text() == (whole / "results.json").read_text()
 
 
 def test_two_processes_train_what_one_trains(kind, tmp_path, monkeypatch):
@@ -442,7 +449,7 @@ def damaged_copy(pairs, folder, numbers):
     return folder
 
 
-def test_unreadable_pictures_are_skipped_counted_and_listed(kind, pairs, tmp_path, monkeypatch):
+def test_unreadable_pictures_are_skipped_counted_and_listed(kind, pairs, whole, tmp_path, monkeypatch):
     """What stands in a damaged pair does not matter; which pairs are damaged survives a resume."""
     said = []
     monkeypatch.setattr(spm_train, "warn", said.append)
@@ -452,8 +459,7 @@ def test_unreadable_pictures_are_skipped_counted_and_listed(kind, pairs, tmp_pat
     assert 1 <= len(listed) <= 3 and log_of(tmp_path / "run")[-1]["unreadable"] == len(listed) == len(said)
     assert all("-1.png: not a readable picture" in line for line in listed) and all("skipped" in line for line in said)
     numbers = json.loads((tmp_path / "run/results.json").read_text())["SPM"]["0"]
-    call("spm_train", *kind, "--out", tmp_path / "whole", "--steps", 4)
-    assert numbers[2] <= json.loads((tmp_path / "whole/results.json").read_text())["SPM"]["0"][2]
+    assert numbers[2] <= json.loads((whole / "results.json").read_text())["SPM"]["0"][2]
     state = torch.load(tmp_path / "run/checkpoint-000004.pt", weights_only=True)
     assert len(state["unreadable"]) == len(listed)
     for i in (1, 2, 3):                                         # broken otherwise, the same run
