@@ -20,7 +20,6 @@ requirements-dev.txt. Writes benchmarks/results/bench_MODEL_DEVICE.json, or part
 """
 import contextlib
 import copy
-import dataclasses
 import gc
 import json
 import multiprocessing
@@ -30,8 +29,9 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
@@ -43,16 +43,22 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import ddim
 import lora
+from calls import Calls
 from clip_spm import CLIP, clip_h, preprocess_decoded
 from conftest import sd15_shaped, sdxl_shaped
-from diffusion import Conditioning, decode, encode_prompts, guided_noise, negative
-from loading import DTYPES, Pipeline, load_clip, load_pipeline
+from diffusion import (
+    Conditioning, decode, encode_empty, encode_prompts, guided_noise, judge_features, negative,
+)
+from finetune import LOW, Trainer, Turn, compiled_sizes
+from loading import DTYPES, TINY, Pipeline, load_clip, load_pipeline
+from observers import Faults
 from prompt_sets import read_prompts
-from spo_train import LOW, PRESETS, Counted, Models, Pairs, SPOConfig, judge_features
-from spo_train import pair_log_ratios, sample_pairs, spo_loss, train_on_pairs
+from spo_train import (
+    PRESETS, Batch, Judge, Pairs, SPOConfig, Steps, collect, pair_log_ratios, sample_pools,
+    spo_loss, take, train_on_pairs,
+)
 from test_unet import SD15_FULL, SDXL_FULL
-from training import Clock, Processes, generator, opt, parse_options, profiled, run_script
-from training import write_json
+from training import Processes, generator, opt, parse_options, profiled, run_script, write_json
 from unet import UNet, UNetConfig, compile_blocks
 from vae import VAE, TinyDecoder, TinyDecoderConfig, VAEConfig
 
@@ -84,25 +90,21 @@ class BenchConfig:
 class Task:
     """What all sides work on: a model with its LoRA, its judge, B prompts, and the settings."""
     pipe: Pipeline
-    judge: CLIP
+    clip: CLIP
     cond: Conditioning
-    uncond: Conditioning
+    empty: Conditioning | None          # guidance's other side: "" encoded (N = 1), None: zeros
     text: torch.Tensor                  # [B, P] the judge's features of the prompts
     config: SPOConfig
-
-    def sides_of(self, rows: slice | list[int]) -> list[Conditioning]:
-        """Both sides of guidance, cond and uncond, for some of the prompts."""
-        return [side.map(lambda v: v[rows]) for side in (self.cond, self.uncond)]
 
 
 @dataclass
 class Side:
     """One of the things compared."""
-    models: Models
-    train: Callable[[Pairs, Clock], None]       # on the pairs of a round
+    pipe: Pipeline                              # with calls of its own, so with a clock
+    judge: Judge
+    train: Callable[[Pairs], object]            # on the pairs of a round
     modules: list[torch.nn.Module]              # what must be on the card for it
     optimizer: torch.optim.Optimizer
-    config: SPOConfig
     compiled: bool | None = None                # None: knows nothing of it
     loss_of: Callable | None = None             # the official loss, for the comparison with ours
 
@@ -111,11 +113,10 @@ def tiny_task(device: torch.device) -> Task:
     """The embedded model with the demo's settings."""
     config = SPOConfig(**PRESETS["tiny"])
     pipe = load_pipeline("tiny", torch.float32, device)
-    judge = load_clip(str(ROOT / "tiny/model/spm"), torch.float32, device)
+    clip = load_clip(str(TINY / "spm"), torch.float32, device)
     prompts = read_prompts(config.prompts)[:64]
-    cond = encode_prompts(pipe, prompts)
-    uncond = negative(pipe, cond, encode_prompts(pipe, [""]))
-    return Task(pipe, judge, cond, uncond, judge_features(pipe, judge, prompts), config)
+    cond, text = encode_prompts(pipe, prompts), judge_features(pipe, clip, prompts)
+    return Task(pipe, clip, cond, encode_empty(pipe), text, config)
 
 
 def full_task(model: str, device: torch.device) -> Task:
@@ -125,9 +126,9 @@ def full_task(model: str, device: torch.device) -> Task:
     with torch.device(device):
         torch.set_default_dtype(torch.bfloat16)
         unet, vae = UNet(UNetConfig.from_json(full_unet(model))), VAE(VAEConfig())
-        judge = CLIP(clip_h(step_aware=True))
+        clip = CLIP(clip_h(step_aware=True))
         torch.set_default_dtype(torch.float32)
-    for module in (unet, vae, judge):
+    for module in (unet, vae, clip):
         module.requires_grad_(False).eval()
     betas = torch.linspace(0.00085 ** 0.5, 0.012 ** 0.5, 1000).square()
     schedule = ddim.Schedule((1 - betas).cumprod(0), 0.9991)
@@ -138,9 +139,9 @@ def full_task(model: str, device: torch.device) -> Task:
         sizes = torch.tensor([[1024, 1024, 0, 0, 1024, 1024.0]], device=device)
         extra = draw(1280), sizes.repeat(16, 1)
     width = unet.config.cross_attention_dim
-    cond, uncond = (Conditioning(draw(77, width), *extra) for _ in range(2))
+    cond, empty = (Conditioning(draw(77, width), *extra) for _ in range(2))
     text = torch.nn.functional.normalize(draw(1024).float(), dim=-1)
-    return Task(pipe, judge, cond, uncond, text, config)
+    return Task(pipe, clip, cond, empty[:1], text, config)
 
 
 def full_unet(model: str) -> dict:
@@ -151,11 +152,10 @@ def full_unet(model: str) -> dict:
 def load_task(model: str, prompts: int, device: torch.device, **changes) -> Task:
     """A model with its LoRA, `prompts` prompts, its settings with `changes`; every pair counts."""
     task = tiny_task(device) if model == "tiny" else full_task(model, device)
-    config = dataclasses.replace(task.config, threshold=-1.0, **changes)
+    config = replace(task.config, threshold=-1.0, **changes)
     lora.add(task.pipe.unet, config.rank)
     task.pipe.unet.checkpointing = config.checkpointing
-    cond, uncond = task.sides_of(slice(prompts))
-    return Task(task.pipe, task.judge, cond, uncond, task.text[:prompts], config)
+    return replace(task, cond=task.cond[:prompts], text=task.text[:prompts], config=config)
 
 
 def official_module(cls, config: dict, ours: UNet | VAE, dtype: torch.dtype) -> torch.nn.Module:
@@ -179,29 +179,51 @@ def add_official_lora(unet: torch.nn.Module, ours: UNet, rank: int) -> None:
             p.requires_grad_(True)
 
 
+class OfficialUNet:
+    """diffusers' UNet in `dtype`, called as ours; `mixed`: under autocast."""
+
+    def __init__(self, unet: torch.nn.Module, dtype: torch.dtype, mixed: bool):
+        self.unet, self.dtype, self.mixed, self.config = unet, dtype, mixed, unet.config
+
+    def __call__(self, latents, timestep, prompt_embeds, pooled=None, time_ids=None):
+        added = None
+        if pooled is not None:
+            added = dict(text_embeds=pooled.to(self.dtype), time_ids=time_ids)
+        with torch.autocast(latents.device.type, self.dtype, enabled=self.mixed):
+            return self.unet(
+                latents.to(self.dtype), timestep, added_cond_kwargs=added,
+                encoder_hidden_states=prompt_embeds.to(self.dtype),
+            ).sample
+
+
 class Official:
     """The official recipe, diffusers and peft, with the very weights of `task` and of its LoRA."""
 
     def __init__(self, task: Task, unet_json: dict, vae_json: dict):
         self.task, self.config, pipe = task, task.config, task.pipe
         self.dtype = torch.float16 if pipe.device.type == "cuda" else torch.float32
-        self.policy, self.reference = (
+        policy, reference = (
             official_module(diffusers.UNet2DConditionModel, unet_json, pipe.unet, self.dtype)
             for _ in range(2)
         )
-        add_official_lora(self.policy, pipe.unet, self.config.rank)
+        called = OfficialUNet(policy, self.dtype, mixed=self.dtype == torch.float16)
+        self.policy = replace(pipe, unet=called, calls=Calls(pipe.device))
+        self.reference = replace(self.policy, unet=OfficialUNet(reference, self.dtype, mixed=False))
         self.vae = official_module(diffusers.AutoencoderKL, vae_json, pipe.vae, self.dtype)
-        self.parameters = [p for p in self.policy.parameters() if p.requires_grad]
+        add_official_lora(policy, pipe.unet, self.config.rank)
+        self.parameters = [p for p in policy.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-6)
 
     def side(self) -> Side:
         """The recipe as one of the sides."""
-        judge = copy.deepcopy(self.task.judge).float()
-        models = Models(Counted(self.call(self.policy)), self.draw, judge, judge.image_features)
-        whole_pool = self.config.sample_batch * self.config.k
+        calls, clip = self.policy.calls, copy.deepcopy(self.task.clip).float()
+        judge = Judge(
+            clip, calls.wrap(self.draw, "decoding"), calls.wrap(clip.image_features, "scoring"),
+            chunk=self.config.sample_batch * self.config.k,         # a whole pool
+        )
+        modules = [self.policy.unet.unet, self.reference.unet.unet, self.vae, clip]
         return Side(
-            models, self.train, [self.policy, self.reference, self.vae, judge], self.optimizer,
-            dataclasses.replace(self.config, decode_batch=whole_pool), loss_of=self.loss_of,
+            self.policy, judge, self.train, modules, self.optimizer, loss_of=self.loss_of
         )
 
     def draw(self, latents: torch.Tensor) -> torch.Tensor:
@@ -209,60 +231,33 @@ class Official:
         scale = self.task.pipe.vae.config.scaling_factor
         return self.vae.decode(latents.to(self.dtype) / scale).sample.float()
 
-    def call(self, unet: torch.nn.Module) -> Callable:
-        """diffusers' UNet, called as ours."""
-        mixed = self.dtype == torch.float16 and unet is self.policy
-
-        def forward(latents, timestep, prompt_embeds, pooled=None, time_ids=None):
-            added = None
-            if pooled is not None:
-                added = dict(text_embeds=pooled.to(self.dtype), time_ids=time_ids)
-            with torch.autocast(latents.device.type, self.dtype, enabled=mixed):
-                return unet(
-                    latents.to(self.dtype), timestep, added_cond_kwargs=added,
-                    encoder_hidden_states=prompt_embeds.to(self.dtype),
-                ).sample
-
-        return forward
-
-    def loss_of(
-        self, x_t: torch.Tensor, x_next: torch.Tensor, t: torch.Tensor, c: Conditioning,
-        u: Conditioning,
-    ) -> torch.Tensor:
-        """Four forwards, of policy and reference, of winner and loser: losses [N].
-
-        `x_t`, `x_next` [N, 2, C, H, W]; `t` [N].
-        """
-        schedule, config = self.task.pipe.schedule, self.config
-        stride = len(schedule.alphas_cumprod) // config.steps
+    def loss_of(self, steps: Steps) -> torch.Tensor:
+        """Four forwards, of policy and reference, of winner and loser: losses [N]."""
+        schedule, config, t = self.policy.schedule, self.config, steps.t
         ratios = []
         for place in (0, 1):
-            densities = []
-            for unet in (self.policy, self.reference):
-                with torch.set_grad_enabled(unet is self.policy):
+            x_t, densities = steps.x_t[:, place], []
+            for pipe in (self.policy, self.reference):
+                with torch.set_grad_enabled(pipe is self.policy):
                     noise_pred = guided_noise(
-                        self.call(unet), x_t[:, place], t, c, u, config.guidance_scale
+                        pipe, x_t, t, steps.cond, steps.uncond, config.guidance_scale
                     )
                 mean, std = ddim.step_gaussian(
-                    schedule, x_t[:, place], noise_pred, t, t - stride, config.eta
+                    schedule, x_t, noise_pred, t, t - schedule.stride(config.steps), config.eta
                 )
-                densities.append(ddim.log_prob(x_next[:, place], mean, std))
+                densities.append(ddim.log_prob(steps.x_next[:, place], mean, std))
             ratios.append(densities[0] - densities[1])
         return spo_loss(*ratios, config.beta, config.clamp)
 
-    def train(self, pairs: Pairs, clock: Clock) -> None:
+    def train(self, pairs: Pairs) -> None:
         """Train on every pair, in the order of the slots."""
-        config, count = self.config, pairs.valid.shape[1]
-        timesteps = torch.tensor(pool_timesteps(self.task.pipe, config))
+        config, pipe = self.config, self.policy
         slots = pairs.valid.flatten().nonzero()[:, 0].cpu()
         for batch in slots.split(config.pairs_per_step):
-            with clock("training"):
+            with pipe.calls.phase("training"):
                 for part in batch.split(config.train_batch):
-                    prompt, slot = part // count, part % count
-                    t = timesteps[slot].to(self.task.pipe.device)
-                    c, u = self.task.sides_of(prompt)
-                    x_t, x_next = pairs.x_t[prompt, slot], pairs.x_next[prompt, slot]
-                    (self.loss_of(x_t, x_next, t, c, u).sum() / len(batch)).backward()
+                    steps = take(pairs, part.tolist(), pipe, self.task.empty)
+                    (self.loss_of(steps).sum() / len(batch)).backward()
                 torch.nn.utils.clip_grad_norm_(self.parameters, config.clip_norm)
                 self.optimizer.step()
                 self.optimizer.zero_grad(set_to_none=True)
@@ -280,43 +275,63 @@ def forwards(pipe: Pipeline, config: SPOConfig) -> tuple[int, int, int, int]:
     return early + 1, slots - (pools[-1] == timesteps[-1]), -(-slots // config.j), slots
 
 
+class BareTrainer(Trainer):
+    """A trainer without a run folder: it only trains on pairs."""
+
+    def __init__(self, pipe: Pipeline, empty: Conditioning | None, config: SPOConfig):
+        self.pipe, self.empty, self.config = pipe, empty, config
+        self.processes = Processes(0, 1, pipe.device)
+        self.rounds = SimpleNamespace(bad=0)
+        self.weights = lora.parameters(pipe.unet)
+        self.optimizer = torch.optim.AdamW(self.weights, lr=1e-6)
+
+
 def our_side(task: Task, compiled: bool, small: TinyDecoder | None = None) -> Side:
     """This program's own functions; pictures by the VAE or by a `small` decoder.
 
     The UNet's blocks are compiled already, for all sides.
     """
-    pipe, judge = task.pipe, task.judge
-    config = dataclasses.replace(task.config, compile=compiled, lr=1e-6)
-    draw, features = small or pipe.vae.decode, judge.image_features
+    config, clip = replace(task.config, compile=compiled), task.clip
+    pipe = replace(task.pipe, calls=Calls(task.pipe.device))
+    pipe.calls.sizes = compiled_sizes(config, 1, config.k, 1 if config.j == 1 else 2)
+    draw, features = small or pipe.vae.decode, clip.image_features
     if compiled:
         draw, features = (torch.compile(f, dynamic=False) for f in (draw, features))
     dtype = pipe.vae.post_quant_conv.weight.dtype
-    optimizer = torch.optim.AdamW(lora.parameters(pipe.unet), lr=1e-6)
-    models = Models(Counted(pipe.unet), lambda z: draw(z.to(dtype)).float(), judge, features)
-    empty = None if pipe.zero_negative else task.uncond.map(lambda v: v[:1])
+    judge = Judge(
+        clip, pipe.calls.wrap(lambda latents: draw(latents.to(dtype)).float(), "decoding"),
+        pipe.calls.wrap(features, "scoring"), config.decode_batch,
+    )
+    trainer = BareTrainer(pipe, task.empty, config)
+    numbers = range(len(task.text))                     # in place of the prompts
+    turn = Turn(0, 0, 0, list(numbers), [str(i) for i in numbers])
+    return Side(
+        pipe, judge, lambda pairs: train_on_pairs(trainer, pairs, turn, config),
+        [pipe.unet, small or pipe.vae, clip], trainer.optimizer, compiled,
+    )
 
-    def train(pairs: Pairs, clock: Clock) -> None:
-        train_on_pairs(pipe, models, optimizer, pairs, task.cond, empty, config,
-                       Processes(0, 1, pipe.device), clock, (0, 0))
 
-    return Side(models, train, [pipe.unet, small or pipe.vae, judge], optimizer, config, compiled)
+def sample(task: Task, side: Side, rows: slice, key: tuple, config: SPOConfig) -> Pairs:
+    """Pairs of some of the prompts, sampled as a run does."""
+    cond, text = task.cond[rows], task.text[rows]
+    generators = [generator(*key, i) for i in range(len(task.text))[rows]]
+    batch = Batch(cond, negative(side.pipe, cond, task.empty), text, generators)
+    judge = replace(side.judge)                         # what watches it goes with it
+    with side.pipe.calls.phase("sampling"):
+        pairs = collect(sample_pools(side.pipe, judge, batch, config, [Faults(judge)]))
+    return replace(pairs, cond=cond)
 
 
-def one_round(task: Task, side: Side, seed: int, clock: Clock) -> None:
+def one_round(task: Task, side: Side, seed: int) -> None:
     """Sample the prompts, `sample_batch` at a time, and train on all their pairs."""
-    config, text = side.config, task.text
-    parts = []
-    for begin in range(0, len(text), config.sample_batch):
-        rows = slice(begin, begin + config.sample_batch)
-        c, u = task.sides_of(rows)
-        generators = [generator(seed, "bench", i) for i in range(len(text))[rows]]
-        parts.append(sample_pairs(
-            task.pipe, side.models, c, u, text[rows], generators, config, clock
-        ))
-    names = [f.name for f in dataclasses.fields(Pairs)]
-    pairs = Pairs(*(torch.cat([getattr(part, name) for part in parts]) for name in names))
-    pairs.valid[:] = True
-    side.train(pairs, clock)
+    config, size = task.config, task.config.sample_batch
+    parts = [
+        sample(task, side, slice(begin, begin + size), (seed, "bench"), config)
+        for begin in range(0, len(task.text), size)
+    ]
+    x_t, x_next = (torch.cat([getattr(p, name) for p in parts]) for name in ("x_t", "x_next"))
+    valid = torch.ones(x_t.shape[:2], dtype=torch.bool, device=x_t.device)
+    side.train(replace(parts[0], x_t=x_t, x_next=x_next, valid=valid, cond=task.cond))
 
 
 def seconds_of(function: Callable, device: torch.device) -> float:
@@ -345,7 +360,7 @@ def measure(model: str, changes: dict, prompts: int, repeats: int) -> tuple[int,
     seconds = []
     try:
         for seed in range(repeats + 1):
-            seconds.append(seconds_of(lambda: one_round(task, side, seed, Clock(device)), device))
+            seconds.append(seconds_of(lambda: one_round(task, side, seed), device))
     except torch.cuda.OutOfMemoryError:
         return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -426,7 +441,7 @@ def build_sides(task: Task, given: BenchConfig) -> tuple[dict[str, Side], TinyDe
 def official_configs(model: str) -> list[dict]:
     """What diffusers builds the UNet and the VAE from."""
     if model == "tiny":
-        files = [ROOT / f"tiny/model/{part}/config.json" for part in ("unet", "vae")]
+        files = [TINY / part / "config.json" for part in ("unet", "vae")]
         configs = [json.loads(file.read_text()) for file in files]
         return [{k: v for k, v in c.items() if not k.startswith("_")} for c in configs]
     return [full_unet(model), dict(
@@ -441,24 +456,14 @@ def loss_difference(task: Task, sides: dict[str, Side]) -> float:
 
     SystemExit on a CPU where they are not the same.
     """
-    pipe, config = task.pipe, task.config
-    n, first = min(len(task.text), config.train_batch), pool_timesteps(pipe, config)[0]
-    c, u = task.sides_of(slice(n))
-    t = torch.full((n,), first, device=pipe.device)
-    stride = len(pipe.schedule.alphas_cumprod) // config.steps
+    side, n = sides["eager"], min(len(task.text), task.config.train_batch)
+    pipe = side.pipe
+    config = replace(task.config, t_min=pool_timesteps(pipe, task.config)[0], j=1)  # one pool
     with torch.compiler.set_stance("force_eager"):
-        pairs = sample_pairs(
-            pipe, sides["eager"].models, c, u, task.text[:n],
-            [generator(0, "check", i) for i in range(n)],
-            dataclasses.replace(config, t_min=first, j=1), Clock(pipe.device),
-        )
-        x_t, x_next = pairs.x_t[:n, 0], pairs.x_next[:n, 0]
-        ratios = pair_log_ratios(
-            pipe.unet, pipe.unet, pipe.schedule, x_t, x_next, t, t - stride, [True] * n, c, u,
-            config.guidance_scale, config.eta,
-        )
-        ours = spo_loss(*ratios, config.beta, config.clamp)
-        theirs = sides["official"].loss_of(x_t, x_next, t, c, u)
+        pairs = sample(task, side, slice(n), (0, "check"), config)
+        steps = take(pairs, list(range(n)), pipe, task.empty)
+        ours = spo_loss(*pair_log_ratios(pipe, steps, config), config.beta, config.clamp)
+        theirs = sides["official"].loss_of(steps)
     difference = float((ours - theirs).abs().max())
     print(
         f"loss of {n} pairs, official against ours: largest difference {difference:.1e} "
@@ -512,49 +517,50 @@ Round = tuple[dict[str, float], float, int | None]      # seconds by phase, in a
 
 def timed_round(task: Task, side: Side, sides: dict[str, Side], seed: int) -> Round:
     """One round of one side."""
-    device = task.pipe.device
-    clock = Clock(device)
+    device, clock = task.pipe.device, side.pipe.calls.clock
     with alone(task.pipe, side, sides) as before:
-        seconds = seconds_of(lambda: one_round(task, side, seed, clock), device)
+        clock.seconds()                         # forgets what came before
+        seconds = seconds_of(lambda: one_round(task, side, seed), device)
     return clock.seconds(), seconds, peak_of(side, before, device)
 
 
 def parts_of(task: Task, side: Side) -> dict[str, tuple[str, float, Callable]]:
     """{part of a round: (phase, how often a round does it, a function that does it)}."""
-    pipe, config, models, b = task.pipe, side.config, side.models, len(task.text)
+    pipe, judge, config, b = side.pipe, side.judge, task.config, len(task.text)
     device, shape = pipe.device, pipe.latent_shape()
     at_one, at_k, groups, slots = forwards(pipe, config)
-    t = pool_timesteps(pipe, config)[0]
-    n = min(config.pairs_per_step, b * slots)
-    pool = [v.map(lambda w: w.repeat_interleave(config.k, 0)) for v in (task.cond, task.uncond)]
+    timesteps, n = pool_timesteps(pipe, config), min(config.pairs_per_step, b * slots)
+    t, uncond = timesteps[0], negative(pipe, task.cond, task.empty)
+    pool = [given.repeat(config.k) for given in (task.cond, uncond)]
     latents = torch.randn(b * config.k, *shape, device=device)
     x_t, noise = torch.randn(2, b, slots, 2, *shape, device=device)
-    valid = torch.arange(b * slots, device=device).view(b, -1) < n
     pairs = Pairs(
         x_t, x_t + 0.01 * noise,        # so near that the ratio is not clamped
-        valid, *(torch.zeros(0, device=device) for _ in range(4)),
+        torch.arange(b * slots, device=device).view(b, -1) < n,
+        scores=torch.zeros(0), notes={}, timesteps=timesteps,
+        apart=[place % config.j > 0 for place in range(slots)], ends=[], cond=task.cond,
     )
     drawn = torch.randn(b * config.k, 3, *[shape[-1] * pipe.vae.factor] * 2, device=device)
 
     def predict(x: torch.Tensor, cond: Conditioning, uncond: Conditioning) -> None:
-        guided_noise(models.unet, x, t, cond, uncond, config.guidance_scale)
+        guided_noise(pipe, x, t, cond, uncond, config.guidance_scale)
 
     def draw() -> list[torch.Tensor]:
-        return [models.decode(part) for part in latents.split(config.decode_batch)]
+        return [judge.decode(part) for part in latents.split(judge.chunk)]
 
     def score() -> None:
-        for part in drawn.split(config.decode_batch):
-            pixels = preprocess_decoded(part, models.judge.config.vision.image_size)
-            models.image_features(pixels, torch.full((len(part),), t, device=device))
+        for part in drawn.split(judge.chunk):
+            pixels = preprocess_decoded(part, judge.clip.config.vision.image_size)
+            judge.features(pixels, torch.full((len(part),), t, device=device))
 
     return {
         "a step of the walk":
-            ("sampling", at_one, lambda: predict(latents[:b], task.cond, task.uncond)),
+            ("sampling", at_one, lambda: predict(latents[:b], task.cond, uncond)),
         "a pool's candidates": ("sampling", at_k, lambda: predict(latents, *pool)),
         "a pool decoded": ("decoding", groups, draw),
         "a pool scored": ("scoring", groups, score),
         f"an optimizer step, {n} pairs":
-            ("training", b * slots / n, lambda: side.train(pairs, Clock(device))),
+            ("training", b * slots / n, lambda: side.train(pairs)),
     }
 
 
@@ -580,20 +586,20 @@ def timed_parts(task: Task, name: str, sides: dict[str, Side], repeats: int) -> 
 
 def costs(task: Task, small: TinyDecoder | None) -> dict[str, float | None]:
     """Floating-point operations of one forward of each network, counted."""
-    pipe, judge = task.pipe, task.judge
-    for module in (pipe.unet, pipe.vae, judge, *([small] if small else [])):
+    pipe, clip = task.pipe, task.clip
+    for module in (pipe.unet, pipe.vae, clip, *([small] if small else [])):
         module.to(pipe.device)
     z = torch.zeros(1, *pipe.latent_shape(), device=pipe.device)
     t = torch.zeros(1, device=pipe.device)
-    c, _ = task.sides_of(slice(1))
+    c = task.cond[:1]
     dtype = pipe.vae.post_quant_conv.weight.dtype
     with torch.no_grad(), lora.disabled(pipe.unet), torch.compiler.set_stance("force_eager"):
-        pixels = preprocess_decoded(decode(pipe, z), judge.config.vision.image_size)
+        pixels = preprocess_decoded(decode(pipe, z), clip.config.vision.image_size)
         return dict(
             unet_flops=flops_of(lambda: pipe.unet(z, t, c.prompt_embeds, c.pooled, c.time_ids)),
             decode_flops=flops_of(lambda: decode(pipe, z)),
             small_decode_flops=flops_of(lambda: small(z.to(dtype))) if small else None,
-            judge_flops=flops_of(lambda: judge.image_features(pixels, t)),
+            judge_flops=flops_of(lambda: clip.image_features(pixels, t)),
         )
 
 
@@ -682,7 +688,8 @@ def measurements(
 def compare_sides(given: BenchConfig, prompts: int, head: dict, path: Path) -> None:
     """Build the sides, check that they agree, take turns, and write down what is known."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    task = load_task(given.model, prompts, device, sample_batch=prompts)
+    batches = dict(sample_batch=prompts, prompts_per_round=prompts)
+    task = load_task(given.model, prompts, device, **batches)
     sides, small = build_sides(task, given)
     difference = loss_difference(task, sides) if {"official", "eager"} <= set(sides) else None
     cost = costs(task, small)
