@@ -6,8 +6,8 @@
 
 Online, from prompts alone; PickScore is the reward, seen only at the end of a trajectory:
     ddpo            policy gradient on the reward, clipped as in PPO (Black et al. 2023)
-    d3po            the better and the worse of k trajectories, all their steps, in Eq. 4's form
-                    (Yang et al. 2023)
+    d3po            the better and the worse of k trajectories, all their steps (Eq. 2; Yang et al.
+                    2023)
 Offline, from pictures that people compared:
     diffusion-dpo   DPO with the denoising error in place of the log-probability (Wallace et al.
                     2023)
@@ -15,7 +15,7 @@ Offline, from pictures that people compared:
 
 The online two are SPO's walk with one pool over the whole trajectory: candidates leave x_T, go down
 on their own and are judged as finished pictures. So they differ from SPO in just what the paper
-changes: when preference is asked.
+changes: when the preference is asked for.
 
 Shapes: N pairs or slots, S steps, C H W latent.
 """
@@ -48,7 +48,7 @@ from spo_train import SPOConfig, pick, prepare, sample_round, train_on_pairs
 from training import Processes, Run, generator, opt, parse_options, run_script, start_processes
 from weights import InputError
 
-METHODS = {         # where each starts from unless the command line says otherwise
+METHODS = {         # where each starts from unless the preset or the command line says otherwise
     "ddpo": dict(lr=3e-4, beta=0.0),                # ddpo-pytorch
     "d3po": dict(lr=3e-5, beta=0.1),                # the authors' code
     "diffusion-dpo": dict(lr=2e-5, beta=5000.0),    # 1e-8 x an effective batch of 2048
@@ -91,7 +91,7 @@ PRESETS = {model: {name: preset[name] for name in SHARED if name in preset}
 
 
 def d3po_as_spo(config: BaselineConfig) -> SPOConfig:
-    """Trajectory-level preference as MSPO: one group of all steps, judged once, by PickScore."""
+    """The online rivals' walk: MSPO with one group of all steps, judged once, by PickScore."""
     shared = {name: getattr(config, name) for name in SHARED}
     every = config.method == "ddpo"                 # which learns from pictures that tie, too
     return SPOConfig(
@@ -183,7 +183,7 @@ def diffusion_dpo_loss(win: torch.Tensor, lose: torch.Tensor, win_ref: torch.Ten
 
 def mapo_loss(win: torch.Tensor, lose: torch.Tensor, beta: float, snr: float = 0.5,
               scale: float = 1000.0) -> torch.Tensor:
-    """Per pair [N]: the winner's denoising error, less beta x log-odds that it is the likelier."""
+    """Per pair [N]: the winner's denoising error, less beta x log p(it is the likelier one)."""
     def phi(error: torch.Tensor) -> torch.Tensor:           # falls from 1 as the error grows
         return snr * error / torch.expm1(snr * error)
     return win - beta * F.logsigmoid(scale * (phi(win) - phi(lose)))
@@ -205,7 +205,7 @@ def denoising_errors(pipe: Pipeline, latents: torch.Tensor, noise: torch.Tensor,
     return (output - target).square().mean(dim=(1, 2, 3))
 
 
-def noised_pairs(trainer: Trainer, data: Pairs, rows: list[int], images: torch.Tensor,
+def noised_pairs(trainer: Trainer, rows: list[int], images: torch.Tensor,
                  epoch: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Pictures of N pairs -> clean latents and noise [2 N, C, H, W], timesteps [2 N].
 
@@ -229,7 +229,7 @@ def offline_values(trainer: Trainer, data: Pairs, rows: list[int],
     """Some pairs of pictures, by their numbers: the loss [N], then what is only logged."""
     pipe, config = trainer.pipe, trainer.config
     images, seen = stack_pictures([readable(data, i) for i in rows], pipe.side(config.resolution))
-    latents, noise, t = noised_pairs(trainer, data, rows, images, epoch)
+    latents, noise, t = noised_pairs(trainer, rows, images, epoch)
     captions = [data.captions[i] for i in rows]
     cond = encode_prompts(pipe, captions, config.resolution or None).repeat(2)
     label = upload(data.label[rows], pipe.device)

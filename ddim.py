@@ -1,7 +1,7 @@
 """Stochastic DDIM: noise schedule, predicted clean latent, a step as a Gaussian, its log-density.
 
 SPO needs p_theta(x_{t-1} | x_t, c) as a distribution that can be sampled many times and whose
-density can be evaluated (paper, Eqs. 2, 4 and 5; DDIM with eta = 1, section 5.1). Pure functions
+density can be evaluated (paper, Eqs. 4 and 5; DDIM with eta = 1, section 5.1). Pure functions
 of tensors, all in fp32.
 
 Shapes: N samples, C H W latent. Timesteps are integers 0..999; alphas_cumprod[t] falls from 0.9991
@@ -125,7 +125,7 @@ def step_std(schedule: Schedule, timestep: torch.Tensor | int, previous: torch.T
 def step_gaussian(schedule: Schedule, latents: torch.Tensor, noise_pred: torch.Tensor,
                   timestep: torch.Tensor | int, previous: torch.Tensor | int,
                   eta: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
-    """p_theta(x_{t-1} | x_t, c) of Eq. 2: mean [N, C, H, W] and std (broadcastable), fp32.
+    """p_theta(x_{t-1} | x_t, c) of Eq. 4: mean [N, C, H, W] and std (broadcastable), fp32.
 
     `timestep` and `previous` (the next smaller timestep; negative behind the last step) are
     numbers, or [N] each. With eta = 1 and 20 steps sigma runs from 0.644 at t = 951 to 0.0206 at

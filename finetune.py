@@ -8,7 +8,7 @@
                 minibatch.step()
             trainer.end(turn, stats)            # log, checkpoint, samples; leaves on a signal
 
-SPO (spo_train.py) and its rivals (baselines.py) differ in what stands inside; the loop is theirs.
+SPO (spo_train.py) and its rivals (baselines.py) differ in what stands inside. Each writes the loop.
 
 Shapes: N slots, a slot being whatever a method learns from: a step of a pair, a pair of pictures.
 """
@@ -97,8 +97,8 @@ class RunConfig(ModelConfig):
     rounds: int = opt(0, "stop after this many rounds; 0: when the epochs are done", least=0)
     prompts_per_round: int = opt(40, "global batch of prompts per round (O: 4 x 10 SD-1.5, 4 x 2 "
                                  "SDXL)", least=1)
-    pairs_per_step: int = opt(40, "global batch of pairs per optimizer step (P: 40 SD-1.5; 8 x 2 "
-                              "SDXL)", least=1)
+    pairs_per_step: int = opt(40, "global batch of pairs, with MSPO of their steps, per optimizer "
+                              "step (P: 40 SD-1.5; 8 x 2 SDXL)", least=1)
     # What fits, and how often; none of these changes the mathematics
     memory: str = opt("auto", "low: small batches, checkpointing, text encoders on the card only "
                       "while they encode; normal: the batches below; auto: low on cards under "
@@ -120,7 +120,7 @@ LOW = {         # estimates: sd15 within 10 GB at 512 pixels, sdxl within 24 GB 
     "sd15": dict(sample_batch=2, train_batch=4, decode_batch=2, checkpointing=True),
     "": dict(sample_batch=1, train_batch=1, decode_batch=1, checkpointing=True),    # all others
 }
-# What may differ where a run goes on. What a preset sets is compared itself.
+# May differ when a run is resumed. A preset may, because what it sets is compared itself.
 FREE = ("out", "preset", "device", "epochs", "rounds", "memory", "sample_batch", "train_batch",
         "decode_batch", "checkpointing", "compile", "decoder_check", "profile", "save_every",
         "grid_every", "snapshot_every")
@@ -321,13 +321,13 @@ class Trainer:
                 break
 
     def end(self, turn: Turn, stats: dict, sound: bool = True) -> None:
-        """Log a round; save, draw samples, leave, as is due. `sound`: was anything finite?
+        """Log a round; save, draw samples, leave, as is due. `sound`: was any picture finite?
 
         Raises InputError after TOO_MANY that were not.
         """
         config, pipe, rounds = self.config, self.pipe, self.rounds
         rounds.bad += not sound
-        if stats["score"] is not None or not rounds.bad:
+        if stats["score"] is not None or not rounds.bad:    # the LoRA before it drew this round
             self.good = self.before
         evaluations = torch.tensor([pipe.calls.evaluations], device=pipe.device)        # int64
         self.processes.sum([evaluations])
@@ -380,7 +380,7 @@ class Trainer:
 
 
 def is_due(done: int, every: int, last: bool = False) -> bool:
-    """Is something due that happens `every` so many rounds (0: never), and after the `last`?"""
+    """Is it due, as every `every` rounds (0: never), or because this is the last one?"""
     return every > 0 and (done % every == 0 or last)
 
 
@@ -425,7 +425,7 @@ class Minibatch:
                 yield self.mine[begin:begin + self.trainer.config.train_batch]
 
     def backward(self, loss: torch.Tensor, logged: list[torch.Tensor]) -> None:
-        """Add up gradients of the loss [N], over the whole minibatch's size, and what is logged."""
+        """Add the gradients of loss [N] / minibatch size; add up what is logged, [N] each."""
         (loss.sum() / self.size).backward()
         self.losses.append(loss.detach())
         self.sums += torch.stack([loss, *logged]).detach().sum(1)
@@ -451,7 +451,7 @@ class Minibatch:
         trainer.optimizer.zero_grad(set_to_none=True)
 
     def report(self) -> None:
-        """Say which slot's loss is not finite or, where all are, which gradient."""
+        """Say which slot's loss is not finite or, if every loss is, which gradient is not."""
         finite = torch.isfinite(torch.cat(self.losses)).tolist() if self.losses else []
         broken = [slot for slot, sound in zip(self.mine, finite) if not sound]
         if broken:

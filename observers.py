@@ -1,6 +1,6 @@
 """What watches SPO's pools without taking part: faults, the decoder's check, the trace.
 
-An observer is called with a pool (spo_train.Pool) and the batch that it is from. It may leave
+An observer is called with a pool (spo_train.Pool) and the batch that it came from. It may leave
 notes in `pool.notes`, [B, n, ...] each, which travel with the pool's pairs.
 
 Shapes: B prompts, K candidates, G pools of a trajectory.

@@ -8,7 +8,8 @@ One round:
     sample   Walk down the DDIM trajectory of every prompt. Where t_min <= t <= t_max, draw k
              candidates of x_{t-1} from one x_t and let the step-aware preference model score
              their predicted clean pictures. The best and the worst are a pair. Go on from a
-             candidate chosen at random.
+             candidate chosen at random. MSPO (j > 1): every candidate goes j steps on its own
+             before it is judged, and each step of winner's and loser's path is a pair.
     train    DPO on the pairs (Eq. 4), each once, in minibatches over all timesteps (Eq. 5).
 
 Shapes: B prompts, K candidates, J inner steps, G pools of a trajectory, S steps that give pairs,
@@ -62,17 +63,17 @@ class SPOConfig(RunConfig):
                      ("random", "win", "lose"))
     pair: str = opt("best-worst", "which two candidates are compared (P Table 9)",
                     ("best-worst", "random"))
-    threshold: float = opt(0.3, "a pair counts if softmax(best, worst) differ by more (O: 0.3 "
-                           "SD-1.5, 0.4 SDXL)", most=1)
+    threshold: float = opt(0.3, "a pair counts if the softmax of its two scores differs by more "
+                           "(O: 0.3 SD-1.5, 0.4 SDXL); the paper's kappa is --t_max", most=1)
     beta: float = opt(10.0, "regularization in Eq. 4 (P: 10, for the mean log-density)", above=0)
     clamp: float = opt(0.1, "each probability ratio is clamped to 1 +- this; 0: not at all (O: "
                        "0.1)", least=0, below=1)
 
 
 PRESETS = {
-    # Its latents have 256 numbers, not 16,384: less counts as far from the reference, in mean
-    # log-density (beta). A picture is settled earlier: pools above t = 751 help, pools below 501
-    # only make the colours drift.
+    # Tiny latents have 256 numbers, not 16,384: a smaller change of the mean log-density is already
+    # far from the reference, hence the larger beta. Pictures are settled earlier: pools above
+    # t = 751 help, pools below 501 only make the colours drift.
     "tiny": dict(
         prompts=str(TINY / "train_prompts.txt"), dtype="fp32", guidance_scale=3.0, threshold=0.1,
         t_min=501, t_max=951, beta=100.0, lr=4e-4, prompts_per_round=16, pairs_per_step=24,
@@ -89,8 +90,8 @@ class Batch:
     """B prompts as the networks want them."""
     cond: Conditioning
     uncond: Conditioning
-    text: torch.Tensor                  # [B, P] what the judge makes of the prompts
-    generators: list[torch.Generator]   # one a prompt: its pools do not depend on the batch
+    text: torch.Tensor                  # [B, P] the judge's text features
+    generators: list[torch.Generator]   # one per prompt: its pools do not depend on the batch
 
     def draw(self, function: Callable, *shape: int) -> torch.Tensor:
         """torch.randn or torch.rand of `shape` for every prompt -> [B, *shape]."""
@@ -121,11 +122,11 @@ class Judge:
 class Pool:
     """K candidates that left one x_t together and went J steps (section 4.1; J > 1: MSPO, 4.5)."""
     timesteps: list[int]                # J
-    noise: torch.Tensor                 # [B, J, K, C, H, W]
+    noise: torch.Tensor                 # [B, J, K, C, H, W], of each step (for observers)
     path: list[torch.Tensor]            # J + 1 times [B, K, C, H, W]; the first, shared, has K = 1
     x0: torch.Tensor                    # [B, K, C, H, W] predicted clean latents: what is judged
-    t: int                              # the timestep at which they are
-    uniform: torch.Tensor               # [B, 3] decides what is left to chance
+    t: int                              # their timestep; 0 after the last step
+    uniform: torch.Tensor               # [B, 3] decides the start, and the two of a random pair
     scores: torch.Tensor                # [B, K]
     win: torch.Tensor                   # [B] which candidate
     lose: torch.Tensor                  # [B]
@@ -139,7 +140,7 @@ def pool_groups(timesteps: list[int], t_min: int, t_max: int, j: int) -> list[li
 
     20 steps, t <= 751, j = 4: [[4, 5, 6, 7], [8, ..], [12, ..], [16, ..]]; j = 1: sixteen of one.
     """
-    inside = [i for i, t in enumerate(timesteps) if t_min <= t <= t_max]
+    inside = [i for i, t in enumerate(timesteps) if t_min <= t <= t_max]        # t <= kappa
     if not inside:
         raise InputError(f"no timestep lies in {t_min}..{t_max}; the {len(timesteps)} steps are "
                          f"{timesteps}")
@@ -197,34 +198,34 @@ def sample_pools(pipe: Pipeline, judge: Judge, batch: Batch, config: SPOConfig,
                 noise_pred = predict(path[-1], timesteps[i])
             mean, std = ddim.step_gaussian(schedule, path[-1], noise_pred, timesteps[i],
                                            timesteps[i] - stride, config.eta)
-            path.append(mean + std * noise[:, j])       # [B, K, C, H, W], Eq. 2
-        latents, i = path[-1], group[-1] + 1
-        if i < len(timesteps):
-            t = timesteps[i]
-            noise_pred = predict(latents, t)
-            x0 = ddim.predict_x0(schedule, latents, noise_pred, t)
-        else:                                           # candidates are clean latents themselves
-            t, x0 = 0, latents
+            path.append(mean + std * noise[:, j])       # [B, K, C, H, W] ~ p_theta of Eq. 4
+        latents, after = path[-1], group[-1] + 1
+        last = after == len(timesteps)
+        t_next = 0 if last else timesteps[after]
+        if not last:
+            noise_pred = predict(latents, t_next)
         if group in early:
             continue
+        # Candidates of the last step are clean latents themselves.
+        x0 = latents if last else ddim.predict_x0(schedule, latents, noise_pred, t_next)
         uniform = batch.draw(torch.rand, 3)
-        scores = judge(x0, t, batch.text)
+        scores = judge(x0, t_next, batch.text)
         win, lose, valid = choose_pair(scores, config.threshold, config.pair, uniform[:, 1:])
-        anyone = (uniform[:, 0] * k).long().clamp(max=k - 1)            # section 4.3
+        anyone = (uniform[:, 0] * k).long().clamp(max=k - 1)            # random start, section 4.3
         chosen = dict(random=anyone, win=win, lose=lose)[config.start]  # Table 4
-        steps = [timesteps[i] for i in group]
-        pools.append(Pool(steps, noise, path, x0, t, uniform, scores, win, lose, valid, chosen))
+        pools.append(Pool([timesteps[i] for i in group], noise, path, x0, t_next, uniform, scores,
+                          win, lose, valid, chosen))
         for observe in observers:
             observe(pools[-1], batch)
         latents = pick(latents, chosen)[:, None]
-        if i < len(timesteps):                          # its prediction is already there
+        if not last:                                    # its prediction is already there
             noise_pred = pick(noise_pred, chosen)[:, None]
     return pools
 
 
 @dataclass
 class Pairs:
-    """Fixed slots, one per prompt and judged step; place 0 of a pair is the winner, 1 the loser."""
+    """Fixed slots, one per prompt and step of a pool; index 0 is the winner's, 1 the loser's."""
     x_t: torch.Tensor                   # [B, S, 2, C, H, W]; both equal at the first step of a pool
     x_next: torch.Tensor                # [B, S, 2, C, H, W]
     valid: torch.Tensor                 # [B, S] bool
@@ -259,12 +260,12 @@ def sample_round(trainer: Trainer, judge: Judge, turn: Turn, config: SPOConfig,
     """This process's share of a round's prompts, sampled; then everybody's, in their order."""
     pipe, processes, total = trainer.pipe, trainer.processes, len(turn.indices)
     mine = processes.share(total)
-    share = mine or [0]                                     # one without prompts needs the shapes
+    share = mine or [0]                         # a process without prompts still needs the shapes
     texts = [turn.texts[i] for i in share]
     cond = encode_prompts(pipe, texts, config.resolution or None)
     text = judge_features(pipe, judge.clip, texts)
     parts = []
-    with processes.droppable():                             # until the exchange nothing has changed
+    with processes.droppable():                 # until the exchange nothing has changed
         for begin in range(0, len(share), config.sample_batch):
             rows = slice(begin, begin + config.sample_batch)
             generators = [generator(config.seed, "pool", turn.epoch, turn.indices[i])
@@ -274,7 +275,7 @@ def sample_round(trainer: Trainer, judge: Judge, turn: Turn, config: SPOConfig,
                 batch = Batch(cond[rows], uncond, text[rows], generators)
                 parts.append(collect(sample_pools(pipe, judge, batch, config, observers)))
     if not mine:
-        pipe.calls.evaluations = 0                          # thrown away, so not counted
+        pipe.calls.evaluations = 0              # thrown away, so not counted
 
     def whole(tensors: list[torch.Tensor]) -> torch.Tensor:
         return processes.gather_rows(torch.cat(tensors)[:len(mine)], total)
@@ -289,7 +290,7 @@ def sample_round(trainer: Trainer, judge: Judge, turn: Turn, config: SPOConfig,
 
 @dataclass
 class Steps:
-    """N steps of pairs to train on."""
+    """N slots to train on."""
     x_t: torch.Tensor                   # [N, 2, C, H, W]
     x_next: torch.Tensor                # [N, 2, C, H, W]
     t: torch.Tensor                     # [N]
@@ -299,7 +300,7 @@ class Steps:
 
 
 def take(pairs: Pairs, slots: list[int], pipe: Pipeline, empty: Conditioning | None) -> Steps:
-    """Slots, numbered prompt by prompt, for the networks."""
+    """Slots, numbered prompt by prompt, as the networks want them."""
     count = len(pairs.timesteps)
     places = [slot % count for slot in slots]
     numbers = [[slot // count for slot in slots], places, [pairs.timesteps[p] for p in places]]
@@ -325,13 +326,13 @@ def pair_log_ratios(pipe: Pipeline, steps: Steps,
     t, t_prev = steps.t[rows], steps.t[rows] - pipe.schedule.stride(config.steps)
     cond, uncond = steps.cond[rows], steps.uncond[rows]
 
-    def step() -> tuple[torch.Tensor, torch.Tensor]:
+    def gaussian() -> tuple[torch.Tensor, torch.Tensor]:
         noise_pred = guided_noise(pipe, latents, t, cond, uncond, config.guidance_scale)
         return ddim.step_gaussian(pipe.schedule, latents, noise_pred, t, t_prev, config.eta)
 
-    mean, std = step()
-    with torch.no_grad(), lora.disabled(pipe.unet):
-        mean_ref, _ = step()
+    mean, std = gaussian()
+    with torch.no_grad(), lora.disabled(pipe.unet):         # p_ref: the same UNet, LoRA off
+        mean_ref, _ = gaussian()
     ratios = []
     for x_next, row in ((steps.x_next[:, 0], win_row), (steps.x_next[:, 1], lose_row)):
         log_p = ddim.log_prob(x_next, mean[row], std[row])
@@ -391,7 +392,7 @@ def check(config: SPOConfig) -> None:
 
 
 def load_judge(config: SPOConfig, pipe: Pipeline) -> Judge:
-    """The judge of a model's pictures; InputError where its kind is not what --judge says."""
+    """The judge of a model's pictures; InputError if --judge and the file differ on timesteps."""
     source = config.spm or judge_source(config.model, config.preset, config.judge)
     clip = load_clip(source, DTYPES[config.dtype], pipe.device)
     if (config.judge == "spm") != clip.config.step_aware:
@@ -405,7 +406,7 @@ def load_judge(config: SPOConfig, pipe: Pipeline) -> Judge:
 
 
 def prepare(config: SPOConfig, processes: Processes) -> tuple[Pipeline, Judge, list[Callable]]:
-    """The policy, its judge, and observers of its pools: faults, then the decoder's check."""
+    """The policy, its judge, and what observes its pools: faults and, if asked, the decoder."""
     pipe = prepare_policy(config, processes)
     last, stride = pipe.schedule.timesteps(config.steps)[-1], pipe.schedule.stride(config.steps)
     if last >= config.t_min and last < stride and pipe.schedule.final_alpha_cumprod == 1:
@@ -415,7 +416,7 @@ def prepare(config: SPOConfig, processes: Processes) -> tuple[Pipeline, Judge, l
             f"--t_min {last + 1}")
     judge = load_judge(config, pipe)
     pipe.calls.sizes = compiled_sizes(config, processes.world, config.k, 1 if config.j == 1 else 2)
-    observers = [Faults(judge)]
+    observers = [Faults(judge)]                 # which looks at what the judge decodes
     if config.decoder_check:
         choose = functools.partial(choose_pair, threshold=config.threshold, how=config.pair)
         observers.append(DecoderCheck(judge, vae_decoder(pipe, config), choose))
