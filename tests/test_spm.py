@@ -18,7 +18,7 @@ from diffusion import encode_prompts
 from loading import load_clip, load_pipeline
 from helpers import PROMPTS, call, log_of, shell
 from pairs import UnreadablePicture, encode_pairs, epoch_order, folder_pairs, is_encoded, load_pairs, open_latents, square
-from spm_train import Setting, SPMConfig, predicted_pixels, relabel
+from spm_train import Setting, SPMConfig, accuracy_table, pair_scores, predicted_pixels, relabel
 from training import start_processes
 from weights import InputError
 
@@ -192,7 +192,7 @@ def test_an_epoch_is_every_row_once_and_neighbours_share_groups(monkeypatch):
 @pytest.fixture
 def setting(sd, pickscore, pairs):
     """What shows those pairs to a judge."""
-    return Setting(load_pipeline(str(sd)), load_clip(str(pickscore)), load_pairs(str(pairs), 16), SPMConfig(), start_processes("cpu"))
+    return Setting(load_pipeline(str(sd)), load_clip(str(pickscore)), load_pairs(str(pairs), 16), SPMConfig(micro_batch=4), start_processes("cpu"))
 
 
 def test_both_pictures_of_a_pair_get_the_same_noise(setting):
@@ -232,6 +232,52 @@ def test_pixels_by_hand(sd, setting):
                 x0 = (x - (1 - alpha).sqrt() * (low + 5 * (high - low))) / alpha.sqrt()
                 picture = theirs.vae.decode(x0 / theirs.vae.config.scaling_factor).sample
                 assert_close(ours[i, side][None], preprocess_decoded(picture, 16, clamp_first=True), 1e-4)
+
+
+def test_the_judge_is_told_each_pairs_own_timestep(setting, spm):
+    """Both pictures of a pair are scored at that pair's t, one by one or together."""
+    clip, t, ids = load_clip(str(spm)), torch.tensor([0, 400, 999]), setting.ids[14:17]
+    pixels = torch.randn(3, 2, 3, 16, 16, generator=seeded(0))
+    with torch.no_grad():
+        scores = pair_scores(setting.pipe, clip, pixels, t, ids, torch.float32)
+        for n in range(3):
+            alone = clip.image_features(pixels[n], t[n].expand(2))
+            assert_close(scores[n], clip.score(alone, clip.text_features(ids[n:n + 1])))
+        assert (scores - pair_scores(setting.pipe, clip, pixels, t.flip(0), ids, torch.float32)).abs()[[0, 2]].min() > 1e-3
+
+
+def test_noise_and_judge_have_one_timestep(kind, tmp_path, monkeypatch):
+    """A step's timesteps are drawn uniformly, one a pair; the pair is noised to it, and both judges are told it."""
+    from training import generator
+    seen = {"predicted_pixels": [], "pair_scores": []}
+    for name, place in (("predicted_pixels", 4), ("pair_scores", 3)):
+        plain = getattr(spm_train, name)
+        monkeypatch.setattr(spm_train, name, lambda *words, name=name, place=place, plain=plain: seen[name].append(words[place]) or plain(*words))
+    monkeypatch.setattr(spm_train, "accuracy_table", lambda *inputs: {})
+    call("spm_train", *kind, "--steps", 1, "--out", tmp_path / "run")
+    first, second = torch.randint(0, 1000, (6,), generator=generator(0, "timestep", 0)).split((4, 2))
+    assert [t.tolist() for t in seen["predicted_pixels"]] == [first.tolist(), second.tolist()]
+    assert [t.tolist() for t in seen["pair_scores"]] == [first.tolist()] * 2 + [second.tolist()] * 2
+
+
+def test_the_table_by_hand(setting, pickscore, spm):
+    """Ties are left out, the others count once; differences are paired."""
+    models, rows = {"PickScore": load_clip(str(pickscore)), "SPM": load_clip(str(spm))}, list(range(20))
+    table = accuracy_table(setting, models, rows)
+    images = torch.stack([setting.pairs.pictures(i) for i in rows])
+    cond, sure = encode_prompts(setting.pipe, setting.pairs.captions), setting.pairs.label != 0.5
+    for t in (0, 701):
+        pixels = predicted_pixels(setting, rows, encode_pairs(setting.pipe, images), cond, torch.full((20,), t), (0, "report", t))
+        right = {}
+        for name, clip in models.items():
+            with torch.no_grad():
+                scores = pair_scores(setting.pipe, clip, pixels, torch.full((20,), t), setting.ids, torch.float32)
+            right[name] = ((scores[:, 0] > scores[:, 1]) == (setting.pairs.label == 1))[sure].double()
+        for name in models:
+            accuracy, _, n, difference, error = table[name][t]
+            change = right[name] - right["PickScore"]
+            assert n == 15 and accuracy == pytest.approx(float(right[name].mean())) and difference == pytest.approx(float(change.mean()))
+            assert error == pytest.approx(float(change.std(unbiased=False)) / 15 ** 0.5, abs=1e-6)
 
 
 def test_relabelling_by_pickscore(pickscore, pairs, sd):
