@@ -316,10 +316,10 @@ def sample(task: Task, side: Side, rows: slice, key: tuple, config: SPOConfig) -
     cond, text = task.cond[rows], task.text[rows]
     generators = [generator(*key, i) for i in range(len(task.text))[rows]]
     batch = Batch(cond, negative(side.pipe, cond, task.empty), text, generators)
-    judge = replace(side.judge)                         # what watches it goes with it
+    judge = replace(side.judge)                         # Faults listens to a copy
     with side.pipe.calls.phase("sampling"):
-        pairs = collect(sample_pools(side.pipe, judge, batch, config, [Faults(judge)]))
-    return replace(pairs, cond=cond)
+        pools = sample_pools(side.pipe, judge, batch, config, [Faults(judge)])
+        return replace(collect(pools), cond=cond)
 
 
 def one_round(task: Task, side: Side, seed: int) -> None:
@@ -357,10 +357,11 @@ def measure(model: str, changes: dict, prompts: int, repeats: int) -> tuple[int,
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     task = load_task(model, prompts, device, **changes)
     side = our_side(task, compiled=False)
-    seconds = []
     try:
-        for seed in range(repeats + 1):
-            seconds.append(seconds_of(lambda: one_round(task, side, seed), device))
+        seconds = [
+            seconds_of(lambda: one_round(task, side, seed), device)
+            for seed in range(repeats + 1)
+        ]
     except torch.cuda.OutOfMemoryError:
         return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -456,11 +457,10 @@ def loss_difference(task: Task, sides: dict[str, Side]) -> float:
 
     SystemExit on a CPU where they are not the same.
     """
-    side, n = sides["eager"], min(len(task.text), task.config.train_batch)
-    pipe = side.pipe
+    pipe, n = task.pipe, min(len(task.text), task.config.train_batch)
     config = replace(task.config, t_min=pool_timesteps(pipe, task.config)[0], j=1)  # one pool
     with torch.compiler.set_stance("force_eager"):
-        pairs = sample(task, side, slice(n), (0, "check"), config)
+        pairs = sample(task, sides["eager"], slice(n), (0, "check"), config)
         steps = take(pairs, list(range(n)), pipe, task.empty)
         ours = spo_loss(*pair_log_ratios(pipe, steps, config), config.beta, config.clamp)
         theirs = sides["official"].loss_of(steps)
@@ -531,7 +531,6 @@ def parts_of(task: Task, side: Side) -> dict[str, tuple[str, float, Callable]]:
     at_one, at_k, groups, slots = forwards(pipe, config)
     timesteps, n = pool_timesteps(pipe, config), min(config.pairs_per_step, b * slots)
     t, uncond = timesteps[0], negative(pipe, task.cond, task.empty)
-    pool = [given.repeat(config.k) for given in (task.cond, uncond)]
     latents = torch.randn(b * config.k, *shape, device=device)
     x_t, noise = torch.randn(2, b, slots, 2, *shape, device=device)
     pairs = Pairs(
@@ -542,8 +541,10 @@ def parts_of(task: Task, side: Side) -> dict[str, tuple[str, float, Callable]]:
     )
     drawn = torch.randn(b * config.k, 3, *[shape[-1] * pipe.vae.factor] * 2, device=device)
 
-    def predict(x: torch.Tensor, cond: Conditioning, uncond: Conditioning) -> None:
-        guided_noise(pipe, x, t, cond, uncond, config.guidance_scale)
+    def predict(k: int) -> None:
+        guided_noise(
+            pipe, latents[:b * k], t, task.cond.repeat(k), uncond.repeat(k), config.guidance_scale
+        )
 
     def draw() -> list[torch.Tensor]:
         return [judge.decode(part) for part in latents.split(judge.chunk)]
@@ -554,13 +555,11 @@ def parts_of(task: Task, side: Side) -> dict[str, tuple[str, float, Callable]]:
             judge.features(pixels, torch.full((len(part),), t, device=device))
 
     return {
-        "a step of the walk":
-            ("sampling", at_one, lambda: predict(latents[:b], task.cond, uncond)),
-        "a pool's candidates": ("sampling", at_k, lambda: predict(latents, *pool)),
+        "a step of the walk": ("sampling", at_one, lambda: predict(1)),
+        "a pool's candidates": ("sampling", at_k, lambda: predict(config.k)),
         "a pool decoded": ("decoding", groups, draw),
         "a pool scored": ("scoring", groups, score),
-        f"an optimizer step, {n} pairs":
-            ("training", b * slots / n, lambda: side.train(pairs)),
+        f"an optimizer step, {n} pairs": ("training", b * slots / n, lambda: side.train(pairs)),
     }
 
 
@@ -688,8 +687,9 @@ def measurements(
 def compare_sides(given: BenchConfig, prompts: int, head: dict, path: Path) -> None:
     """Build the sides, check that they agree, take turns, and write down what is known."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    batches = dict(sample_batch=prompts, prompts_per_round=prompts)
-    task = load_task(given.model, prompts, device, **batches)
+    task = load_task(
+        given.model, prompts, device, sample_batch=prompts, prompts_per_round=prompts
+    )
     sides, small = build_sides(task, given)
     difference = loss_difference(task, sides) if {"official", "eager"} <= set(sides) else None
     cost = costs(task, small)
