@@ -1,7 +1,7 @@
-"""How a run calls its networks: timed by phase, counted, and filled up to few sizes for torch.compile.
+"""How a run calls its networks: timed by phase, counted, and filled up for torch.compile.
 
-None of it changes what a network computes. It stands here, and where the UNet is called (diffusion.guided_noise),
-so that the mathematics need not speak of it.
+None of it changes what a network computes. It stands here, and where the UNet is called
+(diffusion.guided_noise), so that the mathematics need not speak of it.
 """
 import contextlib
 import time
@@ -17,47 +17,39 @@ def upload(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     return tensor.to(device)
 
 
-def fill_up(rows: torch.Tensor, sizes: tuple[int, ...]) -> torch.Tensor:
-    """Rows [N, ...] with the first repeated up to the smallest of `sizes` that holds them all.
+class Calls:
+    """What a model's calls have cost so far, and the sizes that compiled networks see by phase.
 
-    A compiled network then sees few shapes. Nobody reads what is computed for the copies.
-    """
-    size = min((size for size in sizes if size >= len(rows)), default=len(rows))
-    if size == len(rows):
-        return rows
-    return torch.cat([rows] + [rows[:1]] * (size - len(rows)))
-
-
-class Clock:
-    """Seconds by phase; a phase inside another takes its time away from the outer one.
-
-    On a GPU events are set, so that measuring does not wait for it.
+    A phase inside another takes its time away from the outer one. On a GPU events are set, so that
+    measuring does not wait for it.
     """
 
-    def __init__(self, device: torch.device):
-        self.cuda = device.type == "cuda"
-        self.marks: list[tuple] = []        # (phase that ends here, begin, end)
-        self.running: list[str] = []
-        self.since = None
+    def __init__(self, device: torch.device | str = "cpu"):
+        self.cuda = torch.device(device).type == "cuda"
+        self.evaluations = 0
+        self.sizes: dict[str, tuple[int, ...]] = {}     # by phase; without one nothing is filled
+        self.marks: list[tuple] = []                    # (phase that ends here, begin, end)
+        self.running = ""                               # the innermost phase,
+        self.since = None                               # and when its time began
 
     @contextlib.contextmanager
-    def __call__(self, phase: str):
-        self._mark()
-        self.running.append(phase)
+    def phase(self, name: str):
+        """What happens inside is timed as `name`, and filled up to the sizes of `name`."""
+        outer = self.running
+        self._turn_to(name)
         yield
-        self._mark()
-        self.running.pop()
+        self._turn_to(outer)
 
-    def _mark(self) -> None:
-        """The innermost running phase has taken the time since the last mark."""
+    def _turn_to(self, phase: str) -> None:
+        """Time is this phase's from now on; what has passed was the running one's."""
         if self.cuda:
             now = torch.cuda.Event(enable_timing=True)
             now.record()
         else:
             now = time.perf_counter()
         if self.running:
-            self.marks.append((self.running[-1], self.since, now))
-        self.since = now
+            self.marks.append((self.running, self.since, now))
+        self.running, self.since = phase, now
 
     def seconds(self) -> dict[str, float]:
         """Phase -> seconds since this was last asked."""
@@ -70,28 +62,17 @@ class Clock:
         self.marks.clear()
         return out
 
-
-class Calls:
-    """What a model's calls have cost so far, and the sizes that a compiled network may see in each phase."""
-
-    def __init__(self, device: torch.device | str = "cpu"):
-        self.clock = Clock(torch.device(device))
-        self.sizes: dict[str, tuple[int, ...]] = {}     # by phase; a phase without any fills nothing up
-        self.evaluations = 0
-
-    @contextlib.contextmanager
-    def phase(self, name: str):
-        """What happens inside is timed as `name`, and filled up to the sizes of `name`."""
-        with self.clock(name):
-            yield
-
     def fill(self, rows: torch.Tensor) -> torch.Tensor:
-        """Rows [N, ...], filled up to a size of the running phase."""
-        running = self.clock.running
-        return fill_up(rows, self.sizes.get(running[-1], ()) if running else ())
+        """Rows [N, ...], the first repeated up to the phase's smallest size that holds them all.
+
+        A compiled network then sees few shapes. Nobody reads what is computed for the copies.
+        """
+        sizes = [size for size in self.sizes.get(self.running, ()) if size >= len(rows)]
+        missing = min(sizes, default=len(rows)) - len(rows)
+        return torch.cat([rows] + [rows[:1]] * missing) if missing else rows
 
     def count(self, samples: int) -> None:
-        """`samples` go through the UNet: 1 each, 3 where a backward follows (frozen weights spare half of it)."""
+        """`samples` go through the UNet: 1 each, 3 where a backward follows (half is frozen)."""
         self.evaluations += samples * (3 if torch.is_grad_enabled() else 1)
 
     def wrap(self, function: Callable, name: str) -> Callable:

@@ -7,7 +7,6 @@ Shapes: N samples, C H W latent, L tokens, D width of the conditioning, P width 
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 from PIL import Image
 
@@ -19,13 +18,13 @@ from loading import Pipeline
 @dataclass
 class Conditioning:
     """What the UNet is told about N samples."""
-    prompt_embeds: torch.Tensor                     # [N, L, D]
-    pooled: torch.Tensor | None = None              # [N, P], SDXL
-    time_ids: torch.Tensor | None = None            # [N, 6], SDXL: original h, w, crop top, left, target h, w
+    prompt_embeds: torch.Tensor             # [N, L, D]
+    pooled: torch.Tensor | None = None      # [N, P], SDXL
+    time_ids: torch.Tensor | None = None    # [N, 6], SDXL: original h, w, crop y, x, target h, w
 
     def map(self, function) -> "Conditioning":
         """Apply a function to every tensor: indexing, moving, repeating."""
-        return Conditioning(*(None if t is None else function(t) for t in (self.prompt_embeds, self.pooled, self.time_ids)))
+        return Conditioning(*(None if t is None else function(t) for t in vars(self).values()))
 
     def __getitem__(self, rows) -> "Conditioning":
         """Some of the samples: an index, a slice."""
@@ -38,13 +37,13 @@ class Conditioning:
     @staticmethod
     def cat(parts: list["Conditioning"]) -> "Conditioning":
         """Stack several along N."""
-        return Conditioning(*(None if ts[0] is None else torch.cat(ts) for ts in
-                              zip(*((p.prompt_embeds, p.pooled, p.time_ids) for p in parts))))
+        return Conditioning(*(None if tensors[0] is None else torch.cat(tensors)
+                              for tensors in zip(*(vars(part).values() for part in parts))))
 
 
 @contextmanager
 def on_device(module: torch.nn.Module, device: torch.device, offload: bool):
-    """With `offload`: `module` is on `device` inside the block, and on the CPU after it. Without: nothing moves."""
+    """With `offload`, `module` is on `device` inside the block and on the CPU after it."""
     if offload:
         module.to(device)
     yield
@@ -53,50 +52,53 @@ def on_device(module: torch.nn.Module, device: torch.device, offload: bool):
 
 
 @torch.no_grad()
-def encode_prompts(pipe: Pipeline, prompts: list[str], resolution: int | None = None) -> Conditioning:
+def encode_prompts(pipe: Pipeline, prompts: list[str],
+                   resolution: int | None = None) -> Conditioning:
     """Texts -> Conditioning for N = len(prompts), as the original pipelines encode them.
 
-    SD-1.5: the normed output of the one encoder. SDXL: the inputs of both encoders' last layers side by side, the
-    second encoder's projected end token as `pooled`, and (side, side, 0, 0, side, side) as `time_ids`.
+    SD-1.5: the normed output of the one encoder. SDXL: the inputs of both encoders' last layers
+    side by side, the second's projected end token as `pooled`, and (side, side, 0, 0, side, side)
+    as `time_ids`.
     """
-    embeds, pooled = [], None
+    embeds = []
+    pooled = None
     for tokenizer, encoder in zip(pipe.tokenizers, pipe.text_encoders):
         ids = tokenize(tokenizer, prompts, encoder).to(pipe.device)
         with on_device(encoder, pipe.device, pipe.offload):
             penultimate, last, end = encoder.text_model(ids)
-            pooled = encoder.text_projection(end) if pipe.is_sdxl and encoder.config.projection_dim else pooled
+            if pipe.is_sdxl and encoder.config.projection_dim:
+                pooled = encoder.text_projection(end)
         embeds.append(penultimate if pipe.is_sdxl else last)
-    prompt_embeds = torch.cat(embeds, dim=-1)
-    if not pipe.is_sdxl:
-        return Conditioning(prompt_embeds)
-    side = pipe.side(resolution)
-    time_ids = torch.tensor([[side, side, 0, 0, side, side]], dtype=torch.float32, device=pipe.device)
-    return Conditioning(prompt_embeds, pooled, time_ids.repeat(len(prompts), 1))
+    cond = Conditioning(torch.cat(embeds, dim=-1), pooled)
+    if pipe.is_sdxl:
+        side = pipe.side(resolution)
+        cond.time_ids = torch.tensor([[side, side, 0, 0, side, side]] * len(prompts),
+                                     dtype=torch.float32, device=pipe.device)
+    return cond
 
 
 def tokenize(tokenizer, texts: list[str], clip: CLIP) -> torch.Tensor:
     """Token ids [N, L] at the length that a CLIP's text tower reads."""
-    length = clip.config.text.max_position_embeddings
-    ids = tokenizer(texts, padding="max_length", truncation=True, max_length=length).input_ids
-    return torch.tensor(ids)
+    return torch.tensor(tokenizer(texts, padding="max_length", truncation=True,
+                                  max_length=clip.config.text.max_position_embeddings).input_ids)
 
 
 @torch.no_grad()
 def judge_features(pipe: Pipeline, judge: CLIP, prompts: list[str]) -> torch.Tensor:
-    """The judge's text features [N, P]. All CLIPs here share one vocabulary; padding does not matter."""
-    ids = tokenize(pipe.tokenizers[0], prompts, judge).to(pipe.device)
+    """The judge's text features [N, P]. All CLIPs share one vocabulary; padding does not matter."""
     with on_device(judge.text_model, pipe.device, pipe.offload):
-        return judge.text_features(ids)
+        return judge.text_features(tokenize(pipe.tokenizers[0], prompts, judge).to(pipe.device))
 
 
-def negative(pipe: Pipeline, conditioning: Conditioning, encoded: Conditioning | None = None) -> Conditioning:
-    """The unconditional side of classifier-free guidance for one Conditioning: zeros, or "" encoded (N = 1)."""
+def negative(pipe: Pipeline, conditioning: Conditioning,
+             encoded: Conditioning | None = None) -> Conditioning:
+    """The unconditional side of guidance for one Conditioning: zeros, or "" encoded (N = 1)."""
     if encoded is None:
-        zeros = conditioning.map(torch.zeros_like)
-        return replace(zeros, time_ids=conditioning.time_ids)
-    n = len(conditioning.prompt_embeds)
-    repeated = encoded.map(lambda t: t.expand(n, *t.shape[1:]))
-    return replace(repeated, time_ids=conditioning.time_ids)
+        other = conditioning.map(torch.zeros_like)
+    else:
+        n = len(conditioning.prompt_embeds)
+        other = encoded.map(lambda t: t.expand(n, *t.shape[1:]))
+    return replace(other, time_ids=conditioning.time_ids)
 
 
 def encode_empty(pipe: Pipeline) -> Conditioning | None:
@@ -105,57 +107,62 @@ def encode_empty(pipe: Pipeline) -> Conditioning | None:
 
 
 def guided_noise(pipe: Pipeline, latents: torch.Tensor, timestep: torch.Tensor | int,
-                 cond: Conditioning, uncond: Conditioning | None, guidance_scale: float) -> torch.Tensor:
+                 cond: Conditioning, uncond: Conditioning | None,
+                 guidance_scale: float) -> torch.Tensor:
     """Classifier-free guidance: one forward of the UNet over [unconditional; conditional].
 
-    Latents [N, C, H, W] at `timestep`, one number or [N] -> noise_pred [N, C, H, W], fp32. With `uncond` None
-    or guidance_scale 1 only the conditional half is computed.
+    Latents [N, C, H, W] at `timestep`, one number or [N] -> noise_pred [N, C, H, W], fp32. With
+    `uncond` None or guidance_scale 1 only the conditional half is computed.
     """
     n = len(latents)
     if isinstance(timestep, int):           # filled on the device: a copy would wait for it
         timestep = torch.full((n,), timestep, device=latents.device)
-    latents, timestep = pipe.calls.fill(latents), pipe.calls.fill(timestep)
-    cond = cond.map(pipe.calls.fill)
+    fill = pipe.calls.fill
+    latents, timestep, cond = fill(latents), fill(timestep), cond.map(fill)
     guided = uncond is not None and guidance_scale != 1
     if guided:
-        cond = Conditioning.cat([uncond.map(pipe.calls.fill), cond])
+        cond = Conditioning.cat([uncond.map(fill), cond])
         latents, timestep = torch.cat([latents, latents]), torch.cat([timestep, timestep])
     pipe.calls.count(len(latents))
     out = pipe.unet(latents, timestep, cond.prompt_embeds, cond.pooled, cond.time_ids).float()
-    if not guided:
-        return out[:n]
-    unconditional, conditional = out.chunk(2)
-    return (unconditional + guidance_scale * (conditional - unconditional))[:n]
+    if guided:
+        unconditional, conditional = out.chunk(2)
+        out = unconditional + guidance_scale * (conditional - unconditional)
+    return out[:n]
 
 
 @torch.no_grad()
 def decode(pipe: Pipeline, latents: torch.Tensor, chunk: int = 64) -> torch.Tensor:
-    """Scaled latents [N, C, h, w] -> pictures [N, 3, H, W] in about [-1, 1], fp32, `chunk` at a time."""
+    """Scaled latents [N, C, h, w] -> pictures [N, 3, H, W] in about [-1, 1], fp32."""
     dtype = pipe.vae.post_quant_conv.weight.dtype
     return torch.cat([pipe.vae.decode(part.to(dtype)).float() for part in latents.split(chunk)])
 
 
 @torch.no_grad()
-def generate_latents(pipe: Pipeline, prompts: list[str], seeds: list[int], steps: int = 20, guidance_scale: float = 5.0,
-                     eta: float = 0.0, resolution: int | None = None) -> torch.Tensor:
-    """DDIM from noise to clean latents [N, C, h, w]; eta 0 is deterministic, eta 1 is SPO's training sampler."""
+def generate_latents(pipe: Pipeline, prompts: list[str], seeds: list[int], steps: int = 20,
+                     guidance_scale: float = 5.0, eta: float = 0.0,
+                     resolution: int | None = None) -> torch.Tensor:
+    """DDIM from noise to clean latents [N, C, h, w]: eta 0 deterministic, eta 1 SPO's sampler."""
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     shape = pipe.latent_shape(resolution)
-    draw = lambda: torch.stack([torch.randn(shape, generator=g) for g in generators]).to(pipe.device)  # noqa: E731
+
+    def draw() -> torch.Tensor:
+        return torch.stack([torch.randn(shape, generator=g) for g in generators]).to(pipe.device)
+
     latents = draw()
     cond = encode_prompts(pipe, prompts, resolution)
     uncond = negative(pipe, cond, encode_empty(pipe))
-    timesteps = pipe.schedule.timesteps(steps)
     stride = pipe.schedule.stride(steps)
-    for t in timesteps:
+    for t in pipe.schedule.timesteps(steps):
         noise_pred = guided_noise(pipe, latents, t, cond, uncond, guidance_scale)
         mean, std = ddim.step_gaussian(pipe.schedule, latents, noise_pred, t, t - stride, eta)
         latents = mean + std * draw() if eta > 0 else mean
     return latents
 
 
-def generate(pipe: Pipeline, prompts: list[str], seeds: list[int], batch: int = 16, **settings) -> torch.Tensor:
-    """Prompts and seeds -> pictures [N, 3, H, W] in [0, 1], fp32, on the CPU; `settings` as in generate_latents."""
+def generate(pipe: Pipeline, prompts: list[str], seeds: list[int], batch: int = 16,
+             **settings) -> torch.Tensor:
+    """Pictures [N, 3, H, W] in [0, 1], fp32, on the CPU; `settings` are generate_latents'."""
     images = []
     for i in range(0, len(prompts), batch):
         latents = generate_latents(pipe, prompts[i:i + batch], seeds[i:i + batch], **settings)
@@ -165,14 +172,15 @@ def generate(pipe: Pipeline, prompts: list[str], seeds: list[int], batch: int = 
 
 def to_pil(images: torch.Tensor) -> list[Image.Image]:
     """Pictures [N, 3, H, W] in [0, 1] -> PIL."""
-    array = (images.permute(0, 2, 3, 1) * 255).round().byte().cpu().numpy()
-    return [Image.fromarray(np.ascontiguousarray(a)) for a in array]
+    pixels = (images.permute(0, 2, 3, 1) * 255).round().byte().cpu()
+    return [Image.fromarray(picture.numpy()) for picture in pixels]
 
 
 def grid(images: torch.Tensor, columns: int, gap: int = 4) -> Image.Image:
     """Pictures [N, 3, H, W] in [0, 1] side by side on white, row by row."""
-    n, _, height, width = images.shape
-    canvas = Image.new("RGB", (columns * (width + gap) + gap, -(-n // columns) * (height + gap) + gap), "white")
+    width, height = images.shape[3] + gap, images.shape[2] + gap
+    canvas = Image.new("RGB", (columns * width + gap, -(-len(images) // columns) * height + gap),
+                       "white")
     for i, image in enumerate(to_pil(images)):
-        canvas.paste(image, (gap + i % columns * (width + gap), gap + i // columns * (height + gap)))
+        canvas.paste(image, (gap + i % columns * width, gap + i // columns * height))
     return canvas

@@ -1,8 +1,8 @@
 """What the trainers share: options, processes, keyed random numbers, checkpoints, the log.
 
-Three rules keep runs exact. Every random draw is keyed by what it is for, never taken from a global state; so resuming
-needs no random state, and any number of processes draws the same numbers. Every collective is called by every
-process. Everything on disk is replaced atomically.
+Three rules keep runs exact. Every random draw is keyed by what it is for, never taken from a global
+state; so resuming needs no random state, and any number of processes draws the same numbers. Every
+collective is called by every process. Everything on disk is replaced atomically.
 """
 import argparse
 import contextlib
@@ -20,7 +20,6 @@ import sys
 import time
 import types
 import typing
-from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
@@ -29,96 +28,118 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 from tqdm import tqdm
 
+from calls import Calls
 from weights import InputError, preset_of, read_json
 
 
-LIMITS = dict(least=("at least", operator.ge), above=("above", operator.gt), most=("at most", operator.le), below=("below", operator.lt))
+LIMITS = dict(least=("at least", operator.ge), above=("above", operator.gt),
+              most=("at most", operator.le), below=("below", operator.lt))
+TRUTH = dict(true=True, false=False)
+EXPECTED = {bool: "true or false", int: "must be a whole number", float: "must be a number"}
+LESS_MEMORY = ("try --memory low, or lower --sample_batch, --train_batch or --decode_batch "
+               "(spm_train.py: lower --micro_batch; evaluate.py: lower --batch)")
+TOO_MANY = 10       # optimizer steps that are skipped in a row, after which a run stops
 
 
 def opt(default, help: str, choices: tuple | None = None, **limits: float):
-    """A documented option of a configuration dataclass; `limits` of a number: least=, above=, most=, below=."""
+    """A documented option of a dataclass; `limits` of a number: least=, above=, most=, below=."""
     words = " and ".join(f"{LIMITS[name][0]} {limit}" for name, limit in limits.items())
-    return dataclasses.field(default=default, metadata=dict(help=help, choices=choices, limits=limits, words=words))
+    return dataclasses.field(default=default, metadata=dict(help=help, choices=choices,
+                                                            limits=limits, words=words))
 
 
-def _convert(text: str, kind: type):
-    """A command-line word as the type of its field."""
-    if isinstance(kind, types.UnionType):
-        if text.lower() == "none":
-            return None
-        kind = next(k for k in typing.get_args(kind) if k is not type(None))
-    if kind is bool:
-        if text.lower() not in ("true", "false"):
-            raise ValueError("true or false")
-        return text.lower() == "true"
-    try:
-        return kind(text)
-    except ValueError:
-        raise ValueError("must be a whole number" if kind is int else "must be a number") from None
-
-
-def parse_options(cls, presets: dict[str, dict], arguments: list[str] | None = None, description: str = ""):
+def parse_options(cls, presets: dict[str, dict], arguments: list[str] | None = None,
+                  description: str = ""):
     """Command line -> an instance of the dataclass `cls`: command line over preset over default.
 
-    The preset is the model's own or, where `cls` has a field `preset`, what that says; empty, it is filled in with what fits the model.
-    Unknown options are errors with a suggestion; so are numbers that are not finite, of 64 bits and within the field's limits.
+    The preset is the model's own or, where `cls` has a field `preset`, what that says; empty, it is
+    filled in with what fits the model. Raises InputError for unknown options, with a suggestion,
+    and for numbers that are not finite, of more than 64 bits or outside the field's limits.
     `--help` lists every field with its help text, limits and default.
     """
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
     kinds = typing.get_type_hints(cls)
-    parser = argparse.ArgumentParser(description=description, allow_abbrev=False, epilog="In brackets: the default, and where a "
-                                     "preset has another. P: from the paper, O: the released official code, T: measured on tiny.",
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = refuse
-    parser._negative_number_matcher = re.compile(r"^-[\d.]+(e[+-]?\d+)?$", re.I)    # before Python 3.14, -1e-3 is taken for an option
-    for f in dataclasses.fields(cls):
-        names = [f"--{f.name}"] + ([f"--{f.name.replace('_', '-')}"] if "_" in f.name else [])
-        flag = dict(nargs="?", const="true") if kinds[f.name] is bool else {}
-        flag = dict(nargs="+") if typing.get_origin(kinds[f.name]) is tuple else flag
-        others = [f"{model}: {values[f.name]}" for model, values in presets.items() if values.get(f.name, f.default) != f.default]
-        choices = ", ".join(str(c) for c in f.metadata["choices"] or () if c != "")
-        words = "; ".join(w for w in (f.metadata["help"], choices and f"one of {choices}", f.metadata["words"]) if w)
-        parser.add_argument(*names, dest=f.name, default=argparse.SUPPRESS, metavar="X",
-                            help=f"{words} [{'; '.join([str(f.default), *others])}]".replace("%", "%%"), **flag)
+    parser = _parser(cls, kinds, presets, description)
     known, unknown = parser.parse_known_args(arguments)
     if unknown:
-        options = [n for a in parser._actions for n in a.option_strings]
-        near = difflib.get_close_matches(unknown[0].split("=")[0], options, n=1)
-        raise InputError(f"unknown option {unknown[0]!r}" + (f"; did you mean {near[0]}?" if near else "; see --help"))
-    given = {}
-    for name, text in vars(known).items():
-        try:
-            given[name] = tuple(text) if isinstance(text, list) else _convert(text, kinds[name])
-        except ValueError as error:
-            raise InputError(f"--{name} {text}: {error}") from None
-    model = given.get("model", next(f.default for f in dataclasses.fields(cls) if f.name == "model"))
+        word = unknown[0].split("=")[0]
+        near = difflib.get_close_matches(word, parser._option_string_actions, n=1)
+        advice = f"did you mean {near[0]}?" if near else "see --help"
+        raise InputError(f"unknown option {unknown[0]!r}; {advice}")
+    given = {name: _convert(name, text, kinds[name]) for name, text in vars(known).items()}
+    model = given.get("model", cls.model)
     own = preset_of(model)
     preset = own if own == "tiny" else model
     if "preset" in kinds:
         preset = given["preset"] = given.get("preset") or own
     config = cls(**(presets.get(preset, {}) | given))
+    _check(config)
+    return config
+
+
+def _parser(cls, kinds: dict, presets: dict, description: str) -> argparse.ArgumentParser:
+    """argparse's parser of the fields of `cls`; what is not given stays absent."""
+    parser = argparse.ArgumentParser(
+        description=description, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="In brackets: the default, and where a preset has another. P: from the paper, "
+               "O: the released official code, T: measured on tiny.")
+    parser.error = refuse
+    # Before Python 3.14, -1e-3 is taken for an option.
+    parser._negative_number_matcher = re.compile(r"^-[\d.]+(e[+-]?\d+)?$", re.I)
+    several = {bool: dict(nargs="?", const="true"), tuple: dict(nargs="+")}
     for f in dataclasses.fields(cls):
+        others = [f"{model}: {values[f.name]}" for model, values in presets.items()
+                  if values.get(f.name, f.default) != f.default]
+        choices = ", ".join(str(c) for c in f.metadata["choices"] or () if c != "")
+        words = (f.metadata["help"], choices and f"one of {choices}", f.metadata["words"])
+        text = f"{'; '.join(filter(None, words))} [{'; '.join([str(f.default), *others])}]"
+        parser.add_argument(
+            *dict.fromkeys((f"--{f.name}", f"--{f.name.replace('_', '-')}")), dest=f.name,
+            default=argparse.SUPPRESS, metavar="X", help=text.replace("%", "%%"),
+            **several.get(typing.get_origin(kinds[f.name]) or kinds[f.name], {}))
+    return parser
+
+
+def _convert(name: str, text: str | list[str], kind: type):
+    """What the command line says after --name, as the type of its field."""
+    if isinstance(text, list):
+        return tuple(text)
+    if isinstance(kind, types.UnionType):           # with None
+        if text.lower() == "none":
+            return None
+        kind = typing.get_args(kind)[0]
+    try:
+        return TRUTH[text.lower()] if kind is bool else kind(text)
+    except (KeyError, ValueError):
+        raise InputError(f"--{name} {text}: {EXPECTED[kind]}") from None
+
+
+def _check(config) -> None:
+    """Raise InputError for a value that its field does not allow."""
+    for f in dataclasses.fields(config):
         value, choices = getattr(config, f.name), f.metadata["choices"]
         for word in value if isinstance(value, tuple) else (value,):
             if choices and word not in choices:
                 raise InputError(f"--{f.name} {word}: choose one of {', '.join(map(str, choices))}")
         if isinstance(value, int | float) and not abs(value) < 2 ** 63:
-            raise InputError(f"--{f.name} {value}: must be {'of at most 18 digits' if abs(value) < math.inf else 'a finite number'}")
-        if value is not None and not all(LIMITS[name][1](value, limit) for name, limit in f.metadata["limits"].items()):
+            must = "of at most 18 digits" if abs(value) < math.inf else "a finite number"
+            raise InputError(f"--{f.name} {value}: must be {must}")
+        limits = f.metadata["limits"].items()
+        if value is not None and not all(LIMITS[name][1](value, limit) for name, limit in limits):
             raise InputError(f"--{f.name} {value}: must be {f.metadata['words']}")
-    return config
-
-
-def check_preset(config, is_sdxl: bool) -> None:
-    """Say so if the model that was loaded is of another kind than the preset in force: a hub id does not tell before."""
-    if config.preset in ("sd15", "sdxl") and is_sdxl != (config.preset == "sdxl"):
-        warn(f"{config.model} is {'an SDXL' if is_sdxl else 'no SDXL'} model, but the settings are those of --preset {config.preset}; "
-             f"start anew with --preset {'sdxl' if is_sdxl else 'sd15'}, unless this is meant")
 
 
 def refuse(message: str) -> None:
     """In place of argparse's own exit, which prints the whole usage."""
     raise InputError(f"{message}; see --help")
+
+
+def check_preset(config, is_sdxl: bool) -> None:
+    """Warn if the loaded model is not of the preset's kind: a hub id does not tell before."""
+    if config.preset in ("sd15", "sdxl") and is_sdxl != (config.preset == "sdxl"):
+        warn(f"{config.model} is {'an SDXL' if is_sdxl else 'no SDXL'} model, but the settings are "
+             f"those of --preset {config.preset}; start anew with --preset "
+             f"{'sdxl' if is_sdxl else 'sd15'}, unless this is meant")
 
 
 def run_script(main) -> None:
@@ -130,18 +151,19 @@ def run_script(main) -> None:
     except OSError as error:            # a full disk, a file that may not be written
         if error.errno is None:
             raise
-        sys.exit(_fail(f"{error.filename or 'a file'}: {error.strerror}; what was saved before is untouched"))
+        sys.exit(_fail(f"{error.filename or 'a file'}: {error.strerror}; "
+                       "what was saved before is untouched"))
     except torch.cuda.OutOfMemoryError:
         sys.exit(_fail("out of GPU memory; " + LESS_MEMORY))
-    except MemoryError:
-        sys.exit(_fail("out of memory; " + LESS_MEMORY))
-    except RuntimeError as error:       # neither a full memory nor a peer that died has a type of its own
-        if "can't allocate memory" in str(error):
+    except (MemoryError, RuntimeError) as error:
+        # Neither a full memory nor a peer that died has a type of its own.
+        if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
             sys.exit(_fail("out of memory; " + LESS_MEMORY))
-        if not dist.is_initialized() or not re.search(r"gloo|nccl|connection (closed|reset)|broken pipe", str(error), re.I):
+        lost = re.search(r"gloo|nccl|connection (closed|reset)|broken pipe", str(error), re.I)
+        if not lost or not dist.is_initialized():
             raise
-        print("error: another process is gone, see its message; start the same command again to go on from the last checkpoint "
-              f"({str(error).splitlines()[0]})", file=sys.stderr, flush=True)
+        _fail("another process is gone, see its message; start the same command again to go on "
+              f"from the last checkpoint ({str(error).splitlines()[0]})")
         os._exit(1)                     # leaving the group politely would wait for the dead
     except KeyboardInterrupt:
         sys.exit(130)
@@ -150,9 +172,9 @@ def run_script(main) -> None:
             dist.destroy_process_group()
 
 
-LESS_MEMORY = ("try --memory low, or lower --sample_batch, --train_batch or --decode_batch (spm_train.py: lower --micro_batch; "
-               "evaluate.py: lower --batch)")
-TOO_MANY = 10                           # optimizer steps that are skipped in a row, after which a run stops
+def _fail(message: str) -> int:
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    return 2
 
 
 def warn(message: str) -> None:
@@ -160,16 +182,11 @@ def warn(message: str) -> None:
     tqdm.write(f"warning: {message}", file=sys.stderr)
 
 
-def _fail(message: str) -> int:
-    print(f"error: {message}", file=sys.stderr, flush=True)
-    return 2
-
-
 class Stopped(BaseException):
-    """A signal came during work that may be dropped. No Exception: nobody on the way is to catch it."""
+    """A signal came during work that may be dropped. No Exception: nobody else is to catch it."""
 
 
-@dataclass
+@dataclasses.dataclass
 class Processes:
     """This process among all: its rank, how many there are, and its device."""
     rank: int
@@ -184,7 +201,7 @@ class Processes:
         return self.rank == 0
 
     def share(self, count: int) -> list[int]:
-        """The indices of this process among `count` things that are dealt out in turn; may be empty."""
+        """The indices of this process among `count` things dealt out in turn; may be empty."""
         return list(range(self.rank, count, self.world))
 
     def sum(self, tensors: list[torch.Tensor]) -> None:
@@ -195,14 +212,6 @@ class Processes:
             for t, part in zip(tensors, flat.split([t.numel() for t in tensors])):
                 t.copy_(part.view_as(t))
 
-    def gather(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Tensors of one shape [n, ...] from every process -> [n * world, ...] in the order 0..n*world as dealt by `share`."""
-        if self.world == 1:
-            return tensor
-        parts = [torch.empty_like(tensor) for _ in range(self.world)]
-        dist.all_gather(parts, tensor.contiguous())
-        return torch.stack(parts, dim=1).flatten(0, 1)
-
     def union(self, mine: dict) -> dict:
         """One dict of everybody's."""
         parts = [mine] * self.world
@@ -212,65 +221,60 @@ class Processes:
 
     def any(self, flag: bool) -> bool:
         """True everywhere if it is true anywhere."""
-        value = torch.tensor([float(flag)], device=self.device)
-        self.sum([value])
-        return bool(value.item() > 0)
-
-    def tell(self, value):
-        """The main process's value, on every process."""
-        values = [value]
-        if self.world > 1:
-            dist.broadcast_object_list(values, src=0, device=self.device)
-        return values[0]
-
-    def stop_for(self, problem: str) -> None:
-        """Raise InputError on every process if any of them has a problem."""
-        if self.any(bool(problem)):
-            raise InputError(problem or "stopped, see another process's message")
-
-    @contextlib.contextmanager
-    def droppable(self):
-        """Work that holds no collective and may be thrown away: a signal ends it at once. Then all raise Stopped."""
-        try:
-            self.dropping = True
-            if self.stop:
-                raise Stopped
-            yield
-            self.dropping = False
-        except Stopped:
-            pass
-        if self.any(bool(self.stop)):
-            raise Stopped
+        return any(self.union({self.rank: flag}).values())
 
     def gather_rows(self, rows: torch.Tensor, total: int) -> torch.Tensor:
         """Everybody's [n, ...] -> [total, ...] in the order that `share` dealt them out."""
-        missing = -(-total // self.world) - len(rows)           # messages have one shape: filled with zeros
-        return self.gather(torch.cat([rows, rows.new_zeros(missing, *rows.shape[1:])]))[:total]
-
-    def leave(self, done: int, total: int, what: str) -> typing.NoReturn:
-        """End this process before the work is done, with a signal's exit status: nobody is to take it for finished."""
-        if self.main:
-            tqdm.write(f"stopped after {done} of {total} {what}; the same command goes on from there")
-        sys.exit(128 + (self.stop or signal.SIGTERM))
+        if self.world == 1:
+            return rows
+        missing = -(-total // self.world) - len(rows)       # messages have one shape
+        mine = torch.cat([rows, rows.new_zeros(missing, *rows.shape[1:])]).contiguous()
+        parts = [torch.empty_like(mine) for _ in range(self.world)]
+        dist.all_gather(parts, mine)
+        return torch.stack(parts, dim=1).flatten(0, 1)[:total]
 
     def barrier(self) -> None:
         """Wait for everybody."""
         if self.world > 1:
             dist.barrier()
 
+    @contextlib.contextmanager
+    def agreed(self):
+        """What raises InputError on one process raises it on all."""
+        problem = ""
+        try:
+            yield
+        except InputError as error:
+            problem = str(error)
+        if self.any(bool(problem)):
+            raise InputError(problem or "stopped, see another process's message")
+
+    @contextlib.contextmanager
+    def droppable(self):
+        """Work without collectives, which a signal ends and throws away. Then all raise Stopped."""
+        with contextlib.suppress(Stopped):
+            self.dropping = True
+            if not self.stop:
+                yield
+            self.dropping = False
+        if self.any(bool(self.stop)):
+            raise Stopped
+
 
 def start_processes(device: str | None = None) -> Processes:
-    """Join the process group that torchrun describes, or be alone. GPU if there is one; NCCL there, gloo on CPU.
+    """Join the process group that torchrun describes, or be alone. GPU if there is one.
 
-    `device`: cpu, cuda or cuda:N. Raises InputError for others, and where this process has no such GPU.
+    `device`: cpu, cuda or cuda:N. Raises InputError for others, and where there is no such GPU.
     """
-    world, rank, local = (int(os.environ.get(k, d)) for k, d in (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0)))
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    name, count = f"cuda:{local}" if device == "cuda" else device, torch.cuda.device_count()
+    world, rank, local = (int(os.environ.get(name, default)) for name, default in (
+        ("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0)))
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    name = f"cuda:{local}" if device == "cuda" else device
+    count = torch.cuda.device_count()
     if name not in ("cpu", *(f"cuda:{i}" for i in range(count))):
         none = f"torch finds {count} GPUs here, none for process {local}"
-        raise InputError(f"--device {device}: {none if device.startswith('cuda') else 'must be cpu or cuda'}")
+        raise InputError(f"--device {device}: "
+                         f"{none if device.startswith('cuda') else 'must be cpu or cuda'}")
     place = torch.device(name)
     if place.type == "cuda":
         torch.cuda.set_device(place)
@@ -280,15 +284,17 @@ def start_processes(device: str | None = None) -> Processes:
     if world > 1:
         store, _, _ = next(dist.rendezvous("env://", rank, world))
         if os.environ.get("LOCAL_WORLD_SIZE") == str(world):
-            # After a restart torchrun's store still holds the dead processes' addresses. (On several nodes each counts its own restarts.)
-            store = dist.PrefixStore("attempt-" + os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-        dist.init_process_group("nccl" if place.type == "cuda" else "gloo", store=store, rank=rank, world_size=world,
-                                timeout=timedelta(minutes=30))
+            # After a restart torchrun's store still holds the dead processes' addresses.
+            # (On several nodes each counts its own restarts.)
+            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+            store = dist.PrefixStore("attempt-" + attempt, store)
+        dist.init_process_group("nccl" if place.type == "cuda" else "gloo", store=store, rank=rank,
+                                world_size=world, timeout=timedelta(minutes=30))
     return Processes(rank, world, place)
 
 
 def generator(*key) -> torch.Generator:
-    """A CPU random generator for one purpose, e.g. generator(seed, "noise", epoch, prompt). Same key, same numbers."""
+    """CPU generator for one purpose, as (seed, "noise", epoch, prompt): same key, same numbers."""
     digest = hashlib.sha256(repr(key).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
@@ -300,16 +306,20 @@ def permutation(count: int, *key) -> list[int]:
 
 @contextlib.contextmanager
 def writing(path: Path):
-    """What inside fails for want of space or of permission becomes an InputError of one line that names `path`."""
+    """A failure inside, for want of space or permission, becomes an InputError naming `path`."""
     try:
         yield
-    except (OSError, RuntimeError, SafetensorError) as error:       # torch.save and save_file have their own for a full disk
+    except (OSError, RuntimeError, SafetensorError) as error:   # torch.save's, save_file's
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        raise InputError(f"{path}: cannot be written ({reason}); what was saved before is untouched") from None
+        raise InputError(f"{path}: cannot be written ({reason}); "
+                         "what was saved before is untouched") from None
 
 
 def write_atomic(path: Path, write) -> None:
-    """Call `write(temporary path)`, make it durable, and only then let it take the place of `path`, whose folder is made if need be."""
+    """Call `write(temporary path)`, make it durable, and only then let it take the place of `path`.
+
+    The folder is made if need be.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with writing(path):
         try:
@@ -318,13 +328,12 @@ def write_atomic(path: Path, write) -> None:
             with open(temporary, "rb+") as handle:
                 os.fsync(handle.fileno())
             os.replace(temporary, path)
-            with contextlib.suppress(OSError):      # the name, too, is to survive a power cut; not every file system can
-                folder = os.open(path.parent, os.O_RDONLY)
+            with contextlib.suppress(OSError):      # the name, too, is to survive a power cut,
+                folder = os.open(path.parent, os.O_RDONLY)      # where the file system can
                 os.fsync(folder)
                 os.close(folder)
         finally:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
+            temporary.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value) -> None:
@@ -333,13 +342,16 @@ def write_json(path: Path, value) -> None:
 
 
 def fingerprint(*things: torch.nn.Module | list[str]) -> str:
-    """Tells weights and texts apart without reading all of them: a hash of each tensor's first 16 numbers (LoRA left out), and of texts."""
+    """Tells weights and texts apart without reading all of them.
+
+    A hash of the first 16 numbers of each tensor (but LoRA's), and of texts.
+    """
     digest = hashlib.sha256()
     for thing in things:
         if isinstance(thing, torch.nn.Module):
-            for name, value in thing.state_dict().items():
-                if "lora_" not in name:
-                    digest.update(value.flatten()[:16].double().cpu().numpy().tobytes())
+            weights = [v for name, v in thing.state_dict().items() if "lora_" not in name]
+            for value in weights:
+                digest.update(value.flatten()[:16].double().cpu().numpy().tobytes())
         else:
             digest.update(json.dumps(thing).encode())
     return digest.hexdigest()[:16]
@@ -348,47 +360,57 @@ def fingerprint(*things: torch.nn.Module | list[str]) -> str:
 class Run:
     """A run's folder: config.json, log.jsonl, checkpoints. Only the main process writes.
 
-    The same command again continues the run. A folder that holds another configuration's work is refused, not overwritten;
-    `free` names the fields that may differ (how long, how often), since they do not change what a step computes. `config` is
-    a dataclass; options that are younger than the folder count as left at their defaults.
+    The same command again continues the run. A folder that holds another configuration's work is
+    refused, not overwritten; `free` names the fields that may differ (how long, how often), since
+    they do not change what a step computes. `config` is a dataclass; options that are younger than
+    the folder count as left at their defaults.
     """
 
-    def __init__(self, folder: str, config, processes: Processes, free: tuple[str, ...] = (), keep: int = 2):
-        self.folder, self.processes, self.keep = Path(folder), processes, keep
-        self.log_file, self.identity, problem = self.folder / "log.jsonl", {}, ""
-        if processes.main:
-            try:
-                self.folder.mkdir(parents=True, exist_ok=True)
-                problem = self._claim(self.folder / "config.json", dataclasses.asdict(config), dataclasses.asdict(type(config)()), free)
-            except (OSError, InputError) as error:
-                problem = f"{folder}: cannot be used as a run folder ({error})"
-        processes.stop_for(problem)
+    def __init__(self, folder: str, config, processes: Processes, free: tuple[str, ...] = ()):
+        self.folder = Path(folder)
+        self.log_file = self.folder / "log.jsonl"
+        self.processes = processes
+        self.identity: dict[str, str] = {}
+        with processes.agreed():
+            if processes.main:
+                self._claim(config, free)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_signal)
 
-    def _claim(self, path: Path, new: dict, defaults: dict, free: tuple[str, ...]) -> str:
-        """Write the configuration, or say why the folder cannot be used."""
-        if path.exists():
-            old = read_json(path)
-            before = defaults | old
-            changed = [k for k in sorted(before.keys() | new.keys()) if k not in free and before.get(k) != new.get(k)]
-            begun = self.log_file.exists() or bool(self._checkpoints())
-            if changed and (begun or old.keys() != new.keys()):         # where nothing was done yet, a command may be corrected
-                names = ", ".join(changed[:6] + ["..."] * (len(changed) > 6))
-                return f"{self.folder}: holds a run with other options ({names}); choose another --out or repeat its options"
-        for left in self.folder.rglob(".*.tmp"):                        # of a process that was killed while it wrote
-            if re.fullmatch(r"\..+\.\d+\.tmp", left.name):
-                left.unlink()
-        write_json(path, new)
-        return ""
+    def _claim(self, config, free: tuple[str, ...]) -> None:
+        """Write the configuration; InputError if the folder cannot be used or holds another run."""
+        path, new = self.folder / "config.json", dataclasses.asdict(config)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            old = read_json(path) if path.exists() else new
+            before = dataclasses.asdict(type(config)()) | old
+            changed = [k for k in sorted(before.keys() | new.keys())
+                       if k not in free and before.get(k) != new.get(k)]
+            if old.keys() == new.keys() and not self.log_file.exists() and not self._checkpoints():
+                changed = []            # nothing was done yet: a command may be corrected
+            if not changed:
+                for left in self.folder.rglob(".*.tmp"):        # of a process killed while it wrote
+                    if re.fullmatch(r"\..+\.\d+\.tmp", left.name):
+                        left.unlink()
+                write_json(path, new)
+        except (OSError, InputError) as error:
+            raise InputError(f"{self.folder}: cannot be used as a run folder ({error})") from None
+        if changed:
+            names = ", ".join(changed[:6] + ["..."] * (len(changed) > 6))
+            raise InputError(f"{self.folder}: holds a run with other options ({names}); choose "
+                             "another --out or repeat its options")
 
     def _on_signal(self, number, frame) -> None:
-        """SIGTERM may come twice, from torchrun and from the cluster; only a second Ctrl-C, and not torchrun's echo, means at once."""
-        now, first = time.monotonic(), not self.processes.stop
-        if first:
+        """The first signal stops the run, a later Ctrl-C at once.
+
+        SIGTERM may come twice, from torchrun and the cluster, and torchrun echoes Ctrl-C.
+        """
+        now = time.monotonic()
+        if not self.processes.stop:
             self.processes.stop, self.asked = number, now
             if self.processes.main:
-                warn("stopping: what is done is saved; a round whose pictures are being drawn will be drawn again (Ctrl-C again: at once)")
+                warn("stopping: what is done is saved; a round whose pictures are being drawn will "
+                     "be drawn again (Ctrl-C again: at once)")
         elif number == signal.SIGINT and now - self.asked > 2:
             raise KeyboardInterrupt
         if self.processes.dropping:
@@ -398,34 +420,39 @@ class Run:
     def log(self, record: dict) -> None:
         """Append one JSON line to log.jsonl."""
         if self.processes.main:
-            line = json.dumps({k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in record.items()})
+            line = json.dumps({k: float(f"{v:.6g}") if isinstance(v, float) else v
+                               for k, v in record.items()})
             with writing(self.log_file), open(self.log_file, "a") as handle:
                 handle.write(line + "\n")
 
     def read_log(self) -> list[dict]:
         """The records of log.jsonl so far."""
-        return [json.loads(line) for line in self.log_file.read_text().splitlines()] if self.log_file.exists() else []
+        lines = self.log_file.read_text().splitlines() if self.log_file.exists() else []
+        return [json.loads(line) for line in lines]
 
     def _checkpoints(self) -> list[Path]:
         """Oldest first."""
-        paths = [p for p in self.folder.glob("checkpoint-*.pt") if p.stem[len("checkpoint-"):].isdecimal()]
-        return sorted(paths, key=lambda p: int(p.stem[len("checkpoint-"):]))
+        found = {path.stem.removeprefix("checkpoint-"): path
+                 for path in self.folder.glob("checkpoint-*.pt")}
+        return [found[step] for step in sorted(filter(str.isdecimal, found), key=int)]
 
     def _scores(self) -> dict[Path, float]:
         """The checkpoints on disk that were given a score."""
-        out = {}
+        scores = {}
         for path in self._checkpoints():
-            with contextlib.suppress(InputError, ValueError, TypeError):
-                if (score := read_json(path.with_suffix(".json")).get("score")) is not None:
-                    out[path] = float(score)
-        return out
+            with contextlib.suppress(InputError, KeyError, TypeError, ValueError):
+                scores[path] = float(read_json(path.with_suffix(".json"))["score"])
+        return scores
 
     def is_best(self, score: float | None) -> bool:
         """Is this above the score of every kept checkpoint?"""
         return score is not None and all(score > old for old in self._scores().values())
 
     def save(self, step: int, state: dict, score: float | None = None) -> None:
-        """Write checkpoint-<step>.pt with its own checksum; the last `keep` and the one with the highest score stay. For every process."""
+        """Write checkpoint-<step>.pt and its checksum; for every process.
+
+        The last two stay, and the one with the highest score.
+        """
         if self.processes.main:
             size = 0
             if self.log_file.exists():          # on disk before the checkpoint that speaks of it
@@ -435,43 +462,33 @@ class Run:
             state = dict(state, step=step, log_bytes=size, identity=self.identity)
             path = self.folder / f"checkpoint-{step:06d}.pt"
 
-            def write(temporary: Path) -> None:         # the checksum first: a checkpoint is never without
+            def write(temporary: Path) -> None:         # a checkpoint is never without checksum
                 torch.save(state, temporary)
-                write_json(path.with_suffix(".json"), dict(step=step, score=score, sha256=_sha256(temporary)))
+                write_json(path.with_suffix(".json"),
+                           dict(step=step, score=score, sha256=_sha256(temporary)))
 
             write_atomic(path, write)
             scores = self._scores()
             best = max(scores, key=lambda p: (scores[p], p), default=None)
-            for old in set(self._checkpoints()[:-self.keep]) - {best}:
+            for old in set(self._checkpoints()[:-2]) - {best}:
                 old.unlink()
                 old.with_suffix(".json").unlink(missing_ok=True)
         self.processes.barrier()
 
     def resume(self, **identity: str) -> dict | None:
-        """The newest sound checkpoint, the same on every process, or None if there is none; later log lines are cut off.
+        """The newest sound checkpoint, the same on every process, or None if there is none.
 
-        Damaged ones are passed over with a message and kept as `*.damaged`. `identity`: fingerprints of what the run is made of
-        besides its options. Raises InputError if one differs from the checkpoint's, if all checkpoints are damaged, or if one
+        Later log lines are cut off. Damaged checkpoints are passed over with a message and kept as
+        `*.damaged`. `identity`: fingerprints of what the run is made of besides its options. Raises
+        InputError if one differs from the checkpoint's, if all checkpoints are damaged, or if one
         cannot be read for any other reason.
         """
-        self.identity, name, state, problem = identity, "", None, ""
-        if self.processes.main:
-            try:
-                name = self._newest_sound()
-            except InputError as error:
-                problem = str(error)
-        self.processes.stop_for(problem)
-        if name := self.processes.tell(name):
-            path = self.folder / name
-            try:
-                state = torch.load(path, map_location="cpu", weights_only=True)
-            except OSError as error:
-                problem = f"{path}: cannot be read ({error.strerror}); every process must see the run folder"
-            if state:
-                changed = [k for k, v in state.get("identity", {}).items() if identity.get(k, v) != v]
-                problem = (f"{self.folder}: the {' and '.join(changed)} that this run was trained with had the same name but another "
-                           "content; put it back, or choose another --out") if changed else ""
-            self.processes.stop_for(problem)
+        self.identity = identity
+        with self.processes.agreed():
+            name = self._newest_sound() if self.processes.main else ""
+        name = self.processes.union({"newest": name} if self.processes.main else {})["newest"]
+        with self.processes.agreed():
+            state = self._load(self.folder / name) if name else None
         if self.processes.main and self.log_file.exists():
             if state:
                 self._cut_log(state["log_bytes"])
@@ -484,25 +501,42 @@ class Run:
         damaged: list[Path] = []
         for path in reversed(self._checkpoints()):
             try:
-                if not (reason := _damage(path)):
-                    for old in damaged:
-                        for file in (old, old.with_suffix(".json")):
-                            if file.exists():
-                                file.rename(file.with_name(file.name + ".damaged"))
+                reason = _damage(path)
+                if not reason:
+                    for file in damaged:
+                        file.rename(file.with_name(file.name + ".damaged"))
                     return path.name
             except OSError as error:
-                raise InputError(f"{path}: cannot be read ({error.strerror}); mend that and start again") from None
+                raise InputError(f"{path}: cannot be read ({error.strerror}); "
+                                 "mend that and start again") from None
             warn(f"{path}: damaged ({reason}); going back to the one before")
-            damaged.append(path)
+            damaged += [file for file in (path, path.with_suffix(".json")) if file.exists()]
         if damaged:
-            raise InputError(f"{self.folder}: none of its checkpoints is sound; choose another --out, or remove them to begin anew")
+            raise InputError(f"{self.folder}: none of its checkpoints is sound; choose another "
+                             "--out, or remove them to begin anew")
         return ""
+
+    def _load(self, path: Path) -> dict:
+        """A checkpoint's content; InputError if it is not of this run's models and prompts."""
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except OSError as error:
+            raise InputError(f"{path}: cannot be read ({error.strerror}); "
+                             "every process must see the run folder") from None
+        earlier = state.get("identity", {})
+        changed = [k for k, v in earlier.items() if self.identity.get(k, v) != v]
+        if changed:
+            raise InputError(
+                f"{self.folder}: the {' and '.join(changed)} that this run was trained with had "
+                "the same name but another content; put it back, or choose another --out")
+        return state
 
     def _cut_log(self, size: int) -> None:
         """Leave the first `size` bytes of the log, or its whole lines if there are fewer."""
         with open(self.log_file, "rb+") as handle:
             if handle.seek(0, os.SEEK_END) < size:
-                warn(f"{self.log_file}: lines are missing that were there when the checkpoint was written")
+                warn(f"{self.log_file}: lines are missing that were there when the checkpoint was "
+                     "written")
                 handle.seek(0)
                 size = handle.read().rfind(b"\n") + 1
             handle.truncate(size)
@@ -513,20 +547,20 @@ class Rounds:
 
         for step in rounds:                         # from the last checkpoint on
             ...
-            rounds.end(record, "prompts", count)    # then .due: a checkpoint is; .ending: a signal came
+            rounds.end(record, "prompts", count, score, shown)
+            if rounds.due or rounds.ending:         # a checkpoint is; a signal came
+                rounds.save(rounds.take_score(), **state)
     """
 
-    def __init__(self, run: Run, total: int, unit: str, config, clock, name: str):
+    def __init__(self, run: Run, total: int, unit: str, config, calls: Calls, name: str):
         self.run, self.processes = run, run.processes
         self.total, self.unit, self.name = total, unit, name
         self.config = config                # of which save_every, compile and profile count here
-        self.clock = clock
+        self.calls = calls                  # whose phases are logged
         self.done = 0                       # how many are, in earlier processes too
         self.bad = 0                        # in a row that were not finite
         self.recent: list[float] = []       # scores since the last checkpoint
         self.took: list[float] = []         # seconds of each
-        self.due = False
-        self.ending = False
 
     def restore(self, state: dict) -> None:
         """Go on where a checkpoint ends."""
@@ -543,21 +577,21 @@ class Rounds:
 
     def __iter__(self) -> typing.Iterator[int]:
         second = min(self.done + 1, self.total - 1)
-        self.progress = tqdm(total=self.total, initial=self.done, desc=self.name, unit=self.unit,
-                             disable=not self.processes.main)
-        for step in range(self.done, self.total):
-            self.started = time.perf_counter()
-            wanted = self.config.profile and self.processes.main and step == second
-            with profiled(self.run.folder, self.processes.device, wanted):
-                yield step
-        self.progress.close()
+        with tqdm(total=self.total, initial=self.done, desc=self.name, unit=self.unit,
+                  disable=not self.processes.main) as self.progress:
+            for step in range(self.done, self.total):
+                self.started = time.perf_counter()
+                wanted = self.config.profile and self.processes.main and step == second
+                watch = profiled(self.run.folder, self.processes.device) if wanted else None
+                with watch or contextlib.nullcontext():
+                    yield step
 
     def end(self, record: dict, things: str, count: int, score: float | None, shown: dict) -> None:
-        """Log `record` with its speed in `things` per second; decide whether to save and to leave."""
+        """Log `record` with its speed in `things` per second; decide whether to save, to leave."""
         seconds = time.perf_counter() - self.started
         self.done += 1
         self.took.append(seconds)
-        phases = {phase: round(value, 3) for phase, value in self.clock.seconds().items()}
+        phases = {phase: round(value, 3) for phase, value in self.calls.seconds().items()}
         record |= {f"{things}_per_second": count / seconds, "seconds": phases,
                    "eta_minutes": (self.total - self.done) * seconds / 60}
         if self.processes.device.type == "cuda":
@@ -565,12 +599,13 @@ class Rounds:
         self.run.log(record)
         self.progress.set_postfix(shown, refresh=False)
         self.progress.update()
-        if self.config.compile and self.processes.main:
-            say_compiling(self.took, self.unit)
+        if self.config.compile and self.processes.main and len(self.took) == 2:
+            tqdm.write(f"compiling took about {max(self.took[0] - seconds, 0):.0f} s "
+                       f"(the first {self.unit} less the second)")
         if score is not None:
             self.recent.append(score)
-        last = self.done == self.total
-        self.due = last or self.done % self.config.save_every == 0 and not self.bad
+        self.due = (self.done == self.total
+                    or self.done % self.config.save_every == 0 and not self.bad)
         self.ending = self.processes.any(bool(self.processes.stop))
 
     def take_score(self) -> float | None:
@@ -586,9 +621,12 @@ class Rounds:
         self.run.save(self.done, dict(state, recent=self.recent, bad=self.bad), score)
 
     def leave(self) -> typing.NoReturn:
-        """End the process before the work is done."""
+        """End this process early, with a signal's exit status: it is not finished."""
         self.progress.close()
-        self.processes.leave(self.done, self.total, f"{self.unit}s")
+        if self.processes.main:
+            tqdm.write(f"stopped after {self.done} of {self.total} {self.unit}s; "
+                       "the same command goes on from there")
+        sys.exit(128 + (self.processes.stop or signal.SIGTERM))
 
 
 def _sha256(path: Path) -> str:
@@ -597,7 +635,7 @@ def _sha256(path: Path) -> str:
 
 
 def _damage(path: Path) -> str:
-    """What is wrong with a checkpoint's content, or "". Raises OSError where it cannot be read at all."""
+    """What is wrong with a checkpoint's content, or ""; OSError where it cannot be read at all."""
     try:
         expected = json.loads(path.with_suffix(".json").read_text())["sha256"]
     except FileNotFoundError:
@@ -619,20 +657,11 @@ def learning_rate(step: int, peak: float, warmup: int) -> float:
 
 
 @contextlib.contextmanager
-def profiled(folder: Path, device: torch.device, wanted: bool):
-    """Where `wanted`: what happens inside is written to `profile.json` (open it in chrome://tracing or Perfetto) and `profile.txt`."""
-    if not wanted:
-        yield
-        return
-    from torch.profiler import ProfilerActivity, profile
-    with profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")) as profiler:
+def profiled(folder: Path, device: torch.device):
+    """What happens inside is written to `profile.txt` and `profile.json` (for Perfetto)."""
+    with torch.profiler.profile() as profiler:
         yield
     write_atomic(folder / "profile.json", lambda p: profiler.export_chrome_trace(str(p)))
-    rows = profiler.key_averages().table(sort_by=f"self_{device.type}_time_total", row_limit=30, max_name_column_width=60)
+    rows = profiler.key_averages().table(sort_by=f"self_{device.type}_time_total", row_limit=30,
+                                         max_name_column_width=60)
     write_atomic(folder / "profile.txt", lambda p: p.write_text(rows))
-
-
-def say_compiling(seconds: list[float], unit: str) -> None:
-    """Once two rounds or steps are done: what compiling took. `seconds`: of each so far."""
-    if len(seconds) == 2:
-        tqdm.write(f"compiling took about {max(seconds[0] - seconds[1], 0):.0f} s (the first {unit} less the second)")

@@ -11,9 +11,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from calls import Calls
 from helpers import log_of
 from training import (
-    Clock,
     Processes,
     Run,
     Stopped,
@@ -123,11 +123,16 @@ def test_learning_rate():
 
 
 def test_clock_adds_phases_up():
-    clock = Clock(torch.device("cpu"))
+    calls = Calls()
     for phase in ("a", "b", "a"):
-        with clock(phase):
+        with calls.phase(phase):
             sum(range(20_000))
-    assert clock.seconds().keys() == {"a", "b"} and clock.seconds()["a"] > 0 and len(clock.marks) == 3
+    assert len(calls.marks) == 3
+    seconds = calls.seconds()
+    assert seconds.keys() == {"a", "b"} and seconds["a"] > 0 and calls.seconds() == {}
+    with calls.phase("outer"), calls.phase("inner"):
+        pass
+    assert [phase for phase, _, _ in calls.marks] == ["outer", "inner", "outer"]
 
 
 # Files
@@ -368,13 +373,16 @@ def test_signals(tmp_path, monkeypatch):
 
 def test_a_signal_ends_what_may_be_dropped(tmp_path):
     processes, done = open_run(tmp_path).processes, []
-    assert processes.droppable(lambda: 3) == 3
-    with pytest.raises(Stopped):
-        processes.droppable(lambda: (os.kill(os.getpid(), signal.SIGTERM), done.append("all")))
+    with processes.droppable():
+        done.append(3)
+    assert done.pop() == 3 and not processes.dropping
+    with pytest.raises(Stopped), processes.droppable():
+        os.kill(os.getpid(), signal.SIGTERM)
+        done.append("all")
     assert not done and processes.stop and not processes.dropping
-    with pytest.raises(Stopped):                                                # asked before: not even begun
-        processes.droppable(lambda: done.append("all"))
-    assert not done
+    with pytest.raises(Stopped), processes.droppable():                         # asked before: not even begun
+        done.append("all")
+    assert not done and not processes.dropping
 
 
 def test_log_is_valid_json(tmp_path):
