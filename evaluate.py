@@ -427,9 +427,8 @@ def digest(paths: list[Path]) -> str:
 def claim(folder: Path, identity: dict, processes: Processes) -> None:
     """Make the folder this evaluation's; refuse one whose pictures something else has drawn."""
     path = folder / "protocol.json"
-    problem = ""
-    if processes.main:
-        try:
+    with processes.agreed():
+        if processes.main:
             old = read_json(path) if os.path.exists(path) else identity
             if not isinstance(worn := old.get("lora"), dict):
                 raise InputError(f"{path}: not the protocol of an evaluation; choose another --out")
@@ -442,9 +441,6 @@ def claim(folder: Path, identity: dict, processes: Processes) -> None:
                 raise InputError(f"{folder}: its pictures of {other[-1]!r} come from another LoRA "
                                  "file or UNet; choose another --out or name")
             write_json(path, identity | dict(lora=worn | identity["lora"]))     # all so far
-        except InputError as error:
-            problem = str(error)
-    processes.stop_for(problem)
 
 
 # What is only drawn

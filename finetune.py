@@ -265,7 +265,7 @@ class Trainer:
         self.empty = encode_empty(pipe)
         self.rounds_per_epoch = -(-len(prompts) // config.prompts_per_round)
         total = min(config.rounds or math.inf, config.epochs * self.rounds_per_epoch)
-        self.rounds = Rounds(run, total, "round", config, pipe.calls.clock, name)
+        self.rounds = Rounds(run, total, "round", config, pipe.calls, name)
         self.weights = lora.parameters(pipe.unet)
         self.optimizer = torch.optim.AdamW(
             self.weights, lr=config.lr, betas=(0.9, 0.999), eps=1e-8,

@@ -347,7 +347,7 @@ class Trainer:
         config, pipe, pairs = setting.config, setting.pipe, setting.pairs
         self.config, self.run, self.used = config, run, used        # used: pairs to train on
         self.models, self.optimizer = build_models(setting.pickscore, config, run.processes)
-        self.rounds = Rounds(run, config.steps, "step", config, pipe.calls.clock, "spm")
+        self.rounds = Rounds(run, config.steps, "step", config, pipe.calls, "spm")
         state = run.resume(
             pairs=fingerprint(pairs.captions, [str(v) for v in pairs.label.tolist()]),
             pickscore=fingerprint(setting.pickscore),

@@ -517,11 +517,11 @@ Round = tuple[dict[str, float], float, int | None]      # seconds by phase, in a
 
 def timed_round(task: Task, side: Side, sides: dict[str, Side], seed: int) -> Round:
     """One round of one side."""
-    device, clock = task.pipe.device, side.pipe.calls.clock
+    device, calls = task.pipe.device, side.pipe.calls
     with alone(task.pipe, side, sides) as before:
-        clock.seconds()                         # forgets what came before
+        calls.seconds()                         # forgets what came before
         seconds = seconds_of(lambda: one_round(task, side, seed), device)
-    return clock.seconds(), seconds, peak_of(side, before, device)
+    return calls.seconds(), seconds, peak_of(side, before, device)
 
 
 def parts_of(task: Task, side: Side) -> dict[str, tuple[str, float, Callable]]:
@@ -707,7 +707,7 @@ def compare_sides(given: BenchConfig, prompts: int, head: dict, path: Path) -> N
     print(path)
     if given.profile:
         name = "compiled" if "compiled" in sides else list(sides)[-1]
-        with profiled(path.with_name(f"{path.stem}_{name}"), device, True):
+        with profiled(path.with_name(f"{path.stem}_{name}"), device):
             timed_round(task, sides[name], sides, 0)
 
 
