@@ -1,6 +1,7 @@
 """Several processes train what one trains; a run that was stopped, however, ends as one that was not."""
 import contextlib
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -43,9 +44,9 @@ def assert_same_run(a, b, step: int) -> None:
     assert log_of(a) == log_of(b) and len(log_of(a)) == step
 
 
-# Three prompts a round: four processes leave one without prompts. With threshold 0.99 so few pairs are left that a process has none;
+# Three prompts a round: four processes leave one without prompts. With threshold 0.95 a round has one pair, and one process none;
 # more than 1 is impossible, so nobody ever has one. With train_batch 1, gradients accumulate; with j = 2 (MSPO) x_t are not shared.
-@pytest.mark.parametrize("threshold, train_batch, j, processes", [(0.0, 10, 1, 2), (0.0, 1, 2, 3), (0.0, 10, 1, 4), (0.99, 10, 1, 2),
+@pytest.mark.parametrize("threshold, train_batch, j, processes", [(0.0, 10, 1, 2), (0.0, 1, 2, 3), (0.0, 10, 1, 4), (0.95, 10, 1, 2),
                                                                   (1.0, 10, 1, 3)])
 def test_several_processes_train_what_one_trains(kind, tmp_path, monkeypatch, threshold, train_batch, j, processes):
     words = ("spo_train", *kind, "--lr", 0.005, "--rounds", 4, "--threshold", threshold, "--j", j)
@@ -56,7 +57,7 @@ def test_several_processes_train_what_one_trains(kind, tmp_path, monkeypatch, th
     for a, b in zip(one, two, strict=True):
         assert a.keys() == b.keys() and all(a[k] == pytest.approx(b[k], rel=1e-4, abs=1e-5) for k in a), (a, b)
     few = [row["pairs"] for row in one]
-    assert sum(few) == 0 if threshold == 1 else min(few) > 1 if not threshold else sum(few) > 0 and min(few) <= 1
+    assert sum(few) == 0 if threshold == 1 else min(few) > 1 if not threshold else 1 in few
     ours, theirs = load_file(tmp_path / "one" / LORA), load_file(tmp_path / "two" / LORA)
     largest = max(float(v.abs().max()) for k, v in ours.items() if "lora_B" in k)
     assert ours.keys() == theirs.keys() and (largest == 0 if threshold == 1 else largest > 1e-4)
@@ -94,7 +95,8 @@ def test_killed_ranks_are_restarted_and_the_run_ends_the_same(kind, tmp_path):
         job.result(300)
     together("spo_train", *words, "--out", tmp_path / "whole")
     assert_same_run(run, tmp_path / "whole", 14)
-    assert starts() == 3
+    begun = re.findall(r"starting at round (\d+)", (tmp_path / "out0").read_text())
+    assert len(begun) == 3 and 0 == int(begun[0]) < int(begun[1]) < int(begun[2])
 
 
 def test_without_restarts_a_killed_rank_ends_the_job_with_a_message(kind, tmp_path):
