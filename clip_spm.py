@@ -21,8 +21,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
 
-from unet import timestep_embedding
-
 MEAN = (0.48145466, 0.4578275, 0.40821073)      # pixel statistics that every CLIP was trained with
 STD = (0.26862954, 0.26130258, 0.27577711)
 ACTIVATIONS = {"gelu": F.gelu, "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x)}
@@ -85,6 +83,14 @@ def clip_l() -> CLIPConfig:
                       TowerConfig(1024, 4096, 24, 16, patch_size=14), 768)
 
 
+def timestep_embedding(timestep: torch.Tensor, width: int) -> torch.Tensor:
+    """Sinusoids of raw timesteps [N] in 0..999 -> [N, width], cosines first (reference [17])."""
+    half = width // 2
+    step = torch.arange(half, dtype=torch.float32, device=timestep.device)
+    angle = timestep.float()[:, None] * torch.exp(-math.log(10_000) * step / half)
+    return torch.cat([angle.cos(), angle.sin()], dim=1)
+
+
 class Attention(nn.Module):
     """Multi-head self-attention; `causal` for text."""
 
@@ -121,8 +127,9 @@ def _modulation(width: int, parts: int, gates: tuple[int, ...] = ()) -> nn.Seque
     linear = nn.Linear(width, parts * width)
     nn.init.zeros_(linear.weight)
     nn.init.zeros_(linear.bias)
-    for gate in gates:
-        nn.init.ones_(linear.bias[gate * width:(gate + 1) * width])
+    with torch.no_grad():
+        for gate in gates:
+            linear.bias[gate * width:(gate + 1) * width] = 1
     return nn.Sequential(nn.SiLU(), linear)
 
 
@@ -149,10 +156,25 @@ class Layer(nn.Module):
         return x + gate2 * self.mlp(self.layer_norm2(x) * (1 + scale2) + shift2)
 
 
-def _encoder(config: TowerConfig, step_aware: bool = False) -> nn.ModuleDict:
-    """The stack of layers, a module of its own only because the official names have it."""
-    return nn.ModuleDict({"layers": nn.ModuleList(
-        Layer(config, step_aware) for _ in range(config.num_hidden_layers))})
+class Encoder(nn.Module):
+    """The stack of layers; a module of its own only because the official names have it."""
+
+    def __init__(self, config: TowerConfig, step_aware: bool = False):
+        super().__init__()
+        self.layers = nn.ModuleList(
+            Layer(config, step_aware) for _ in range(config.num_hidden_layers))
+
+
+class TextEmbeddings(nn.Module):
+    """Token plus position embedding."""
+
+    def __init__(self, config: TowerConfig):
+        super().__init__()
+        self.token_embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.position_embedding = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.token_embedding(ids) + self.position_embedding.weight[:ids.shape[1]]
 
 
 class TextTower(nn.Module):
@@ -160,10 +182,8 @@ class TextTower(nn.Module):
 
     def __init__(self, config: TowerConfig):
         super().__init__()
-        self.embeddings = nn.ModuleDict({
-            "token_embedding": nn.Embedding(config.vocab_size, config.hidden_size),
-            "position_embedding": nn.Embedding(config.max_position_embeddings, config.hidden_size)})
-        self.encoder = _encoder(config)
+        self.embeddings = TextEmbeddings(config)
+        self.encoder = Encoder(config)
         self.final_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def forward(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -172,8 +192,7 @@ class TextTower(nn.Module):
         Shapes [N, L, D], [N, L, D], [N, D]. SDXL conditions on the first, SD-1.5 on the second,
         scores use the third.
         """
-        positions = self.embeddings.position_embedding.weight[:ids.shape[1]]
-        x = penultimate = self.embeddings.token_embedding(ids) + positions
+        x = penultimate = self.embeddings(ids)
         for layer in self.encoder.layers:
             penultimate, x = x, layer(x, causal=True)
         last = self.final_layer_norm(x)
@@ -205,7 +224,7 @@ class VisionTower(nn.Module):
         self.embeddings = VisionEmbeddings(config)
         # "layrnorm": the official spelling
         self.pre_layrnorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.encoder = _encoder(config, step_aware)
+        self.encoder = Encoder(config, step_aware)
         self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         if step_aware:
             self.adaLN_modulation = _modulation(config.hidden_size, 2)
@@ -223,7 +242,7 @@ class VisionTower(nn.Module):
 
 
 class TimeEmbedder(nn.Module):
-    """Timestep -> time embedding, as in DiT (reference [17])."""
+    """Timestep -> time embedding, as in DiT."""
 
     def __init__(self, width: int, frequencies: int = 256):
         super().__init__()
@@ -264,9 +283,11 @@ class CLIP(nn.Module):
         This is f_CLIP-V of Eq. 3. A model that is not step-aware ignores the timestep; a step-aware
         one raises ValueError without it.
         """
-        if self.config.step_aware and timestep is None:
-            raise ValueError("this CLIP is step-aware: image_features needs the timestep")
-        time = self.t_embedder(timestep) if self.config.step_aware else None
+        time = None
+        if self.config.step_aware:
+            if timestep is None:
+                raise ValueError("this CLIP is step-aware: image_features needs the timestep")
+            time = self.t_embedder(timestep)
         pooled = self.vision_model(pixels.to(self.visual_projection.weight.dtype), time)
         return F.normalize(self.visual_projection(pooled).float(), dim=-1)
 
@@ -305,10 +326,13 @@ def preprocess_decoded(images: torch.Tensor, size: int, clamp_first: bool = Fals
     clamps before resizing as well (`clamp_first`). With `antialias` it is what PickScore sees of a
     clean picture, up to PIL's rounding.
     """
-    images = images.float().clamp(-1, 1) if clamp_first else images.float()
-    sides = images.shape[-2:]
-    if sides != (size, size):
-        target = tuple(int(side * size / min(sides) + 0.5) for side in sides)
+    images = images.float()
+    if clamp_first:
+        images = images.clamp(-1, 1)
+    height, width = images.shape[-2:]
+    if (height, width) != (size, size):
+        short = min(height, width)
+        target = (int(height * size / short + 0.5), int(width * size / short + 0.5))
         images = F.interpolate(images, target, mode="bicubic", align_corners=False,
                                antialias=antialias)
         top, left = (target[0] - size) // 2, (target[1] - size) // 2
@@ -319,7 +343,8 @@ def preprocess_decoded(images: torch.Tensor, size: int, clamp_first: bool = Fals
 def to_rgb(image: Image.Image) -> Image.Image:
     """A picture as RGB, transparency over white, as transformers 5.23 has it (5.17 dropped it)."""
     if image.has_transparency_data:
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image.convert("RGBA"))
     return image.convert("RGB")
 
 

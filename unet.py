@@ -80,11 +80,11 @@ FIXED = dict(
     reverse_transformer_layers_per_block=None)
 
 
-def timestep_embedding(timestep: torch.Tensor, width: int) -> torch.Tensor:
-    """Sinusoids of raw timesteps [N] in 0..999 -> [N, width], fp32, cosines first."""
+def sinusoids(values: torch.Tensor, width: int) -> torch.Tensor:
+    """[N] numbers -> [N, width], cosines first, fp32."""
     half = width // 2
-    step = torch.arange(half, dtype=torch.float32, device=timestep.device)
-    angle = timestep.float()[:, None] * torch.exp(-math.log(10_000) * step / half)
+    step = torch.arange(half, dtype=torch.float32, device=values.device)
+    angle = values.float()[:, None] * torch.exp(-math.log(10_000) * step / half)
     return torch.cat([angle.cos(), angle.sin()], dim=1)
 
 
@@ -149,6 +149,18 @@ class GEGLU(nn.Module):
         return value * F.gelu(gate)
 
 
+class FeedForward(nn.Module):
+    """GEGLU to four times the width and back; `net.1` is a dropout in the official files."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.net = nn.ModuleList(
+            [GEGLU(width, 4 * width), nn.Identity(), nn.Linear(4 * width, width)])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.net[2](self.net[0](x))
+
+
 class TransformerBlock(nn.Module):
     """Self-attention, cross-attention, feed-forward, each pre-normed and added back."""
 
@@ -157,14 +169,13 @@ class TransformerBlock(nn.Module):
         self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(width) for _ in range(3))
         self.attn1 = Attention(width, heads, width)
         self.attn2 = Attention(width, heads, context_width)
-        self.ff = nn.ModuleDict({"net": nn.Sequential(      # net.1: officially a dropout
-            GEGLU(width, 4 * width), nn.Identity(), nn.Linear(4 * width, width))})
+        self.ff = FeedForward(width)
 
     def forward(self, x: torch.Tensor, prompt_embeds: torch.Tensor) -> torch.Tensor:
         h = self.norm1(x)
         x = x + self.attn1(h, h)
         x = x + self.attn2(self.norm2(x), prompt_embeds)
-        return x + self.ff.net(self.norm3(x))
+        return x + self.ff(self.norm3(x))
 
 
 class Transformer(nn.Module):
@@ -182,22 +193,34 @@ class Transformer(nn.Module):
 
     def forward(self, x: torch.Tensor, prompt_embeds: torch.Tensor) -> torch.Tensor:
         """Map [N, C, H, W] and prompt_embeds [N, L, D] -> map [N, C, H, W]."""
-        h = self.norm(x) if self.linear else self.proj_in(self.norm(x))
+        height, width = x.shape[-2:]
+        h = self.norm(x)
+        h = h if self.linear else self.proj_in(h)
         h = h.flatten(2).transpose(1, 2)                        # [N, H*W, C]
         h = self.proj_in(h) if self.linear else h
         for block in self.transformer_blocks:
             h = block(h, prompt_embeds)
         h = self.proj_out(h) if self.linear else h
-        h = h.transpose(1, 2).unflatten(2, x.shape[-2:])        # [N, C, H, W]
+        h = h.transpose(1, 2).unflatten(2, (height, width))     # [N, C, H, W]
         return x + (h if self.linear else self.proj_out(h))
+
+
+class Resample(nn.Module):
+    """One 3x3 convolution that halves a map, or that follows an enlargement."""
+
+    def __init__(self, width: int, stride: int):
+        super().__init__()
+        self.conv = nn.Conv2d(width, width, 3, stride=stride, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.conv(x)
 
 
 class Block(nn.Module):
     """One level of the UNet: residual blocks, each followed by a transformer where there is one.
 
-    `inners` are the channels that the residual blocks take in. A 3x3 convolution halves the map at
-    the end, or follows its enlargement. A UNet's forward runs the parts: the maps that it keeps and
-    concatenates come between them.
+    `inners` are the channels that the residual blocks take in. A UNet's forward runs the parts: the
+    maps that it keeps and concatenates come between them.
     """
 
     def __init__(self, config: UNetConfig, level: int, inners: list[int], attentions: int,
@@ -207,10 +230,8 @@ class Block(nn.Module):
         self.resnets = nn.ModuleList(ResnetBlock(config, inner, width) for inner in inners)
         self.attentions = nn.ModuleList(
             Transformer(config, width, heads, depth) for _ in range(attentions))
-        self.downsamplers = nn.ModuleList([nn.ModuleDict(
-            {"conv": nn.Conv2d(width, width, 3, stride=2, padding=1)})] if down else [])
-        self.upsamplers = nn.ModuleList([nn.ModuleDict(
-            {"conv": nn.Conv2d(width, width, 3, padding=1)})] if up else [])
+        self.downsamplers = nn.ModuleList([Resample(width, 2)] if down else [])
+        self.upsamplers = nn.ModuleList([Resample(width, 1)] if up else [])
 
 
 class UNet(nn.Module):
@@ -230,9 +251,9 @@ class UNet(nn.Module):
         skips = [widths[0]]             # channels of the maps that the way down leaves behind
         self.down_blocks = nn.ModuleList()
         for level, kind in enumerate(config.down_block_types):
+            inners = [skips[-1]] + [widths[level]] * (layers - 1)
             self.down_blocks.append(Block(
-                config, level, [skips[-1]] + [widths[level]] * (layers - 1),
-                layers if "Attn" in kind else 0, down=level < last))
+                config, level, inners, layers if "Attn" in kind else 0, down=level < last))
             skips += [widths[level]] * (layers + (level < last))
         self.mid_block = Block(config, -1, [widths[-1]] * 2, 1)
         self.up_blocks = nn.ModuleList()
@@ -248,13 +269,12 @@ class UNet(nn.Module):
     def embed_time(self, timestep: torch.Tensor, pooled: torch.Tensor | None,
                    time_ids: torch.Tensor | None) -> torch.Tensor:
         """Timesteps [N]; for SDXL pooled text [N, P], sizes [N, 6] -> time embedding [N, T]."""
-        time = self.time_embedding(
-            timestep_embedding(timestep, self.config.block_out_channels[0]))
+        time = self.time_embedding(sinusoids(timestep, self.config.block_out_channels[0]))
         if self.config.addition_embed_type != "text_time":
             return time
         if pooled is None or time_ids is None:
             raise ValueError("this UNet is SDXL-shaped: forward needs `pooled` and `time_ids`")
-        sizes = timestep_embedding(time_ids.flatten(), self.config.addition_time_embed_dim)
+        sizes = sinusoids(time_ids.flatten(), self.config.addition_time_embed_dim)
         return time + self.add_embedding(torch.cat([pooled, sizes.view(len(pooled), -1)], dim=1))
 
     def _run(self, module: nn.Module, *inputs: torch.Tensor) -> torch.Tensor:
@@ -280,21 +300,23 @@ class UNet(nn.Module):
         """
         timestep = torch.as_tensor(timestep, device=latents.device).expand(len(latents))
         time = self.embed_time(timestep, pooled, time_ids)
-        skips = [self.conv_in(latents.to(self.conv_in.weight.dtype))]   # the maps of the way down
-        prompt_embeds = prompt_embeds.to(skips[0].dtype)
+        x = self.conv_in(latents.to(self.conv_in.weight.dtype))
+        prompt_embeds = prompt_embeds.to(x.dtype)
+        skips = [x]
         for block in self.down_blocks:
             for i in range(len(block.resnets)):
-                skips.append(self._layer(block, i, skips[-1], time, prompt_embeds))
+                x = self._layer(block, i, x, time, prompt_embeds)
+                skips.append(x)
             for downsampler in block.downsamplers:
-                skips.append(downsampler.conv(skips[-1]))
-        x = skips[-1]
+                x = downsampler(x)
+                skips.append(x)
         for i in range(len(self.mid_block.resnets)):
             x = self._layer(self.mid_block, i, x, time, prompt_embeds)
         for block in self.up_blocks:
             for i in range(len(block.resnets)):
                 x = self._layer(block, i, torch.cat([x, skips.pop()], dim=1), time, prompt_embeds)
             for upsampler in block.upsamplers:      # to the size of the next skip: sides may be odd
-                x = upsampler.conv(F.interpolate(x, size=skips[-1].shape[-2:], mode="nearest"))
+                x = upsampler(F.interpolate(x, size=skips[-1].shape[-2:], mode="nearest"))
         return self.conv_out(F.silu(self.conv_norm_out(x)))
 
 

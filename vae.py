@@ -74,10 +74,11 @@ class Attention(nn.Module):
         self.to_out = nn.ModuleList([nn.Linear(width, width)])
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        n, c, h, w = x.shape
         tokens = self.group_norm(x).flatten(2).transpose(1, 2)      # [N, H*W, C]
         q, k, v = (proj(tokens).unsqueeze(1) for proj in (self.to_q, self.to_k, self.to_v))
         tokens = self.to_out[0](F.scaled_dot_product_attention(q, k, v).squeeze(1))
-        return x + tokens.transpose(1, 2).reshape(x.shape)
+        return x + tokens.transpose(1, 2).reshape(n, c, h, w)
 
 
 class Resample(nn.Module):
@@ -89,8 +90,9 @@ class Resample(nn.Module):
         self.conv = nn.Conv2d(width, width, 3, stride=1 if up else 2, padding=1 if up else 0)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest") if self.up else
-                         F.pad(x, (0, 1, 0, 1)))        # padded on the right and below only
+        if self.up:
+            return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        return self.conv(F.pad(x, (0, 1, 0, 1)))        # padded on the right and below only
 
 
 class Level(nn.Module):
@@ -100,12 +102,14 @@ class Level(nn.Module):
                  down: bool = False, up: bool = False):
         super().__init__()
         inners = [inner] + [outer] * (layers - 1)
-        self.resnets = nn.Sequential(*(ResnetBlock(width, outer, groups) for width in inners))
-        self.downsamplers = nn.Sequential(*([Resample(outer, up=False)] if down else []))
-        self.upsamplers = nn.Sequential(*([Resample(outer, up=True)] if up else []))
+        self.resnets = nn.ModuleList(ResnetBlock(width, outer, groups) for width in inners)
+        self.downsamplers = nn.ModuleList([Resample(outer, up=False)] if down else [])
+        self.upsamplers = nn.ModuleList([Resample(outer, up=True)] if up else [])
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.upsamplers(self.downsamplers(self.resnets(x)))
+        for layer in (*self.resnets, *self.downsamplers, *self.upsamplers):
+            x = layer(x)
+        return x
 
 
 class MidBlock(nn.Module):
@@ -127,17 +131,19 @@ class Encoder(nn.Module):
         super().__init__()
         widths, groups = config.block_out_channels, config.norm_num_groups
         self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
-        self.down_blocks = nn.Sequential(*(
+        self.down_blocks = nn.ModuleList(
             Level(widths[max(i - 1, 0)], width, config.layers_per_block, groups,
                   down=i < len(widths) - 1)
-            for i, width in enumerate(widths)))
+            for i, width in enumerate(widths))
         self.mid_block = MidBlock(widths[-1], groups)
         self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=1e-6)
         self.conv_out = nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.mid_block(self.down_blocks(self.conv_in(x)))
-        return self.conv_out(F.silu(self.conv_norm_out(x)))
+        x = self.conv_in(x)
+        for block in self.down_blocks:
+            x = block(x)
+        return self.conv_out(F.silu(self.conv_norm_out(self.mid_block(x))))
 
 
 class Decoder(nn.Module):
@@ -148,15 +154,17 @@ class Decoder(nn.Module):
         widths, groups = config.block_out_channels[::-1], config.norm_num_groups
         self.conv_in = nn.Conv2d(config.latent_channels, widths[0], 3, padding=1)
         self.mid_block = MidBlock(widths[0], groups)
-        self.up_blocks = nn.Sequential(*(
+        self.up_blocks = nn.ModuleList(
             Level(widths[max(i - 1, 0)], width, config.layers_per_block + 1, groups,
                   up=i < len(widths) - 1)
-            for i, width in enumerate(widths)))
+            for i, width in enumerate(widths))
         self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=1e-6)
         self.conv_out = nn.Conv2d(widths[-1], config.out_channels, 3, padding=1)
 
     def forward(self, z: torch.Tensor) -> torch.Tensor:
-        z = self.up_blocks(self.mid_block(self.conv_in(z)))
+        z = self.mid_block(self.conv_in(z))
+        for block in self.up_blocks:
+            z = block(z)
         return self.conv_out(F.silu(self.conv_norm_out(z)))
 
 
