@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 import baselines
 import ddim
+import gentle
 import lora
 import spo_train
 from baselines import BaselineConfig, advantages, d3po_as_spo, ddpo_loss, denoising_errors, density, diffusion_dpo_loss, mapo_loss
@@ -21,7 +22,7 @@ from diffusion import Conditioning, encode_empty, encode_prompts, guided_noise, 
 from loading import load_pipeline
 from evaluate import wear
 from finetune import Trainer
-from helpers import ALONE, PROMPTS, NoWaiting, bare_trainer, call, log_of, shell, turn_of, unpinned
+from helpers import ALONE, PROMPTS, NoWaiting, bare_trainer, call, log_of, together, turn_of, unpinned
 from observers import report
 from pairs import load_pairs
 from spo_train import SPOConfig
@@ -202,7 +203,7 @@ def options(method, pickscore, pictures, prompts):
 
 
 @pytest.mark.parametrize("method", list(baselines.METHODS))
-@pytest.mark.parametrize("kind", ["sd", "sdxl"])
+@pytest.mark.parametrize("kind", ["small", "small_xl"])
 def test_every_method_trains_both_kinds_of_model(method, kind, request, pickscore, pictures, prompts, tmp_path):
     model = request.getfixturevalue(kind)
     call("baselines", "--model", model, "--vae", model, *options(method, pickscore, pictures, prompts), "--out", tmp_path / "run", *WORDS,
@@ -240,9 +241,9 @@ def test_offline_methods_learn_their_pairs(sd, pickscore, pictures, tmp_path, me
     assert margin(sd, pictures, str(tmp_path / "run" / LORA)) > margin(sd, pictures, "") + 1e-4
 
 
-def test_a_microbatch_of_ddpo_never_waits_for_the_device(sd, pickscore, monkeypatch):
+def test_a_microbatch_of_ddpo_never_waits_for_the_device(small, pickscore, monkeypatch):
     """The meta device stands for a GPU."""
-    trainer, judge, pairs, config = walked(sd, pickscore)
+    trainer, judge, pairs, config = walked(small, pickscore)
     meta, pipe = torch.device("meta"), trainer.pipe
     notes = dict(log_prob=pairs.notes["log_prob"].to(meta))
     pairs = dataclasses.replace(pairs, x_t=pairs.x_t.to(meta), x_next=pairs.x_next.to(meta), notes=notes, cond=pairs.cond.map(lambda v: v.to(meta)))
@@ -275,22 +276,22 @@ def test_a_compiled_run_sees_one_shape_and_trains_the_same(sd, pickscore, pictur
 
 
 @pytest.mark.parametrize("method", ["ddpo", "mapo"])
-def test_resume_is_exact_and_processes_agree(sd, pickscore, pictures, prompts, tmp_path, method):
-    words = ("tests/gentle.py", "baselines.py", "--model", sd, *options(method, pickscore, pictures, prompts), *WORDS, "--save_every", 1,
-             "--device", "cpu")
-    shell(*words, "--rounds", 3, "--out", tmp_path / "whole")
+def test_resume_is_exact_and_processes_agree(small, pickscore, pictures, prompts, tmp_path, monkeypatch, method):
+    monkeypatch.setattr(torch.optim, "AdamW", gentle.adamw)
+    words = ("baselines", "--model", small, *options(method, pickscore, pictures, prompts), *WORDS, "--save_every", 1)
+    call(*words, "--rounds", 3, "--out", tmp_path / "whole")
     if method == "ddpo":
-        shell(*words, "--rounds", 1, "--out", tmp_path / "cut")
-        shell(*words, "--rounds", 3, "--out", tmp_path / "cut")
+        call(*words, "--rounds", 1, "--out", tmp_path / "cut")
+        call(*words, "--rounds", 3, "--out", tmp_path / "cut")
         assert_same_run(tmp_path / "whole", tmp_path / "cut", 3)
-    shell(*words, "--rounds", 3, "--out", tmp_path / "two", processes=2)
+    together(*words, "--rounds", 3, "--out", tmp_path / "two", adam=gentle.adamw)
     one, two = load_file(tmp_path / "whole" / LORA), load_file(tmp_path / "two" / LORA)
     for key, value in one.items():
         assert_close(two[key], value, what=key)
 
 
-def test_snapshots_stay(sd, pickscore, prompts, tmp_path):
-    call("baselines", "--method", "d3po", "--model", sd, "--reward", pickscore, "--prompts", prompts, "--out", tmp_path / "run", *WORDS,
+def test_snapshots_stay(small, pickscore, prompts, tmp_path):
+    call("baselines", "--method", "d3po", "--model", small, "--reward", pickscore, "--prompts", prompts, "--out", tmp_path / "run", *WORDS,
          "--rounds", 3, "--snapshot_every", 1)
     files = [tmp_path / "run/loras" / f"{i:05d}" / LORA for i in (1, 2, 3)]
     last, previous = load_file(files[2]), load_file(files[1])

@@ -388,10 +388,10 @@ def test_gradient_is_really_clipped(parts):
     assert len(seen) == stats["updates"] >= 3 and stats["grad_norm"] > 2e-3 and all(n <= 1e-3 * (1 + 1e-4) for n in seen)
 
 
-def test_minibatch_gradient_does_not_depend_on_train_batch(sd, spm):
+def test_minibatch_gradient_does_not_depend_on_train_batch(small, spm):
     gradients = []
     for size in (1, 5, 100):
-        parts = setup(sd, spm, double=True, train_batch=size)
+        parts = setup(small, spm, double=True, train_batch=size)
         pairs = sample(parts, j=2)
         perturb(parts[0], 0.02)
         train(parts, pairs, torch.optim.SGD(lora.parameters(parts[0].unet), lr=1.0), clip_norm=1e9)
@@ -447,7 +447,7 @@ def test_a_loss_that_is_not_finite_is_reported_with_its_prompt(parts, capsys):
     assert stats["skipped"] == 1 and said.count("warning") == 1 and PROMPTS[3] in said and "the loss of a pair at t = " in said
 
 
-def test_ten_in_a_row_stop_the_run_and_keep_the_last_good_lora(sd, spm, prompts, tmp_path, monkeypatch, capsys):
+def test_ten_in_a_row_stop_the_run_and_keep_the_last_good_lora(small, spm, prompts, tmp_path, monkeypatch, capsys):
     """Two sound rounds; then every loss is infinite."""
     true, rounds = spo_train.pair_log_ratios, []
     real = spo_train.sample_round
@@ -460,7 +460,7 @@ def test_ten_in_a_row_stop_the_run_and_keep_the_last_good_lora(sd, spm, prompts,
         win, lose = true(*args, **kwargs)
         return (win, lose) if len(rounds) <= 2 else (win * math.inf, lose)
 
-    words = ("spo_train", "--model", sd, "--spm", spm, "--prompts", prompts, "--dtype", "fp32", "--steps", 4, "--k", 2, "--threshold", 0,
+    words = ("spo_train", "--model", small, "--spm", spm, "--prompts", prompts, "--dtype", "fp32", "--steps", 4, "--k", 2, "--threshold", 0,
              "--prompts_per_round", 4, "--pairs_per_step", 4, "--lr", 0.01)
     call(*words, "--out", tmp_path / "good", "--rounds", 2)
     rounds.clear()
@@ -473,9 +473,9 @@ def test_ten_in_a_row_stop_the_run_and_keep_the_last_good_lora(sd, spm, prompts,
     assert sum(row["skipped"] for row in log_of(tmp_path / "run")) == 10
 
 
-def test_a_lora_that_draws_nothing_finite_is_not_the_last_good_one(sd, spm, prompts, tmp_path, monkeypatch):
+def test_a_lora_that_draws_nothing_finite_is_not_the_last_good_one(small, spm, prompts, tmp_path, monkeypatch):
     """The second round's update ruins the pictures: what is left behind is the LoRA of after the first, and no checkpoint of the ruin."""
-    words = ("spo_train", "--model", sd, "--spm", spm, "--prompts", prompts, "--dtype", "fp32", "--steps", 4, "--k", 2, "--threshold", 0,
+    words = ("spo_train", "--model", small, "--spm", spm, "--prompts", prompts, "--dtype", "fp32", "--steps", 4, "--k", 2, "--threshold", 0,
              "--prompts_per_round", 4, "--pairs_per_step", 4, "--lr", 0.01, "--save_every", 1, "--epochs", 99)
     call(*words, "--out", tmp_path / "good", "--rounds", 1)
     real, rounds = spo_train.sample_round, []
@@ -495,10 +495,10 @@ def test_a_lora_that_draws_nothing_finite_is_not_the_last_good_one(sd, spm, prom
     assert max(p.name for p in (tmp_path / "run").glob("checkpoint-*.pt")) == "checkpoint-000002.pt"
 
 
-def test_checkpointing_changes_nothing(sd, spm):
+def test_checkpointing_changes_nothing(small, spm):
     norms = []
     for on in (False, True):
-        parts = setup(sd, spm, checkpointing=on)
+        parts = setup(small, spm, checkpointing=on)
         pairs = sample(parts)
         perturb(parts[0], 0.02)
         norms.append(train(parts, pairs, torch.optim.AdamW(lora.parameters(parts[0].unet), lr=1e-3))[0]["grad_norm"])
@@ -558,7 +558,7 @@ def test_only_tiny_brings_its_own_prompts(script, sd, spm, tmp_path):
         call(script, "--model", sd, "--out", tmp_path / "run")
 
 
-@pytest.mark.parametrize("model", ["tiny", "sd", "sdxl"])
+@pytest.mark.parametrize("model", ["tiny", "small", "small_xl"])
 def test_low_memory_trains_the_same_lora(request, spm, prompts, tmp_path, monkeypatch, model):
     """Small batches (one sample, but four for what goes by SD-1.5's preset), recomputed activations and moved text encoders; two rounds, so that the second starts from a trained LoRA."""
     monkeypatch.setattr(torch.optim, "AdamW", gentle.adamw)
@@ -567,7 +567,7 @@ def test_low_memory_trains_the_same_lora(request, spm, prompts, tmp_path, monkey
     words = ("spo_train", *kind, *BASE, "--rounds", 2, "--lr", 0.005, "--prompts_per_round", 4)
     name = "pytorch_lora_weights.safetensors"
     assert "memory             normal" in call(*words, "--out", tmp_path / "normal")
-    assert f"train_batch        {4 if model == 'sd' else 1}\n" in call(*words, "--out", tmp_path / "low", "--memory", "low")
+    assert f"train_batch        {4 if model == 'small' else 1}\n" in call(*words, "--out", tmp_path / "low", "--memory", "low")
     normal, low = (load_file(tmp_path / f / name) for f in ("normal", "low"))
     assert max(float(v.abs().max()) for k, v in low.items() if "lora_B" in k) > 1e-4
     for key, value in normal.items():
@@ -605,8 +605,8 @@ BASE = ("--dtype", "fp32", "--steps", "4", "--k", "2", "--prompts_per_round", "3
     ("--k", 3), ("--j", 2), ("--j", 99, "--k", 4), ("--t_min", 300, "--t_max", 600), ("--t_max", 1000), ("--start", "win"),
     ("--start", "lose"), ("--pair", "random"), ("--dtype", "bf16"), ("--clamp", 0), ("--eta", 0.5), ("--rank", 8, "--targets", "to_q,to_v"),
     ("--guidance_scale", 1), ("--threshold", 1), ("--checkpointing",), ("--resolution", 32), ("--grid_every", 1), ("--start=win", "--j", 3)])
-def test_every_option_runs_one_round(sd, spm, prompts, tmp_path, options):
-    call("spo_train", "--model", sd, "--spm", spm, "--prompts", prompts, "--out", tmp_path / "run", *BASE, *options)
+def test_every_option_runs_one_round(small, spm, prompts, tmp_path, options):
+    call("spo_train", "--model", small, "--spm", spm, "--prompts", prompts, "--out", tmp_path / "run", *BASE, *options)
     record, = log_of(tmp_path / "run", timing=True)
     assert record["round"] == 1 and all(math.isfinite(v) for v in record.values() if isinstance(v, float))
     trained = options != ("--threshold", 1)
@@ -618,8 +618,8 @@ def test_every_option_runs_one_round(sd, spm, prompts, tmp_path, options):
 
 
 @pytest.mark.parametrize("judge", ["step-blind", "pickscore"])
-def test_other_judges(sd, spm, pickscore, prompts, tmp_path, judge):
-    kind = ("--model", sd, "--prompts", prompts, "--out", tmp_path / "run", *BASE, "--judge", judge)
+def test_other_judges(small, spm, pickscore, prompts, tmp_path, judge):
+    kind = ("--model", small, "--prompts", prompts, "--out", tmp_path / "run", *BASE, "--judge", judge)
     call("spo_train", *kind, "--spm", pickscore)
     assert log_of(tmp_path / "run")[0]["updates"] > 0
     with pytest.raises(InputError, match="is step-aware"):
@@ -659,9 +659,9 @@ def test_the_judge_sees_what_the_small_decoder_draws(sd, spm, taesd, j):
     assert torch.equal(agreement != 0, checked.valid[:, first]) and {-1, 0, 1} == set(agreement.flatten().tolist())
 
 
-def test_a_run_with_the_small_decoder_says_how_often_it_agrees(sd, spm, prompts, taesd, tmp_path):
+def test_a_run_with_the_small_decoder_says_how_often_it_agrees(small, spm, prompts, taesd, tmp_path):
     """In the first rounds only, over a stop too; the LoRA is the one of a run that was not asked."""
-    words = ("--model", sd, "--spm", spm, "--prompts", prompts, *BASE, "--decoder", taesd, "--k", 3)
+    words = ("--model", small, "--spm", spm, "--prompts", prompts, *BASE, "--decoder", taesd, "--k", 3)
     call("spo_train", *words, "--out", tmp_path / "plain", "--rounds", 3)
     said = call("spo_train", *words, "--out", tmp_path / "run", "--rounds", 3, "--decoder_check", 2)
     rows = log_of(tmp_path / "run")
@@ -675,10 +675,10 @@ def test_a_run_with_the_small_decoder_says_how_often_it_agrees(sd, spm, prompts,
     assert (tmp_path / "plain" / name).read_bytes() == (tmp_path / "run" / name).read_bytes() == (tmp_path / "parts" / name).read_bytes()
 
 
-def test_sdxl_shape_trains_too(sdxl, spm, prompts, tmp_path, monkeypatch):
+def test_sdxl_shape_trains_too(small_xl, spm, prompts, tmp_path, monkeypatch):
     """Two text encoders, pooled text and picture sizes through sampling, exchange and training, with MSPO."""
-    words = ("spo_train", "--model", sdxl, "--spm", spm, "--prompts", prompts, *BASE, "--j", 2)
-    said = call(*words, "--out", tmp_path / "run", "--vae", sdxl)
+    words = ("spo_train", "--model", small_xl, "--spm", spm, "--prompts", prompts, *BASE, "--j", 2)
+    said = call(*words, "--out", tmp_path / "run", "--vae", small_xl)
     assert log_of(tmp_path / "run")[0]["updates"] > 0
     assert "preset             sdxl\n" in said and json.loads((tmp_path / "run/config.json").read_text())["preset"] == "sdxl"
     warned = []
@@ -687,9 +687,9 @@ def test_sdxl_shape_trains_too(sdxl, spm, prompts, tmp_path, monkeypatch):
     assert len(warned) == 1 and "--preset sdxl, unless this is meant" in warned[0]
 
 
-def test_as_a_user_runs_it(sd, spm, prompts, tmp_path):
+def test_as_a_user_runs_it(small, spm, prompts, tmp_path):
     """A process of its own; the second epoch draws other noise than the first."""
-    words = ("--model", sd, "--spm", spm, "--prompts", prompts, "--out", tmp_path / "run", *BASE, "--prompts-per-round=7", "--device=cpu")
+    words = ("--model", small, "--spm", spm, "--prompts", prompts, "--out", tmp_path / "run", *BASE, "--prompts-per-round=7", "--device=cpu")
     done = shell("spo_train.py", *words, "--rounds", 2)
     assert "pytorch_lora_weights.safetensors" in done.stdout and "Traceback" not in done.stderr
     rows = log_of(tmp_path / "run")
@@ -697,9 +697,9 @@ def test_as_a_user_runs_it(sd, spm, prompts, tmp_path):
     assert json.loads((tmp_path / "run/config.json").read_text())["prompts_per_round"] == 7
 
 
-def test_the_best_lora_is_kept_and_survives_a_stop(sd, spm, prompts, tmp_path):
+def test_the_best_lora_is_kept_and_survives_a_stop(small, spm, prompts, tmp_path):
     """best/ holds the LoRA after the rounds with the highest mean score; a run in two parts keeps the same."""
-    words = ("--model", sd, "--spm", spm, "--prompts", prompts, *BASE, "--prompts_per_round", 3, "--epochs", 9)
+    words = ("--model", small, "--spm", spm, "--prompts", prompts, *BASE, "--prompts_per_round", 3, "--epochs", 9)
     call("spo_train", *words, "--out", tmp_path / "one", "--rounds", 6, "--save_every", 2)
     call("spo_train", *words, "--out", tmp_path / "two", "--rounds", 3, "--save_every", 2)
     for path in (tmp_path / "two").glob("checkpoint-000003.*"):
@@ -719,9 +719,9 @@ def test_the_best_lora_is_kept_and_survives_a_stop(sd, spm, prompts, tmp_path):
     (("--k", "1"), "at least 2"), (("--eta", "0"), "--eta 0"), (("--prompts", "no.txt"), "no.txt"), (("--k",), "--k"),
     (("--t_max", "0"), "0..0"), (("--t_min", "801", "--t_max", "800"), "--t_min 801"), (("--lr", "-1"), "--lr -1.0"), (("--targets", "to_x"), "to_x"), (("--steps", "1000"), "--steps 1000"), (("--model", "nowhere/at-all"), "nowhere"), (("--model", "sd51"), "--model sd51: neither"),
     (("--decoder_check", "1"), "without --decoder"), (("--decoder", "taesd", "--model", "tiny"), "not those of tiny"), (("--decoder", "no.pth"), "no.pth")])
-def test_mistakes_are_one_line(sd, spm, prompts, tmp_path, words, says):
+def test_mistakes_are_one_line(small, spm, prompts, tmp_path, words, says):
     with pytest.raises(InputError) as caught:
-        call("spo_train", "--model", sd, "--spm", spm, "--prompts", prompts, "--out", tmp_path / "run", *BASE, *words)
+        call("spo_train", "--model", small, "--spm", spm, "--prompts", prompts, "--out", tmp_path / "run", *BASE, *words)
     assert says in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -759,9 +759,9 @@ def test_trace_marks_winner_loser_and_the_chosen():
 # Without waiting for the device
 
 @pytest.mark.parametrize("j", [1, 2])
-def test_a_round_never_waits_for_the_device(request, parts, monkeypatch, j):
+def test_a_round_never_waits_for_the_device(request, small, spm, monkeypatch, j):
     """Neither the walk nor a microbatch. The meta device stands for a GPU, where there is none."""
-    pipe, judge, config, cond, uncond, text = parts
+    pipe, judge, config, cond, uncond, text = setup(small, spm)
     config, place = dataclasses.replace(config, j=j), "cuda" if torch.cuda.is_available() else "meta"
     if place == "meta":
         monkeypatch.setattr(spo_train, "upload", unpinned)
@@ -803,7 +803,7 @@ def test_a_round_never_waits_for_the_device(request, parts, monkeypatch, j):
 # Compiled
 
 @pytest.mark.parametrize("train_batch", [10, 1])
-def test_nothing_is_compiled_anew_after_the_first_round(sd, spm, prompts, tmp_path, monkeypatch, compilations, train_batch):
+def test_nothing_is_compiled_anew_after_the_first_round(small, spm, prompts, tmp_path, monkeypatch, compilations, train_batch):
     """Rounds of three prompts, of three and of one, whatever number of pairs, grids: the same graphs serve, and train what eager does."""
     after, end = [], Trainer.end
 
@@ -812,7 +812,7 @@ def test_nothing_is_compiled_anew_after_the_first_round(sd, spm, prompts, tmp_pa
         return end(*arguments, **settings)
 
     monkeypatch.setattr(Trainer, "end", counted)
-    words = ("--model", sd, "--spm", spm, "--prompts", prompts, "--dtype", "fp32", "--steps", 4, "--k", 2, "--j", 2, "--prompts_per_round", 3,
+    words = ("--model", small, "--spm", spm, "--prompts", prompts, "--dtype", "fp32", "--steps", 4, "--k", 2, "--j", 2, "--prompts_per_round", 3,
              "--pairs_per_step", 10, "--train_batch", train_batch, "--decode_batch", 4, "--threshold", 0.05, "--lr", "2e-3", "--grid_every", 1)
     call("spo_train", *words, "--rounds", 3, "--compile", "--out", tmp_path / "compiled")
     rows = log_of(tmp_path / "compiled")
@@ -822,8 +822,8 @@ def test_nothing_is_compiled_anew_after_the_first_round(sd, spm, prompts, tmp_pa
         assert ours.pop("evaluations") >= theirs.pop("evaluations") and ours == pytest.approx(theirs, rel=1e-3, abs=1e-4)
 
 
-def test_profile_of_one_round(sd, spm, prompts, tmp_path):
-    call("spo_train", "--model", sd, "--spm", spm, "--prompts", prompts, "--dtype", "fp32", "--steps", 4, "--k", 2, "--prompts_per_round", 2,
+def test_profile_of_one_round(small, spm, prompts, tmp_path):
+    call("spo_train", "--model", small, "--spm", spm, "--prompts", prompts, "--dtype", "fp32", "--steps", 4, "--k", 2, "--prompts_per_round", 2,
          "--grid_every", 0, "--rounds", 2, "--profile", "--out", tmp_path / "run")
     events = json.loads((tmp_path / "run/profile.json").read_text())["traceEvents"]
     assert sum(e.get("name") == "aten::conv2d" for e in events) > 10
