@@ -43,7 +43,8 @@ from diffusion import (
     negative,
     to_pil,
 )
-from loading import DTYPES, NEGATIVE, SDXL_VAE, TINY, Pipeline, first_tokenizer, load_pipeline
+from finetune import ModelConfig, load_model
+from loading import DTYPES, SDXL_VAE, TINY, Pipeline, first_tokenizer
 from metrics import WITH_TOKENIZER, Metric, fingerprint, load_metric, metric_sources, rgb
 from observers import Trace
 from prompt_sets import PromptSet, checked_prompt, prompt_set
@@ -74,8 +75,8 @@ from weights import (
 
 
 @dataclass
-class EvaluateConfig:
-    """Every option."""
+class EvaluateConfig(ModelConfig):
+    """Every option, beside the model's."""
     model: str = opt("", "tiny, sd15, sdxl, a folder or hub id in the diffusers layout, or a "
                          "single-file checkpoint; empty: tiny, or with --images no model, the "
                          "official PickScore and CLIP tokenizer")
@@ -109,17 +110,8 @@ class EvaluateConfig:
     guidance_scale: float = opt(5.0, "classifier-free guidance (P: 5)")
     eta: float = opt(0.0, "DDIM stochasticity; the paper does not say, 0 is diffusers' default",
                      least=0, most=1)
-    resolution: int = opt(0, "picture side in pixels; 0: the model's own", least=0)
     batch: int = opt(4, "pictures drawn and scored at a time", least=1)
     dtype: str = opt("bf16", "of the weights", tuple(DTYPES))
-    device: str = opt("", "cpu or cuda; empty: a GPU if there is one")
-    vae: str = opt("", "another VAE, folder or hub id; empty: the model's own")
-    prediction_type: str = opt("", "single files: epsilon or v_prediction; empty: epsilon, or as "
-                                   "the folder says", ("", "epsilon", "v_prediction"))
-    negative: str = opt("", "guidance's other side: zeros, or the empty prompt encoded; empty: as "
-                            "the model was trained", ("", "zeros", "encoded"))
-    tokenizer: str = opt("", "single files: folder or hub id with tokenizer/ (and tokenizer_2/); "
-                             "empty: the official one")
     prompt: str = opt("", "only draw this prompt with every candidate, no scores")
     trace: str = opt("", "only draw one SPO trajectory of this prompt with its candidates and "
                          "scores")
@@ -601,10 +593,7 @@ def main() -> None:
         tokenizer = first_tokenizer(config.model, config.tokenizer)
     elif not config.images:
         models = candidates(config)
-        pipe = load_pipeline(config.model, DTYPES[config.dtype], processes.device,
-                             vae=config.vae or None, prediction_type=config.prediction_type,
-                             tokenizer=config.tokenizer, zero_negative=NEGATIVE[config.negative])
-        pipe.check_resolution(config.resolution)
+        pipe = load_model(config, processes)
         tokenizer = pipe.tokenizers[0]
     if config.trace or config.prompt:
         return (draw_trajectories if config.trace else draw_prompt)(pipe, models, config, folder)
