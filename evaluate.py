@@ -16,13 +16,11 @@
 
 The defaults are the paper's protocol (DDIM, 20 steps, guidance 5); it is written into every result.
 """
-import dataclasses
 import hashlib
-import math
 import os
 import re
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +30,7 @@ from tqdm import tqdm
 
 import geneval
 import lora
+import spo_train
 from diffusion import (
     decode,
     encode_empty,
@@ -43,7 +42,8 @@ from diffusion import (
     negative,
     to_pil,
 )
-from loading import DTYPES, NEGATIVE, SDXL_VAE, TINY, Pipeline, first_tokenizer, load_pipeline
+from finetune import ModelConfig, load_model
+from loading import DTYPES, SDXL_VAE, TINY, Pipeline, first_tokenizer
 from metrics import WITH_TOKENIZER, Metric, fingerprint, load_metric, metric_sources, rgb
 from observers import Trace
 from prompt_sets import PromptSet, checked_prompt, prompt_set
@@ -74,8 +74,8 @@ from weights import (
 
 
 @dataclass
-class EvaluateConfig:
-    """Every option."""
+class EvaluateConfig(ModelConfig):
+    """Every option, beside the model's."""
     model: str = opt("", "tiny, sd15, sdxl, a folder or hub id in the diffusers layout, or a "
                          "single-file checkpoint; empty: tiny, or with --images no model, the "
                          "official PickScore and CLIP tokenizer")
@@ -109,17 +109,8 @@ class EvaluateConfig:
     guidance_scale: float = opt(5.0, "classifier-free guidance (P: 5)")
     eta: float = opt(0.0, "DDIM stochasticity; the paper does not say, 0 is diffusers' default",
                      least=0, most=1)
-    resolution: int = opt(0, "picture side in pixels; 0: the model's own", least=0)
     batch: int = opt(4, "pictures drawn and scored at a time", least=1)
     dtype: str = opt("bf16", "of the weights", tuple(DTYPES))
-    device: str = opt("", "cpu or cuda; empty: a GPU if there is one")
-    vae: str = opt("", "another VAE, folder or hub id; empty: the model's own")
-    prediction_type: str = opt("", "single files: epsilon or v_prediction; empty: epsilon, or as "
-                                   "the folder says", ("", "epsilon", "v_prediction"))
-    negative: str = opt("", "guidance's other side: zeros, or the empty prompt encoded; empty: as "
-                            "the model was trained", ("", "zeros", "encoded"))
-    tokenizer: str = opt("", "single files: folder or hub id with tokenizer/ (and tokenizer_2/); "
-                             "empty: the official one")
     prompt: str = opt("", "only draw this prompt with every candidate, no scores")
     trace: str = opt("", "only draw one SPO trajectory of this prompt with its candidates and "
                          "scores")
@@ -166,19 +157,17 @@ def wear(pipe: Pipeline, source: str) -> None:
     """Give the pipeline a candidate: its own UNet (""), that with a LoRA file, or another UNet."""
     pipe.unet = vars(pipe).setdefault("own_unet", pipe.unet)
     lora.remove(pipe.unet)
-    if not source:
-        return
-    weights = read_weights(Path(source))
+    weights = read_weights(Path(source)) if source else {}
     if "conv_in.weight" in weights:
         own = next(pipe.unet.parameters())
         with torch.device("meta"):
             unet = UNet(pipe.unet.config)
         pipe.unet = load_strict(unet, clean(weights), source, own.dtype, own.device)
-        return
-    try:
-        lora.load(pipe.unet, weights, source)
-    except ValueError as error:
-        raise InputError(str(error)) from None
+    elif source:
+        try:
+            lora.load(pipe.unet, weights, source)
+        except ValueError as error:
+            raise InputError(str(error)) from None
 
 
 # The pictures
@@ -292,12 +281,11 @@ def score_all(metric: Metric, files: dict[str, list[Path]], digests: dict[str, s
                                            scores=[scores.get(i) for i in range(len(prompts))]))
 
         earlier = [read_json(path) for path in written()] if processes.main else []
-        kept = {i: score for old in earlier if old.get("identity") == identity
-                for i, score in enumerate(old["scores"]) if score is not None}
-        if kept:
-            keep(f"{stem}.part0.json", kept)            # before another process overwrites its own
-        fresh = dict(kept)
-        kept = processes.union(kept)
+        own = {i: score for old in earlier if old.get("identity") == identity
+               for i, score in enumerate(old["scores"]) if score is not None}
+        if own:
+            keep(f"{stem}.part0.json", own)             # before another process overwrites its own
+        kept = processes.union(own)
         todo = [i for i in range(len(prompts)) if i not in kept]
         mine = [todo[i] for i in processes.share(len(todo))]
         for begin in tqdm(range(0, len(mine), batch), f"{metric.name} {name}",
@@ -305,19 +293,18 @@ def score_all(metric: Metric, files: dict[str, list[Path]], digests: dict[str, s
             part = mine[begin:begin + batch]
             scores = metric.score([open_image(paths[i]) for i in part], [prompts[i] for i in part])
             for i, score in zip(part, scores.double().tolist()):
-                if not math.isfinite(score):
+                if not np.isfinite(score):
                     raise InputError(f"{metric.name}: {score} for {paths[i]} of {name}, "
                                      f"prompt {prompts[i]!r}; the metric's weights or the picture "
                                      "are damaged")
-                fresh[i] = score
-            keep(f"{stem}.part{processes.rank}.json", fresh)
-        kept |= processes.union(fresh)
+                own[i] = score
+            keep(f"{stem}.part{processes.rank}.json", own)
+        kept |= processes.union(own)
         out[name] = [kept[i] for i in range(len(prompts))]
         if processes.main:
             keep(f"{stem}.json", kept)
-            for path in written():
-                if path.name != f"{stem}.json":
-                    path.unlink()
+            for path in set(written()) - {folder / f"{stem}.json"}:
+                path.unlink()
     return out
 
 
@@ -402,9 +389,9 @@ def group_tables(by_group: dict[str, dict[str, dict[str, float]]]) -> str:
     for name, columns in next(iter(by_group.values())).items():
         factor, digits = SHOWN.get(name, (1, 3))
         lines += [f"\n| {name} | " + " | ".join(columns) + " |", "|---" * (1 + len(columns)) + "|"]
-        for model, row in by_group.items():
-            cells = [f"{factor * row[name][c]:.{digits}f}" for c in columns]
-            lines.append(f"| {model} | " + " | ".join(cells) + " |")
+        cells = {model: " | ".join(f"{factor * row[name][c]:.{digits}f}" for c in columns)
+                 for model, row in by_group.items()}
+        lines += [f"| {model} | {row} |" for model, row in cells.items()]
     return "\n".join(lines) + "\n"
 
 
@@ -467,30 +454,28 @@ def draw_prompt(pipe: Pipeline, models: dict[str, str], config: EvaluateConfig,
 
 def trace_prompt(pipe: Pipeline, judge, prompt: str, config, seed: int = 0) -> list[dict]:
     """Sample a trajectory of `prompt` as SPO (an SPOConfig) does -> its pools, for draw_trace."""
-    from spo_train import Batch, sample_pools
     cond = encode_prompts(pipe, [prompt], config.resolution or None)
-    uncond = negative(pipe, cond, encode_empty(pipe))
-    text = judge_features(pipe, judge.clip, [prompt])
-    judge = dataclasses.replace(judge)          # whose pictures the trace looks at
+    batch = spo_train.Batch(
+        cond, negative(pipe, cond, encode_empty(pipe)), judge_features(pipe, judge.clip, [prompt]),
+        [generator(seed, "trace", prompt)])
+    judge = replace(judge)                      # whose pictures the trace looks at
     trace = Trace(judge)
-    batch = Batch(cond, uncond, text, [generator(seed, "trace", prompt)])
-    sample_pools(pipe, judge, batch, config, [trace])
+    spo_train.sample_pools(pipe, judge, batch, config, [trace])
     return trace.rows
 
 
 def draw_trajectories(pipe: Pipeline, models: dict[str, str], config: EvaluateConfig,
                       folder: Path) -> None:
     """Draw one SPO trajectory per candidate with the settings that the model is trained with."""
-    from spo_train import PRESETS, SPOConfig, load_judge
     preset = preset_of(config.model)
     own = dict(model=config.model, preset=preset, spm=config.spm, dtype=config.dtype)
-    settings = SPOConfig(**(PRESETS[preset] | own))
-    judge = load_judge(settings, pipe)
+    settings = spo_train.SPOConfig(**(spo_train.PRESETS[preset] | own))
+    judge = spo_train.load_judge(settings, pipe)
     for name, source in models.items():
         wear(pipe, source)
         pools = trace_prompt(pipe, judge, config.trace, settings, config.seed)
-        picture = draw_trace(pools, max(96, min(256, pipe.side(config.resolution))))
-        save_png(folder / f"trace-{name}.png", picture)
+        width = max(96, min(256, pipe.side(config.resolution)))
+        save_png(folder / f"trace-{name}.png", draw_trace(pools, width))
         print(folder / f"trace-{name}.png")
 
 
@@ -597,10 +582,7 @@ def main() -> None:
         tokenizer = first_tokenizer(config.model, config.tokenizer)
     elif not config.images:
         models = candidates(config)
-        pipe = load_pipeline(config.model, DTYPES[config.dtype], processes.device,
-                             vae=config.vae or None, prediction_type=config.prediction_type,
-                             tokenizer=config.tokenizer, zero_negative=NEGATIVE[config.negative])
-        pipe.check_resolution(config.resolution)
+        pipe = load_model(config, processes)
         tokenizer = pipe.tokenizers[0]
     if config.trace or config.prompt:
         return (draw_trajectories if config.trace else draw_prompt)(pipe, models, config, folder)

@@ -50,9 +50,6 @@ class ModelConfig:
     """Which model, and in what form. P = the paper, O = the official code, T = found on tiny."""
     model: str = opt("tiny", "tiny, sd15, sdxl, a folder or hub id in the diffusers layout, or a "
                      "single-file checkpoint")
-    preset: str = opt("", "whose settings are the defaults; empty: the model's own, or what a "
-                      "local folder or single file turns out to be, else sd15",
-                      ("", "tiny", "sd15", "sdxl"))
     out: str = opt("runs/spo", "run folder: LoRA, log.jsonl, config.json, checkpoints, samples")
     seed: int = opt(0, "every random number of the run is keyed by it", least=0)
     device: str = opt("", "cpu or cuda; empty: a GPU if there is one")
@@ -67,13 +64,21 @@ class ModelConfig:
                          "tokenizer_2/); empty: the official one")
     guidance_scale: float = opt(5.0, "classifier-free guidance, in sampling and training (P: 5)")
     resolution: int = opt(0, "picture side in pixels; 0: the model's own", least=0)
+
+
+@dataclass
+class TrainConfig(ModelConfig):
+    """What a training run also says of its model."""
+    preset: str = opt("", "whose settings are the defaults; empty: the model's own, or what a "
+                      "local folder or single file turns out to be, else sd15",
+                      ("", "tiny", "sd15", "sdxl"))
     compile: bool = opt(False, "torch.compile the UNet's blocks, the decoder and the judge")
     profile: bool = opt(False, "write what the second round or step spends its time on: "
                         "profile.json (for Perfetto), profile.txt")
 
 
 @dataclass
-class RunConfig(ModelConfig):
+class RunConfig(TrainConfig):
     """What every method that trains a LoRA needs."""
     prompts: str = opt("", "training prompts: .txt, .json, .jsonl, .parquet or a hub data set (P: "
                        "4k Pick-a-Pic captions); empty: tiny's own")
@@ -159,7 +164,7 @@ def load_model(config: ModelConfig, processes: Processes) -> Pipeline:
         zero_negative=NEGATIVE[config.negative])
     pipe.calls = Calls(processes.device)
     pipe.check_resolution(config.resolution)
-    if processes.main:
+    if processes.main and isinstance(config, TrainConfig):
         check_preset(config, pipe.is_sdxl)
     return pipe
 

@@ -11,6 +11,7 @@ The metadata, one object a line: tag, prompt, include [{class, count, color?, po
 
 Shapes: Q queries, D width of CLIP's vectors, h w a mask's side in the network, H W the picture's.
 """
+import functools
 import hashlib
 import json
 import os
@@ -60,11 +61,8 @@ class Found:
 def keep(found: list[Found], tag: str) -> dict[str, list[Found]]:
     """Class -> its objects above the tag's threshold, best first."""
     least = COUNTING_THRESHOLD if tag == "counting" else THRESHOLD
-    out = {}
-    for f in sorted(found, key=lambda f: -f.score):
-        if f.score > least:
-            out.setdefault(f.name, []).append(f)
-    return {name: objects[:MOST] for name, objects in out.items()}
+    sure = sorted((f for f in found if f.score > least), key=lambda f: -f.score)
+    return {f.name: [g for g in sure if g.name == f.name][:MOST] for f in sure}
 
 
 def relations(a: Found, b: Found) -> set[str]:
@@ -196,12 +194,7 @@ def geneval(source: str, clip_source: str, rows: list[dict], tokenizer,
     """GenEval as a metric: 1 where a picture is right, 0 where it is wrong."""
     model, clip = load_detector(source, device), load_clip(clip_source, torch.float32, device)
     by_prompt = {row["prompt"]: row for row in rows}
-    words: dict[str, torch.Tensor] = {}             # class -> colour_words
-
-    def colours(image: Image.Image, name: str, group: list[Found]) -> list[str]:
-        if name not in words:
-            words[name] = colour_words(clip, tokenizer, name)
-        return name_colours(clip, words[name], image, group)
+    words = functools.cache(functools.partial(colour_words, clip, tokenizer))       # of a class
 
     def right(image: Image.Image, prompt: str) -> bool:
         if prompt not in by_prompt:
@@ -209,10 +202,11 @@ def geneval(source: str, clip_source: str, rows: list[dict], tokenizer,
         row = by_prompt[prompt]
         image = ImageOps.exif_transpose(image)
         return judge(keep(detect(model, image, device), row["tag"]), row,
-                     lambda name, group: colours(image, name, group))
+                     lambda name, group: name_colours(clip, words(name), image, group))
 
     # A wrong CLIP fails here.
-    colours(Image.new("RGB", (8, 8)), CLASSES[0], [Found(CLASSES[0], 1, (0, 0, 8, 8))])
+    name_colours(clip, words(CLASSES[0]), Image.new("RGB", (8, 8)),
+                 [Found(CLASSES[0], 1, (0, 0, 8, 8))])
     return Metric(
         "geneval", f"GenEval's rules, detector {source} (not the original's weights), "
                    f"colours {clip_source}",

@@ -29,7 +29,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from PIL import Image
 
 from clip_spm import CLIP, MEAN, STD, CLIPConfig, clip_h, preprocess_pil
@@ -128,8 +127,8 @@ def preprocess_bytes(images: list[Image.Image], size: int) -> torch.Tensor:
     batch = []
     for image in images:
         target, (left, top) = torchvision_size(image.size, size)
-        image = image.resize(target, Image.Resampling.BICUBIC)
-        batch.append(rgb(image.crop((left, top, left + size, top + size))))
+        batch.append(rgb(image.resize(target, Image.Resampling.BICUBIC).crop(
+            (left, top, left + size, top + size))))
     return normalise(torch.cat(batch).float() / 255)
 
 
@@ -143,8 +142,8 @@ def preprocess_floats(images: list[Image.Image], size: int) -> torch.Tensor:
         (width, height), (left, top) = torchvision_size(image.size, size)
         pixels = rgb(image).float() / 255
         if image.size != (width, height):
-            pixels = F.interpolate(pixels, (height, width), mode="bicubic", align_corners=False,
-                                   antialias=True)
+            pixels = nn.functional.interpolate(pixels, (height, width), mode="bicubic",
+                                               align_corners=False, antialias=True)
         batch.append(pixels[..., top:top + size, left:left + size])
     return normalise(torch.cat(batch))
 
@@ -263,8 +262,8 @@ def aesthetic(name: str, source: str, clip_source: str, device: torch.device) ->
     """LAION's aesthetic score: head file `source` on CLIP-L's picture vector, normalised first."""
     clip, file = load_clip(clip_source, torch.float32, device), fetch(source, [])
     weights = read_weights(file)
-    what = "V1, linear" if name == "aesthetic-v1" else "V2, sac+logos+ava1 MLP"
-    judge = nn.Linear(768, 1) if name == "aesthetic-v1" else head()
+    what, judge = (("V1, linear", nn.Linear(768, 1)) if name == "aesthetic-v1" else
+                   ("V2, sac+logos+ava1 MLP", head()))
     load_strict(judge, take(weights, "layers.") or weights, file, torch.float32, device)
 
     @torch.no_grad()
@@ -276,7 +275,6 @@ def aesthetic(name: str, source: str, clip_source: str, device: torch.device) ->
 
 
 REWARD_MEAN, REWARD_STD = 0.16717362830052426, 1.0333394966054072       # of ImageReward
-REWARD_TOKENS = 35
 
 
 def blip_vision_name(key: str) -> str:
@@ -347,7 +345,7 @@ def imagereward(source: str, tokenizer_source: str, device: torch.device) -> Met
         pixels = preprocess_bytes(images, vision.config.image_size).to(device)
         seen = vision(pixel_values=pixels).last_hidden_state                        # [N, L, D]
         words = tokenizer(prompts, padding="max_length", truncation=True, return_tensors="pt",
-                          max_length=REWARD_TOKENS).to(device)
+                          max_length=35).to(device)
         everywhere = torch.ones(seen.shape[:2], dtype=torch.long, device=device)
         read = text(input_ids=words.input_ids, attention_mask=words.attention_mask,
                     encoder_hidden_states=seen, encoder_attention_mask=everywhere, is_decoder=False)
@@ -372,13 +370,11 @@ def load_metric(word: str, model: str, tokenizer, device: torch.device) -> Metri
         return metric
     if name.startswith("aesthetic-"):
         return aesthetic(name, *sources, device)
-    if name == "imagereward":
-        metric = imagereward(*sources, device)
-    else:
-        if sources[1]:
-            from transformers import CLIPTokenizer
-            tokenizer = CLIPTokenizer.from_pretrained(
-                fetch(sources[1], ["vocab.json", "merges.txt", "tokenizer*.json"]))
-        metric = hpsv2(name, sources[0], tokenizer, device)
+    if name != "imagereward" and sources[1]:
+        from transformers import CLIPTokenizer
+        tokenizer = CLIPTokenizer.from_pretrained(
+            fetch(sources[1], ["vocab.json", "merges.txt", "tokenizer*.json"]))
+    metric = (imagereward(*sources, device) if name == "imagereward" else
+              hpsv2(name, sources[0], tokenizer, device))
     metric.weights += " " + sources[1]          # the tokenizer is part of what scores
     return metric

@@ -66,11 +66,10 @@ def hold_out(pairs: Pairs, count: int, seed: int) -> tuple[list[int], set[int]]:
     rows = {}
     for i, key in enumerate(keys):
         rows.setdefault(key, []).append(i)
-    count = min(count, total // 4)
     held = []
     for i in permutation(total, seed, "validation"):
         group = rows.pop(keys[i], [])
-        if len(held) + len(group) <= count:
+        if len(held) + len(group) <= min(count, total // 4):
             held += group
     return sorted(held), set(range(total)) - set(held)
 
@@ -118,8 +117,7 @@ def square(picture: Path | bytes, side: int, place: str = "") -> torch.Tensor:
 def prompt_weights(captions: list[str], sizes: list[int | None]) -> torch.Tensor:
     """[N] 1 / pairs of the same prompt: of all there are (`sizes`, if known), else of these."""
     if not all(sizes):
-        counts = Counter(captions)
-        sizes = [counts[c] for c in captions]
+        sizes = map(Counter(captions).get, captions)
     return torch.tensor([1 / n for n in sizes])
 
 
@@ -171,9 +169,9 @@ def folder_pairs(folder: Path, side: int) -> Pairs:
             if not os.path.isfile(folder / name):
                 raise InputError(f"{place} names {name}, which does not exist")
     captions = [row["caption"] for row in rows]
-    labels = torch.tensor([row["label_0"] for row in rows]).float()
     weights = prompt_weights(captions, [row.get("num_example_per_prompt") for row in rows])
-    return Pairs(captions, labels, weights, [range(i, i + 1) for i in range(len(rows))],
+    return Pairs(captions, torch.tensor([row["label_0"] for row in rows]).float(), weights,
+                 [range(i, i + 1) for i in range(len(rows))],
                  lambda i: torch.stack([square(folder / rows[i][k], side)
                                         for k in ("image_0", "image_1")]),
                  together=captions)
@@ -228,8 +226,8 @@ def parquet_pairs(files: list[Path], side: int) -> Pairs:
 
 def labelled_rows(handle, group: int, path: Path):
     """Yield (row, caption, label, num_example_per_prompt or None) of the rows with a label."""
-    wanted = ["caption", "label_0", "has_label", "num_example_per_prompt"]
-    table = handle.read_row_group(group, columns=wanted).to_pydict()        # those that are there
+    table = handle.read_row_group(group, columns=[          # those that are there
+        "caption", "label_0", "has_label", "num_example_per_prompt"]).to_pydict()
     labels = table["label_0"]
     labelled = table.get("has_label", [label == label for label in labels])         # not NaN
     sizes = table.get("num_example_per_prompt", [None] * len(labels))
@@ -249,9 +247,8 @@ class RowGroups:
     def read(self, file: int, group: int) -> dict[str, list[bytes]]:
         """jpg_0 and jpg_1 of all rows of a row group; several threads may ask."""
         with self.lock:
-            table = self.kept.pop((file, group), None)
-            if table is None:
-                table = self.handles[file].read_row_group(group, ["jpg_0", "jpg_1"]).to_pydict()
+            table = self.kept.pop((file, group), None) or self.handles[file].read_row_group(
+                group, ["jpg_0", "jpg_1"]).to_pydict()
             self.kept[file, group] = table
             while len(self.kept) > 1 and 2 * WINDOW < sum(
                     len(other["jpg_0"]) for other in self.kept.values()):
@@ -266,13 +263,10 @@ def load_pairs(source: str, side: int) -> Pairs:
     InputError where something is missing or malformed.
     """
     path = fetch_parquet(source)
-    if path.is_file() and path.suffix == ".parquet":
-        return parquet_pairs([path], side)
-    if path.is_dir() and not (path / "pairs.jsonl").exists():
-        files = sorted(path.rglob("*.parquet"))
-        train = [f for f in files if f.name.startswith("train")]        # without other splits
-        if files:
-            return parquet_pairs(train or files, side)
+    single = path.suffix == ".parquet" and path.is_file()
+    files = [path] if single else sorted(path.rglob("*.parquet"))
+    if files and not (path / "pairs.jsonl").exists():       # of several splits, the training one
+        return parquet_pairs([f for f in files if f.name.startswith("train")] or files, side)
     return folder_pairs(path, side)
 
 
@@ -315,8 +309,7 @@ def open_latents(folder: Path, pipe: Pipeline, side: int, count: int) -> torch.T
     It is zero where nothing was encoded yet. Raises InputError.
     """
     path, dtype = folder / "latents.bin", pipe.vae.quant_conv.weight.dtype
-    height = width = side // pipe.vae.factor
-    shape = torch.Size((count, 2, 2, pipe.vae.config.latent_channels, height, width))
+    shape = torch.Size((count, 2, 2, *pipe.latent_shape(side)))
     size = shape.numel() * dtype.itemsize
     try:
         if path.exists() and path.stat().st_size != size:

@@ -47,10 +47,9 @@ def read_prompts(source: str, sample: int = 0, seed: int = 0, distinct: bool = T
     """
     path = Path(source)
     named = path.suffix in (".txt", ".json", ".jsonl") or "/" not in source
-    if path.suffix != ".parquet" and not os.path.isdir(path) and (named or os.path.exists(path)):
-        prompts = _read_file(source)
-    else:                               # also a hub data set, whose name may hold a dot
-        prompts = _read_captions(source, distinct)
+    # What is neither named so nor here is a hub data set, whose name may hold a dot.
+    text = path.suffix != ".parquet" and not os.path.isdir(path) and (named or os.path.exists(path))
+    prompts = _read_file(source) if text else _read_captions(source, distinct)
     if not prompts:
         raise InputError(f"{source}: holds no prompts")
     chosen = permutation(len(prompts), seed, "prompts")[:sample] if sample else range(len(prompts))
@@ -128,23 +127,23 @@ def read_tsv(path: Path) -> list[dict]:
 def read_geneval(path: Path) -> list[dict]:
     """GenEval's metadata, one object a line; InputError that names a line which is none."""
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = [(number, line) for number, line in enumerate(
+            path.read_text(encoding="utf-8").split("\n"), 1) if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: not a readable file of GenEval's metadata, "
                          f"evaluation_metadata.jsonl ({error})") from None
     rows = []
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            try:
-                row = json.loads(line)
-                wants = row.get("include", []) + row.get("exclude", [])
-                if not (isinstance(row["tag"], str) and row["prompt"].strip() and wants
-                        and all(w["class"] and w["count"] > 0 for w in wants)):
-                    raise ValueError("incomplete")
-            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-                raise InputError(f"{path}: line {number} is no GenEval metadata "
-                                 "(tag, prompt, include)") from None
-            rows.append(row)
+    for number, line in lines:
+        try:
+            row = json.loads(line)
+            wants = row.get("include", []) + row.get("exclude", [])
+            if not (isinstance(row["tag"], str) and row["prompt"].strip() and wants
+                    and all(w["class"] and w["count"] > 0 for w in wants)):
+                raise ValueError("incomplete")
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            raise InputError(f"{path}: line {number} is no GenEval metadata "
+                             "(tag, prompt, include)") from None
+        rows.append(row)
     return rows
 
 

@@ -192,11 +192,11 @@ def curve(series: dict[str, list[tuple[float, float]]], title: str, width: int =
     out = [f'<svg width="{width}" height="{height}" role="img" aria-label="{html.escape(title)}">',
            f'<text x="{x0}" y="14">{html.escape(title)}</text>',
            f'<path d="M{x0} {y0}V{y0 + h}H{x0 + w}" fill="none" stroke="currentColor" '
-           'opacity=".4"/>']
-    out += [f'<text x="{x0 - 5}" y="{place(left, y)[1] + 4:.1f}" text-anchor="end">{y:.4g}</text>'
-            for y in (low, (low + high) / 2, high)]
-    out += [f'<text x="{place(x, low)[0]:.1f}" y="{y0 + h + 16}" text-anchor="middle">{x:g}</text>'
-            for x in dict.fromkeys((left, right))]
+           'opacity=".4"/>',
+           *(f'<text x="{x0 - 5}" y="{place(left, y)[1] + 4:.1f}" text-anchor="end">{y:.4g}</text>'
+             for y in (low, (low + high) / 2, high)),
+           *(f'<text x="{place(x, low)[0]:.1f}" y="{y0 + h + 16}" text-anchor="middle">{x:g}</text>'
+             for x in dict.fromkeys((left, right)))]
     for (name, line), colour in zip(series.items(), COLOURS * len(series)):
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(*p) for p in line))
         out.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2">'
@@ -226,11 +226,9 @@ def markdown_table(text: str) -> str:
         cells = (f"<{tag}>{html.escape(c.strip())}</{tag}>" for c in line.strip("|").split("|"))
         return f"<tr>{''.join(cells)}</tr>"
 
-    out = ""
-    for block in re.findall(r"(?:^\|.*\n?)+", text, re.MULTILINE):
-        head, _, *body = block.splitlines()
-        out += f"<table>{row(head, 'th')}{''.join(row(line, 'td') for line in body)}</table>"
-    return out
+    blocks = map(str.splitlines, re.findall(r"(?:^\|.*\n?)+", text, re.MULTILINE))
+    return "".join(f"<table>{row(head, 'th')}{''.join(row(line, 'td') for line in body)}</table>"
+                   for head, _, *body in blocks)
 
 
 def write_report(path: Path, tables: str, told: dict[str, object], files: dict[str, list[Path]],

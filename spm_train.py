@@ -33,7 +33,7 @@ from diffusion import (
     negative,
     tokenize,
 )
-from finetune import ModelConfig, load_model
+from finetune import TrainConfig, load_model
 from loading import DTYPES, SDXL_VAE, TINY, Pipeline, load_clip
 from pairs import (
     Pairs,
@@ -70,7 +70,7 @@ REPORT_AT = (0, 251, 501, 701, 951)     # timesteps of the table of accuracies
 
 
 @dataclass
-class SPMConfig(ModelConfig):
+class SPMConfig(TrainConfig):
     """The options, beside the model's. P: the paper, O: the released code, T: measured on tiny."""
     out: str = opt("runs/spm", "run folder: model.safetensors, log.jsonl, config.json, "
                    "results.json, checkpoints")

@@ -212,9 +212,8 @@ def tally(paths: tuple[str, ...]) -> str:
             continue
         counts = [choices.count(c) for c in (second, "tie", first)]
         share = (counts[0] + counts[1] / 2) / len(choices)
-        low, high = wilson(share, len(choices))
-        cells = [question, *(f"{100 * c / len(choices):.1f} %" for c in counts),
-                 f"{100 * share:.1f} %", f"{100 * low:.1f} to {100 * high:.1f}", str(len(choices))]
-        lines.append("| " + " | ".join(cells) + " |")
+        cells = [*(f"{100 * c / len(choices):.1f} %" for c in counts), f"{100 * share:.1f} %",
+                 "{:.1f} to {:.1f}".format(*(100 * v for v in wilson(share, len(choices))))]
+        lines.append(f"| {question} | {' | '.join(cells)} | {len(choices)} |")
     return "\n".join([*lines, "", "The intervals take all votes as independent; "
                                   "many votes of one rater, or on one prompt, are not."])

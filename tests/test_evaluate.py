@@ -15,6 +15,7 @@ import lora
 import metrics
 from conftest import seeded
 from diffusion import generate, to_pil
+from finetune import load_model
 from loading import load_pipeline
 from evaluate import compare
 from helpers import PROMPTS, call, together
@@ -151,7 +152,7 @@ def test_folder_of_another_evaluation_is_refused(kind, trained, tmp_path, prompt
         with pytest.raises(InputError, match=says):
             call("evaluate", *kind, *words)
     with monkeypatch.context() as patch:
-        patch.setattr(evaluate, "load_pipeline", lambda *a, **k: changed(load_pipeline(*a, **k)))
+        patch.setattr(evaluate, "load_model", lambda *a: changed(load_model(*a)))
         with pytest.raises(InputError, match="another base"):
             call("evaluate", *kind)
     prompts.write_text("\n".join(reversed(PROMPTS)))
@@ -257,7 +258,7 @@ def test_unets_of_another_shape_are_refused(kind, other_unet, sdxl):
 def test_pictures_made_elsewhere(kind, trained, tmp_path, monkeypatch):
     """The same scores as where they were drawn, without the model; the base is the first row; the counts must match."""
     call("evaluate", *kind, "--lora", "base=", f"alpha={trained[0]}")
-    monkeypatch.setattr(evaluate, "load_pipeline", None)
+    monkeypatch.setattr(evaluate, "load_model", None)
     elsewhere = (*kind[:-5], "--metrics", "aesthetics", "pickscore", "--images", tmp_path / "e/images", "--out", tmp_path / "f")
     said = call("evaluate", *elsewhere)
     one, two = (json.loads((tmp_path / name / "results.json").read_text()) for name in "ef")
