@@ -483,11 +483,11 @@ def print_table(table: dict[str, dict[int, list[float]]]) -> None:
     """The table of accuracies as text, and how far each model is from the first, pair by pair."""
     print(f"{'pair accuracy at t =':22}" + "".join(f"{t:>16}" for t in REPORT_AT))
     for name, row in table.items():
-        cells = "".join(f"{share:>9.3f} ± {error:.3f}" for share, error, *_ in row.values())
-        print(f"{name:22}{cells}")
+        print(f"{name:22}" + "".join(f"{right:>9.3f} ± {error:.3f}"
+                                     for right, error, *_ in row.values()))
     for name, row in list(table.items())[1:]:
-        cells = "".join(f"{more:>+9.3f} ± {error:.3f}" for *_, more, error in row.values())
-        print(f"{'  ' + name + ', more':22}{cells}")
+        print(f"{'  ' + name + ', more':22}" + "".join(f"{more:>+9.3f} ± {error:.3f}"
+                                                       for *_, more, error in row.values()))
 
 
 # How it is launched
