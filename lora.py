@@ -79,7 +79,7 @@ class LoRALinear(nn.Linear):
         y = F.linear(x, self.weight, self.bias)
         if not self.enabled:
             return y
-        # Never merged into a bf16 weight: rounding would eat a small update (README).
+        # Never merged into a bf16 weight: rounding would eat a small update.
         low = F.linear(x, self.lora_A.weight.to(x.dtype))
         return y + self.scaling * F.linear(low, self.lora_B.weight.to(x.dtype))
 

@@ -277,14 +277,14 @@ def sample_round(trainer: Trainer, judge: Judge, turn: Turn, config: SPOConfig,
     if not mine:
         pipe.calls.evaluations = 0              # thrown away, so not counted
 
-    def whole(tensors: list[torch.Tensor]) -> torch.Tensor:
+    def whole(*tensors: torch.Tensor) -> torch.Tensor:
         return processes.gather_rows(torch.cat(tensors)[:len(mine)], total)
 
     with pipe.calls.phase("exchange"):
-        tensors = {name: whole([getattr(part, name) for part in parts])
+        tensors = {name: whole(*[getattr(part, name) for part in parts])
                    for name in ("x_t", "x_next", "valid", "scores")}
-        notes = {name: whole([part.notes[name] for part in parts]) for name in parts[0].notes}
-        cond = cond.map(lambda v: whole([v]))
+        notes = {name: whole(*[part.notes[name] for part in parts]) for name in parts[0].notes}
+        cond = cond.map(whole)
     return dataclasses.replace(parts[0], **tensors, notes=notes, cond=cond)
 
 
