@@ -28,7 +28,7 @@ test: $(VENV)/.dev
 	$(PY) -m ruff check .
 	$(PY) -m pytest -n 2 --dist worksteal
 
-# The method itself, for everyday work, without what takes long: compiling, low memory, processes of their own.
+# For everyday work: the method's own tests, without compiling, low memory, processes of their own.
 quick: $(VENV)/.dev
 	$(PY) -m ruff check .
 	$(PY) -m pytest -n 2 --dist worksteal -k 'not compil and not low_memory and not a_user and not processes' $(HEART)

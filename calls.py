@@ -72,7 +72,7 @@ class Calls:
         return torch.cat([rows] + [rows[:1]] * missing) if missing else rows
 
     def count(self, samples: int) -> None:
-        """`samples` go through the UNet: 1 each, 3 where a backward follows (half is frozen)."""
+        """`samples` go through the UNet: 1 each, counted as 3 where a backward follows."""
         self.evaluations += samples * (3 if torch.is_grad_enabled() else 1)
 
     def wrap(self, function: Callable, name: str) -> Callable:

@@ -265,7 +265,7 @@ def backward(setting: Setting, models: dict[str, CLIP], batch: list[int], timest
                 loss = (each * weight).sum() / total_weight
                 loss.backward()
                 judged = judged & torch.isfinite(each.detach())
-                right = ((scores[:, 0] > scores[:, 1]).float() == label).float()
+                right = ((scores[:, 0] > scores[:, 1]).float() == label).float()    # ties: wrong
                 found.stats[m] += torch.stack([loss.detach(), right.sum() / len(batch)])
         found.finite.append(torch.stack([drawn, judged]))
     return found
@@ -469,8 +469,8 @@ def accuracy_table(setting: Setting, models: dict[str, CLIP],
 def share(right: torch.Tensor, first: torch.Tensor) -> list[float]:
     """Pairs [N] that a model and the first one got right, 1 or 0 -> what the table says.
 
-    [accuracy, its standard error, N, difference from the first model, its standard error]: paired,
-    the latter is smaller than both models' errors together.
+    [accuracy, its standard error, N, difference from the first model, its standard error]; the last
+    is of paired differences, so usually smaller than both models' errors together.
     """
     n, change = max(len(right), 1), right - first
     accuracy = float(right.sum()) / n

@@ -38,7 +38,7 @@ TRUTH = dict(true=True, false=False)
 EXPECTED = {bool: "true or false", int: "must be a whole number", float: "must be a number"}
 LESS_MEMORY = ("try --memory low, or lower --sample_batch, --train_batch or --decode_batch "
                "(spm_train.py: lower --micro_batch; evaluate.py: lower --batch)")
-TOO_MANY = 10       # optimizer steps that are skipped in a row, after which a run stops
+TOO_MANY = 10       # steps or rounds in a row that were not finite, after which a run stops
 
 
 def opt(default, help: str, choices: tuple | None = None, **limits: float):
@@ -558,7 +558,7 @@ class Rounds:
         self.config = config                # of which save_every, compile and profile count here
         self.calls = calls                  # whose phases are logged
         self.done = 0                       # how many are, in earlier processes too
-        self.bad = 0                        # in a row that were not finite
+        self.bad = 0                        # how many in a row were not finite
         self.recent: list[float] = []       # scores since the last checkpoint
         self.took: list[float] = []         # seconds of each
 
