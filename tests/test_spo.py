@@ -21,7 +21,7 @@ from diffusion import encode_empty, encode_prompts, guided_noise, judge_features
 from loading import load_pipeline
 from evaluate import trace_prompt
 from finetune import FREE, LOW, Totals, Trainer, cut_minibatches, fit_memory, vae_decoder
-from helpers import ALONE, PROMPTS, NoWaiting, bare_trainer, call, log_of, shell, turn_of, unpinned
+from helpers import ALONE, PROMPTS, NoWaiting, bare_trainer, call, command, log_of, shell, turn_of, unpinned
 from loading import judge_source
 from observers import FAULTS, DecoderCheck, Faults, report
 from report import draw_trace
@@ -726,13 +726,13 @@ def test_mistakes_are_one_line(small, spm, prompts, tmp_path, words, says):
 
 
 def test_a_mistake_ends_the_process_with_status_2():
-    done = shell("spo_train.py", "--pairs_per_stop", "3", check=False)
+    done = command("spo_train", "--pairs_per_stop", "3")
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr == "error: unknown option '--pairs_per_stop'; did you mean --pairs_per_step?\n"
 
 
 def test_help_names_every_option():
-    done = shell("spo_train.py", "--help")
+    done = command("spo_train", "--help")
     assert all(f"--{f.name}" in done.stdout for f in dataclasses.fields(SPOConfig)) and "[runs/spo]" in done.stdout
 
 
