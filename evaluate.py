@@ -44,13 +44,14 @@ from diffusion import (
 )
 from finetune import ModelConfig, load_model
 from loading import DTYPES, SDXL_VAE, TINY, Pipeline, first_tokenizer
-from metrics import WITH_TOKENIZER, Metric, fingerprint, load_metric, metric_sources, rgb
+from metrics import WITH_TOKENIZER, Metric, load_metric, metric_sources, rgb
 from observers import Trace
 from prompt_sets import PromptSet, checked_prompt, prompt_set
 from report import draw_trace, read_logs, write_report
 from study import tally, write_study
 from training import (
     Processes,
+    fingerprint,
     generator,
     opt,
     parse_options,
@@ -602,7 +603,7 @@ def main() -> None:
         files = find_images(config.images, len(prompts))
         claim(folder, dict(protocol, lora={}), processes)
     else:
-        base = fingerprint(pipe.unet, pipe.vae, *pipe.text_encoders)
+        base = fingerprint(*pipe.identity)
         claim(folder, dict(protocol, base=base, lora={
             name: digest(weight_files(source)) for name, source in models.items()}), processes)
         todo = undrawn(models, len(prompts), processes, folder / "images")

@@ -277,8 +277,8 @@ class Trainer:
             weight_decay=config.weight_decay)
         self.totals = Totals(())
         state = run.resume(
-            prompts=fingerprint(prompts), judge=fingerprint(*[judge] if judge else []),
-            model=fingerprint(pipe.unet, pipe.vae, *pipe.text_encoders))
+            prompts=fingerprint(prompts), base_model=fingerprint(*pipe.identity),
+            judge_model=fingerprint(*[judge] if judge else []))
         if state:
             put(self.weights, state["lora"])
             self.optimizer.load_state_dict(state["optimizer"])

@@ -27,8 +27,8 @@ from PIL import Image, ImageOps
 
 from clip_spm import CLIP
 from loading import load_clip
-from metrics import Metric, fingerprint, picture_vectors, preprocess_bytes, rgb, text_vectors
-from training import write_atomic
+from metrics import Metric, picture_vectors, preprocess_bytes, rgb, text_vectors
+from training import fingerprint, write_atomic
 from weights import InputError, fetch
 
 TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")

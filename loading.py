@@ -95,6 +95,12 @@ class Pipeline:
         """True if the UNet also wants pooled text and picture sizes."""
         return self.unet.config.addition_embed_type == "text_time"
 
+    @property
+    def identity(self) -> tuple:
+        """What its pictures depend on."""
+        return (self.unet, self.vae, *self.text_encoders, *self.tokenizers, self.schedule,
+                self.zero_negative)
+
     def side(self, resolution: int | None = None) -> int:
         """Side of a picture in pixels: `resolution`, or the model's own for 0 and None."""
         return resolution or self.unet.config.sample_size * self.vae.factor

@@ -33,6 +33,7 @@ from PIL import Image
 
 from clip_spm import CLIP, MEAN, STD, CLIPConfig, clip_h, preprocess_pil
 from loading import TINY, load_clip
+from training import fingerprint
 from weights import (
     InputError,
     fetch,
@@ -86,18 +87,6 @@ def metric_sources(word: str) -> tuple[str, list[str]]:
                          "from the GitHub repository LAION-AI/aesthetic-predictor and write "
                          "--metrics aesthetic-v1=FILE")
     return name, sources
-
-
-def fingerprint(*modules: nn.Module) -> str:
-    """Twelve hexadecimal digits that change when weights do.
-
-    Pictures and scores kept from an earlier run are trusted by it. The bits are summed as integers:
-    exact, so the same on every device and with any number of threads.
-    """
-    kinds = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    sums = [int(v.view(kinds[v.element_size()]).sum(dtype=torch.int64))
-            for module in modules for v in module.state_dict().values()]
-    return hashlib.sha256(repr(sums).encode()).hexdigest()[:12]
 
 
 # What is done to a picture and to a prompt

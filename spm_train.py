@@ -350,8 +350,8 @@ class Trainer:
         self.rounds = Rounds(run, config.steps, "step", config, pipe.calls, "spm")
         state = run.resume(
             pairs=fingerprint(pairs.captions, [str(v) for v in pairs.label.tolist()]),
-            pickscore=fingerprint(setting.pickscore),
-            model=fingerprint(pipe.unet, pipe.vae, *pipe.text_encoders)) or {}
+            pickscore_model=fingerprint(setting.pickscore),
+            base_model=fingerprint(*pipe.identity)) or {}
         self.unreadable: dict[int, str] = state.get("unreadable", {})       # pair -> why
         self.skipped = state.get("skipped", 0)                              # optimizer steps
         if state:

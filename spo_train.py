@@ -139,12 +139,16 @@ def pool_groups(timesteps: list[int], t_min: int, t_max: int, j: int) -> list[li
     """Indices into `timesteps` where t_min <= t <= t_max, in groups of j; the last may be shorter.
 
     20 steps, t <= 751, j = 4: [[4, 5, 6, 7], [8, ..], [12, ..], [16, ..]]; j = 1: sixteen of one.
+    With MSPO no pool opens at the very last step, which joins the group before (O).
     """
     inside = [i for i, t in enumerate(timesteps) if t_min <= t <= t_max]        # t <= kappa
     if not inside:
         raise InputError(f"no timestep lies in {t_min}..{t_max}; the {len(timesteps)} steps are "
                          f"{timesteps}")
-    return [inside[i:i + j] for i in range(0, len(inside), j)]
+    groups = [inside[i:i + j] for i in range(0, len(inside), j)]
+    if j > 1 and len(groups) > 1 and groups[-1] == [len(timesteps) - 1]:
+        groups[-2:] = [groups[-2] + groups[-1]]
+    return groups
 
 
 def choose_pair(scores: torch.Tensor, threshold: float, how: str,

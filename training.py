@@ -38,6 +38,7 @@ TRUTH = dict(true=True, false=False)
 EXPECTED = {bool: "true or false", int: "must be a whole number", float: "must be a number"}
 LESS_MEMORY = ("try --memory low, or lower --sample_batch, --train_batch or --decode_batch "
                "(spm_train.py: lower --micro_batch; evaluate.py: lower --batch)")
+WHOLE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}     # by bytes
 TOO_MANY = 10       # steps or rounds in a row that were not finite, after which a run stops
 
 
@@ -341,20 +342,43 @@ def write_json(path: Path, value) -> None:
     write_atomic(path, lambda p: p.write_text(json.dumps(value, indent=2) + "\n"))
 
 
-def fingerprint(*things: torch.nn.Module | list[str]) -> str:
-    """Tells weights and texts apart without reading all of them.
+def fingerprint(*things) -> str:
+    """Sixteen hexadecimal digits that change when what a run is made of does.
 
-    A hash of the first 16 numbers of each tensor (but LoRA's), and of texts.
+    Of networks (their configuration and weights, but no LoRA), tokenizers, schedules, tensors and
+    plain values. Same things, same digits, on every device.
     """
     digest = hashlib.sha256()
     for thing in things:
-        if isinstance(thing, torch.nn.Module):
-            weights = [v for name, v in thing.state_dict().items() if "lora_" not in name]
-            for value in weights:
-                digest.update(value.flatten()[:16].double().cpu().numpy().tobytes())
-        else:
-            digest.update(json.dumps(thing).encode())
+        for part in _identity(thing):
+            digest.update(part)
     return digest.hexdigest()[:16]
+
+
+def _identity(thing) -> typing.Iterator[bytes]:
+    """What tells a thing from others. Of tensors the sum of all bits, and some of them in place."""
+    if isinstance(thing, torch.Tensor):
+        flat = thing.detach().contiguous().flatten()
+        even = flat.numel() * flat.element_size() % 8 == 0
+        bits = flat.view(torch.int64 if even else WHOLE[flat.element_size()])
+        yield repr([*thing.shape, int(bits.sum(dtype=torch.int64)),     # exact, in any order
+                    *bits[::len(bits) // 256 + 1].tolist()]).encode()
+    elif isinstance(thing, torch.nn.Module):
+        config = getattr(thing, "config", None)
+        yield repr(config if dataclasses.is_dataclass(config) else "").encode()
+        for name, value in thing.state_dict().items():
+            if "lora_" not in name:
+                yield name.encode()
+                yield from _identity(value)
+    elif hasattr(thing, "get_vocab"):
+        backend = getattr(thing, "backend_tokenizer", None)         # whose paddings change with use
+        yield json.dumps([sorted(thing.get_vocab().items()),
+                          json.loads(backend.to_str())["model"] if backend else ""]).encode()
+    elif dataclasses.is_dataclass(thing):
+        for value in vars(thing).values():
+            yield from _identity(value)
+    else:
+        yield json.dumps(thing).encode()
 
 
 class Run:
@@ -527,8 +551,9 @@ class Run:
         changed = [k for k, v in earlier.items() if self.identity.get(k, v) != v]
         if changed:
             raise InputError(
-                f"{self.folder}: the {' and '.join(changed)} that this run was trained with had "
-                "the same name but another content; put it back, or choose another --out")
+                f"{self.folder}: the {' and '.join(changed).replace('_', ' ')} that this run was "
+                "trained with had the same name but another content; put it back, or choose "
+                "another --out")
         return state
 
     def _cut_log(self, size: int) -> None:

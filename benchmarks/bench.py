@@ -54,8 +54,8 @@ from loading import DTYPES, TINY, Pipeline, load_clip, load_pipeline
 from observers import Faults
 from prompt_sets import read_prompts
 from spo_train import (
-    PRESETS, Batch, Judge, Pairs, SPOConfig, Steps, collect, pair_log_ratios, sample_pools,
-    spo_loss, take, train_on_pairs,
+    PRESETS, Batch, Judge, Pairs, SPOConfig, Steps, collect, pair_log_ratios, pool_groups,
+    sample_pools, spo_loss, take, train_on_pairs,
 )
 from test_unet import SD15_FULL, SDXL_FULL
 from training import Processes, generator, opt, parse_options, profiled, run_script, write_json
@@ -270,9 +270,10 @@ def pool_timesteps(pipe: Pipeline, config: SPOConfig) -> list[int]:
 
 def forwards(pipe: Pipeline, config: SPOConfig) -> tuple[int, int, int, int]:
     """Of one trajectory: forwards at one latent, at k candidates; groups judged; slots of pairs."""
-    timesteps, pools = pipe.schedule.timesteps(config.steps), pool_timesteps(pipe, config)
-    slots, early = len(pools), sum(t > config.t_max for t in timesteps)
-    return early + 1, slots - (pools[-1] == timesteps[-1]), -(-slots // config.j), slots
+    timesteps = pipe.schedule.timesteps(config.steps)
+    groups = pool_groups(timesteps, config.t_min, config.t_max, config.j)
+    early, after = groups[0][0], groups[-1][-1] + 1
+    return early + 1, after - early - (after == len(timesteps)), len(groups), after - early
 
 
 class BareTrainer(Trainer):
@@ -528,7 +529,9 @@ def parts_of(task: Task, side: Side) -> dict[str, tuple[str, float, Callable]]:
     """{part of a round: (phase, how often a round does it, a function that does it)}."""
     pipe, judge, config, b = side.pipe, side.judge, task.config, len(task.text)
     device, shape = pipe.device, pipe.latent_shape()
-    at_one, at_k, groups, slots = forwards(pipe, config)
+    at_one, at_k, judged, slots = forwards(pipe, config)
+    steps = pipe.schedule.timesteps(config.steps)
+    groups = pool_groups(steps, config.t_min, config.t_max, config.j)
     timesteps, n = pool_timesteps(pipe, config), min(config.pairs_per_step, b * slots)
     t, uncond = timesteps[0], negative(pipe, task.cond, task.empty)
     latents = torch.randn(b * config.k, *shape, device=device)
@@ -537,7 +540,7 @@ def parts_of(task: Task, side: Side) -> dict[str, tuple[str, float, Callable]]:
         x_t, x_t + 0.01 * noise,        # so near that the ratio is not clamped
         torch.arange(b * slots, device=device).view(b, -1) < n,
         scores=torch.zeros(0), notes={}, timesteps=timesteps,
-        apart=[place % config.j > 0 for place in range(slots)], ends=[], cond=task.cond,
+        apart=[i != group[0] for group in groups for i in group], ends=[], cond=task.cond,
     )
     drawn = torch.randn(b * config.k, 3, *[shape[-1] * pipe.vae.factor] * 2, device=device)
 
@@ -557,8 +560,8 @@ def parts_of(task: Task, side: Side) -> dict[str, tuple[str, float, Callable]]:
     return {
         "a step of the walk": ("sampling", at_one, lambda: predict(1)),
         "a pool's candidates": ("sampling", at_k, lambda: predict(config.k)),
-        "a pool decoded": ("decoding", groups, draw),
-        "a pool scored": ("scoring", groups, score),
+        "a pool decoded": ("decoding", judged, draw),
+        "a pool scored": ("scoring", judged, score),
         f"an optimizer step, {n} pairs": ("training", b * slots / n, lambda: side.train(pairs)),
     }
 

@@ -42,6 +42,10 @@ def test_pool_groups_by_hand():
     assert pool_groups(STEPS_20, 501, 751, 4) == [[4, 5, 6, 7], [8, 9]]
     assert pool_groups(STEPS_20, 0, 999, 20) == [list(range(20))] == pool_groups(STEPS_20, 0, 999, 99)
     assert pool_groups(STEPS_20, 251, 251, 3) == [[14]]
+    # As the released MSPO: the very last step joins the group before.
+    assert pool_groups(STEPS_20, 0, 751, 3)[-2:] == [[13, 14, 15], [16, 17, 18, 19]]
+    assert pool_groups(STEPS_20, 0, 751, 5) == [[4, 5, 6, 7, 8], [9, 10, 11, 12, 13], [14, 15, 16, 17, 18, 19]]
+    assert pool_groups(STEPS_20, 0, 751, 6)[-1] == [16, 17, 18, 19] and pool_groups(STEPS_20, 0, 1, 3) == [[19]]
     for low, high in ((752, 799), (2, 50), (800, 100)):
         with pytest.raises(InputError, match=f"{low}..{high}"):
             pool_groups(STEPS_20, low, high, 1)

@@ -3,7 +3,7 @@ import json
 import math
 import os
 import signal
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from calls import Calls
 from helpers import log_of
+from loading import load_pipeline
 from training import (
     Processes,
     Run,
@@ -314,6 +315,31 @@ def test_fingerprint():
     assert fingerprint(module) == before and fingerprint(["ab", "c"]) != fingerprint(["a", "bc"])
     module[1].bias.data[0] += 1e-6
     assert fingerprint(module) != before
+
+
+def test_fingerprint_of_everything_a_picture_depends_on():
+    """Weights behind a tensor's beginning, turned round, a configuration, a schedule, a tokenizer."""
+    pipe, changed = load_pipeline("tiny"), load_pipeline("tiny")
+    known = {fingerprint(*pipe.identity)}
+    assert fingerprint(*changed.identity) in known
+
+    def new() -> bool:
+        known.add(found := fingerprint(*changed.identity))
+        return len(known) == 1 + len(edits) and found in known
+
+    weight, edits = changed.unet.conv_in.weight, []
+    for edit in (lambda: weight.data.flatten()[-1:].mul_(1.5), lambda: weight.data.copy_(weight.flip(0)),
+                 lambda: setattr(changed, "schedule", replace(changed.schedule, steps_offset=0)),
+                 lambda: setattr(changed, "schedule", replace(changed.schedule, alphas_cumprod=changed.schedule.alphas_cumprod * 0.999)),
+                 lambda: setattr(changed.vae, "config", replace(changed.vae.config, scaling_factor=2.0)),
+                 lambda: setattr(changed.unet, "config", replace(changed.unet.config, attention_head_dim=8)),
+                 lambda: setattr(changed, "zero_negative", True),
+                 lambda: changed.tokenizers[0].add_tokens(["<new>"])):
+        edit()
+        edits.append(edit)
+        assert new()
+    pipe.tokenizers[0](["a red circle"], padding="max_length", max_length=30)
+    assert fingerprint(*pipe.identity) in known, "use changes nothing"
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
