@@ -38,6 +38,7 @@ from training import (
     opt,
     parse_options,
     permutation,
+    restore_optimizer,
     warn,
     write_atomic,
 )
@@ -240,8 +241,10 @@ def copied(weights: list[torch.Tensor]) -> list[torch.Tensor]:
 
 @torch.no_grad()
 def put(weights: list[torch.Tensor], values: list[torch.Tensor]) -> None:
-    """Put values into the weights."""
+    """Put values into the weights; ValueError where they have other shapes or types."""
     for p, value in zip(weights, values, strict=True):
+        if (p.shape, p.dtype) != (value.shape, value.dtype):
+            raise ValueError(f"{value.dtype} {list(value.shape)} for weights {list(p.shape)}")
         p.copy_(value)
 
 
@@ -280,14 +283,14 @@ class Trainer:
             prompts=fingerprint(prompts), base_model=fingerprint(*pipe.identity),
             judge_model=fingerprint(*[judge] if judge else []))
         if state:
-            put(self.weights, state["lora"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.rounds.restore(state)
+            with run.restoring():
+                put(self.weights, state["lora"])
+                restore_optimizer(self.optimizer, state["optimizer"])
+                self.rounds.restore(state)
         self.rounds.announce(
             f"{len(prompts)} prompts, {total} rounds of {config.prompts_per_round}, LoRA of "
             f"{sum(p.numel() for p in self.weights):,} parameters, {self.processes.world} x "
             f"{pipe.device}, starting at round {self.rounds.done}")
-        self.begin = self.rounds.done
         self.before = self.good = copied(self.weights)      # good: it drew finite pictures
 
     def __enter__(self) -> "Trainer":
@@ -296,7 +299,7 @@ class Trainer:
     def __exit__(self, kind, error, trace) -> None:
         """A signal during work that may be dropped: save what is done, and leave."""
         if kind is Stopped:
-            if self.rounds.done > self.begin:
+            if self.rounds.done > self.rounds.saved:        # else its score would be lost
                 self.save()
             self.rounds.leave()
         if kind is None and self.processes.main:
@@ -304,6 +307,8 @@ class Trainer:
 
     def turns(self) -> Iterator[Turn]:
         """The rounds, each with its share of the epoch's shuffled prompts."""
+        if self.rounds.done:                    # it may have been killed right after a checkpoint
+            self.draw_samples_due(again=False)
         for step in self.rounds:
             epoch, place = divmod(step, self.rounds_per_epoch)
             order = permutation(len(self.prompts), self.config.seed, "order", epoch)
@@ -346,13 +351,18 @@ class Trainer:
             self.give_up()
         if rounds.due or rounds.ending:
             self.save()
-        last = rounds.done == rounds.total
-        if self.processes.main and is_due(rounds.done, config.grid_every, last):
-            path = self.run.folder / f"samples-{rounds.done:05d}.png"
-            draw_samples(pipe, self.prompts, config, path)
-        self.processes.barrier()
-        if rounds.ending and not last:
+        self.draw_samples_due()
+        if rounds.ending and rounds.done < rounds.total:
             rounds.leave()
+
+    def draw_samples_due(self, again: bool = True) -> None:
+        """Draw samples if they are due after this round; `again`: though they are there already."""
+        rounds, last = self.rounds, self.rounds.done == self.rounds.total
+        path = self.run.folder / f"samples-{rounds.done:05d}.png"
+        due = is_due(rounds.done, self.config.grid_every, last)
+        if self.processes.main and due and (again or not path.exists()):
+            draw_samples(self.pipe, self.prompts, self.config, path)
+        self.processes.barrier()
 
     def save(self) -> None:
         """LoRA files, then the checkpoint: whoever is killed in between writes them again."""

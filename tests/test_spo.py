@@ -217,10 +217,10 @@ def test_paths_of_winner_and_loser_connect(parts, j):
 def test_trajectory_goes_on_from_the_chosen_candidate(parts, j):
     ends = [i for i, g in enumerate(g for group in pool_groups(STEPS_6, 0, 751, j) for g in [0] * (len(group) - 1) + [1]) if g][:-1]
     for start, place in (("win", 0), ("lose", 1)):
-        pairs = sample(parts, j=j, start=start)
+        pairs = sample(parts, j=j, continue_from=start)
         for end in ends:
             assert torch.equal(pairs.x_t[:, end + 1, 0], pairs.x_next[:, end, place])
-    pairs = sample(parts, j=j, k=2, start="random")         # of two candidates one is the winner, the other the loser
+    pairs = sample(parts, j=j, k=2, continue_from="random")         # of two candidates one is the winner, the other the loser
     taken = torch.stack([(pairs.x_t[:, e + 1, :1] == pairs.x_next[:, e]).flatten(2).all(-1) for e in ends])
     assert (taken.sum(-1) == 1).all() and 0 < taken[..., 0].float().mean() < 1
 
@@ -606,7 +606,7 @@ BASE = ("--dtype", "fp32", "--steps", "4", "--k", "2", "--prompts_per_round", "3
 
 
 @pytest.mark.parametrize("options", [
-    ("--k", 3), ("--j", 2), ("--j", 99, "--k", 4), ("--t_min", 300, "--t_max", 600), ("--t_max", 1000), ("--start", "win"),
+    ("--k", 3), ("--j", 2), ("--j", 99, "--k", 4), ("--t_min", 300, "--t_max", 600), ("--t_max", 1000), ("--continue_from", "win"),
     ("--start", "lose"), ("--pair", "random"), ("--dtype", "bf16"), ("--clamp", 0), ("--eta", 0.5), ("--rank", 8, "--targets", "to_q,to_v"),
     ("--guidance_scale", 1), ("--threshold", 1), ("--checkpointing",), ("--resolution", 32), ("--grid_every", 1), ("--start=win", "--j", 3)])
 def test_every_option_runs_one_round(small, spm, prompts, tmp_path, options):

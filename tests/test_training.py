@@ -198,7 +198,7 @@ def test_run_refuses_another_configuration(tmp_path):
     open_run(folder).log(dict(step=1))                                          # corrected before anything was done
     open_run(folder, rounds=9)                                                  # free
     assert json.loads(config.read_text())["rounds"] == 9
-    with pytest.raises(InputError, match=r"holds a run with other options \(lr\)"):
+    with pytest.raises(InputError, match=r"holds a run with other options \(lr 1.0, now 2.0\); choose another --out or repeat its options"):
         open_run(folder, lr=2.0)
     assert json.loads(config.read_text())["lr"] == 1.0                          # refused, not overwritten
     config.write_text(json.dumps(dict(out="x", rounds=3)))                      # from before --lr existed: it had what is the default now
@@ -475,6 +475,9 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path, monkeypatch):
 
 
 def test_a_log_value_may_not_be_finite(tmp_path):
-    """A diverged run can still be read."""
-    open_run(tmp_path).log(dict(loss=math.nan))
-    assert math.isnan(log_of(tmp_path)[0]["loss"])
+    """A diverged run can still be read, by every reader of JSON."""
+    open_run(tmp_path).log(dict(loss=math.nan, norms=[math.inf, 1.0], parts=dict(a=-math.inf), step=3))
+    write_json(tmp_path / "new.json", dict(a=(1.5, math.nan)))
+    assert json.loads((tmp_path / "log.jsonl").read_text(), parse_constant=pytest.fail) == dict(
+        loss=None, norms=[None, 1.0], parts=dict(a=None), step=3)
+    assert json.loads((tmp_path / "new.json").read_text(), parse_constant=pytest.fail) == dict(a=[1.5, None])
