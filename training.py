@@ -542,7 +542,8 @@ class Run:
 
     def _differences(self, config, old: dict) -> list[str]:
         """In which options `old` is another run's, in words; what it lacks was at its default."""
-        old = dataclasses.asdict(type(config)()) | old
+        cls = type(config)
+        old = _as_kept(cls, dataclasses.asdict(cls())) | old
         return [f"{k} {old.get(k)!r:.80}, now {self.config.get(k)!r:.80}"
                 for k in sorted(old.keys() | self.config.keys())
                 if k not in self.free and old.get(k) != self.config.get(k)]
@@ -559,9 +560,10 @@ class Run:
     def _sweep(self) -> None:
         """Remove what a process left that was killed while it wrote; other runs may lie below."""
         for place in ("", "best/", "spm*/", "loras/*/"):
-            for left in self.folder.glob(place + ".*.tmp"):
+            for left in self.folder.glob(place + ".*"):
                 below = place and (left.parent / ".lock").exists()
-                if re.fullmatch(r"\..+\.\d+\.tmp", left.name) and not below:
+                ours = re.fullmatch(r"\..+\.\d+\.tmp|\.tmp\w{6}", left.name)      # or safetensors'
+                if ours and not below:
                     left.unlink()
 
     def _on_signal(self, number, frame) -> None:

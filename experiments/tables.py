@@ -249,7 +249,7 @@ def kept(*path: str):
 def keep(path: list[str], value) -> None:
     """Put a value into results/tables.json at a path of keys."""
     RUNS.mkdir(parents=True, exist_ok=True)
-    with open(RUNS / "lock", "w") as lock:              # several processes may share the work
+    with open(RUNS / "lock", "wb") as lock:              # several processes may share the work
         fcntl.flock(lock, fcntl.LOCK_EX)
         results = kept() or {}
         place = results
