@@ -201,7 +201,8 @@ def run_script(main) -> None:
         sys.exit(_fail("out of GPU memory; " + LESS_MEMORY))
     except (MemoryError, RuntimeError) as error:
         # Neither a full memory nor a peer that died has a type of its own.
-        if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
+        if isinstance(error, MemoryError) or re.search(
+                "can't allocate memory|(calculation|multiplication) overflow", str(error)):
             sys.exit(_fail("out of memory; " + LESS_MEMORY))
         lost = re.search(r"gloo|nccl|connection (closed|reset)|broken pipe", str(error), re.I)
         if not lost or not dist.is_initialized():

@@ -675,9 +675,10 @@ def test_any_damage_is_noticed(tmp_path_factory, place, flip, cut, sidecar):
     assert state["value"].tolist() == [state["step"]] * 8 and (state["step"] == 1 or sidecar)
 
 
-def test_too_little_memory_names_the_options(capsys):
+@pytest.mark.parametrize("shape", [(1 << 60,), (1, 10 ** 17, 4, 8, 8), (10 ** 17, 10 ** 17)], ids=str)
+def test_too_little_memory_names_the_options(capsys, shape):
     def main():
-        torch.empty(1 << 60, dtype=torch.uint8)
+        torch.empty(shape, dtype=torch.uint8)
     with pytest.raises(SystemExit) as caught:
         run_script(main)
     assert caught.value.code == 2 and "--sample_batch" in capsys.readouterr().err
