@@ -359,8 +359,8 @@ class Trainer:
         """Draw samples if they are due after this round; `again`: though they are there already."""
         rounds, last = self.rounds, self.rounds.done == self.rounds.total
         path = self.run.folder / f"samples-{rounds.done:05d}.png"
-        due = is_due(rounds.done, self.config.grid_every, last)
-        if self.processes.main and due and (again or not path.exists()):
+        wanted = self.processes.main and is_due(rounds.done, self.config.grid_every, last)
+        if wanted and (again or not path.exists()):
             draw_samples(self.pipe, self.prompts, self.config, path)
         self.processes.barrier()
 

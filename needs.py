@@ -5,9 +5,8 @@ Nothing here may be newer than Python 3.6.
 import importlib.util
 import sys
 
-PACKAGES = ("torch", "safetensors", "transformers", "huggingface_hub", "numpy", "PIL", "tqdm")
-
-lacking = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+lacking = [name for name in ("torch", "safetensors", "transformers", "huggingface_hub", "numpy",
+                             "PIL", "tqdm") if importlib.util.find_spec(name) is None]
 if sys.version_info < (3, 11):         # noqa: UP036
     lacking = [f"Python 3.11 or later (this is {sys.version.split()[0]})"]
 if lacking:

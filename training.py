@@ -69,8 +69,9 @@ def opt(default, help: str, choices: tuple | None = None, old: str = "", **limit
     `old`: a name that it once had, which command lines and run folders may still use.
     """
     words = " and ".join(f"{LIMITS[name][0]} {limit}" for name, limit in limits.items())
+    listed = ", ".join(str(choice) for choice in choices or () if choice != "")
     return dataclasses.field(default=default, metadata=dict(
-        help=help, choices=choices, old=old, limits=limits, words=words))
+        help=help, choices=choices, listed=listed, old=old, limits=limits, words=words))
 
 
 def parse_options(cls, presets: dict[str, dict], arguments: list[str] | None = None,
@@ -117,8 +118,8 @@ def _parser(cls, kinds: dict, presets: dict, description: str) -> argparse.Argum
     for f in dataclasses.fields(cls):
         others = [f"{model}: {values[f.name]}" for model, values in presets.items()
                   if values.get(f.name, f.default) != f.default]
-        choices = _listed(f.metadata["choices"])
-        words = (f.metadata["help"], choices and f"one of {choices}", f.metadata["words"])
+        choices = f.metadata["listed"] and f"one of {f.metadata['listed']}"
+        words = (f.metadata["help"], choices, f.metadata["words"])
         text = f"{'; '.join(filter(None, words))} [{'; '.join([str(f.default), *others])}]"
         names = filter(None, (f.name, f.name.replace("_", "-"), f.metadata["old"]))
         parser.add_argument(
@@ -126,11 +127,6 @@ def _parser(cls, kinds: dict, presets: dict, description: str) -> argparse.Argum
             default=argparse.SUPPRESS, metavar="X", help=text.replace("%", "%%"),
             **several.get(typing.get_origin(kinds[f.name]) or kinds[f.name], {}))
     return parser
-
-
-def _listed(choices: tuple | None) -> str:
-    """What one may write; the empty choice is nothing to write."""
-    return ", ".join(str(choice) for choice in choices or () if choice != "")
 
 
 def _convert(name: str, text: str | list[str], kind: type):
@@ -153,7 +149,7 @@ def _check(config) -> None:
         value, choices = getattr(config, f.name), f.metadata["choices"]
         for word in value if isinstance(value, tuple) else (value,):
             if choices and word not in choices:
-                raise InputError(f"--{f.name} {word}: choose one of {_listed(choices)}")
+                raise InputError(f"--{f.name} {word}: choose one of {f.metadata['listed']}")
         if isinstance(value, int | float) and not abs(value) < 10 ** 18:    # as 64 bits want it
             must = "of at most 18 digits" if abs(value) < math.inf else "a finite number"
             raise InputError(f"--{f.name} {value}: must be {must}")
@@ -310,15 +306,13 @@ def _from_torchrun() -> tuple[int, int, int]:
     """How many processes there are, this one's rank, and that on this machine."""
     names = ("WORLD_SIZE", "RANK", "LOCAL_RANK")
     given = {name: os.environ[name] for name in names if name in os.environ}
-    try:
-        world, rank, local = (int(given.get(name, only)) for name, only in zip(names, (1, 0, 0)))
-    except ValueError:
-        world = rank = local = -1
-    if not 0 <= rank < world or local < 0 or ("RANK" in given) != ("WORLD_SIZE" in given):
+    world, rank, local = (given.get(name, alone) for name, alone in zip(names, "100"))
+    if (not all(map(str.isdecimal, (world, rank, local))) or int(rank) >= int(world)
+            or ("RANK" in given) != ("WORLD_SIZE" in given)):
         said = ", ".join(f"{name}={value}" for name, value in given.items())
         raise InputError(f"{said}: not what torchrun sets; start with torchrun, or unset all of "
                          f"{', '.join(names)}")
-    return world, rank, local
+    return int(world), int(rank), int(local)
 
 
 def start_processes(device: str | None = None) -> Processes:
@@ -411,8 +405,8 @@ def write_text(path: Path, text: str) -> None:
 
 def to_json(value, indent: int | None = None) -> str:
     """Strict JSON: what is not finite becomes null."""
-    plain = json.loads(json.dumps(value), parse_constant=lambda word: None)     # NaN, Infinity
-    return json.dumps(plain, indent=indent, allow_nan=False)
+    return json.dumps(json.loads(json.dumps(value), parse_constant=lambda word: None),
+                      indent=indent)
 
 
 def write_json(path: Path, value) -> None:
@@ -437,12 +431,11 @@ def lock(folder: Path) -> None:
         import fcntl                                # not on Windows
         fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):      # EAGAIN or EACCES: it is taken
-        holder = os.read(handle, 100).decode(errors="replace").strip()
+        holder = os.read(handle, 999).decode(errors="replace").split("\n")[0]
         raise InputError(f"{folder}: another process is at work in it ({holder}); wait until that "
                          "ends, or choose another --out") from None
     except (ImportError, OSError) as error:
         warn(f"{folder}: no locks here ({error}); never start two runs in it at once")
-    os.truncate(handle, 0)
     os.write(handle, f"{platform.node()}, process {os.getpid()}\n".encode())
 
 
@@ -525,9 +518,9 @@ class Run:
         lock(self.folder)
         begun = self.log_file.exists() or self._checkpoints()
         try:
-            written = [read_json(path)] if path.exists() else []
-            earlier = [_as_kept(type(config), old) for old in written + self._configurations()]
-            changed = [words for old in earlier for words in self._differences(config, old)]
+            earlier = [_as_kept(type(config), old) for old in self._configurations(path)]
+            changed = list(dict.fromkeys(
+                words for old in earlier for words in self._differences(config, old)))
             if not begun and all(old.keys() == self.config.keys() for old in earlier):
                 changed = []            # nothing was done yet: a command may be corrected
             if not changed:
@@ -536,22 +529,20 @@ class Run:
         except (OSError, InputError) as error:
             raise InputError(f"{self.folder}: cannot be used as a run folder ({error})") from None
         if changed:
-            words = list(dict.fromkeys(changed))
-            raise InputError(f"{self.folder}: holds a run with other options "
-                             f"({'; '.join(words[:6] + ['...'] * (len(words) > 6))}); choose "
+            some = "; ".join(changed[:6] + ["..."] * (len(changed) > 6))
+            raise InputError(f"{self.folder}: holds a run with other options ({some}); choose "
                              "another --out or repeat its options")
 
     def _differences(self, config, old: dict) -> list[str]:
         """In which options `old` is another run's, in words; what it lacks was at its default."""
-        cls = type(config)
-        old = _as_kept(cls, dataclasses.asdict(cls())) | old
+        old = _as_kept(type(config), dataclasses.asdict(type(config)())) | old
         return [f"{k} {old.get(k)!r:.80}, now {self.config.get(k)!r:.80}"
                 for k in sorted(old.keys() | self.config.keys())
                 if k not in self.free and old.get(k) != self.config.get(k)]
 
-    def _configurations(self) -> list[dict]:
-        """The options that each checkpoint says it belongs to; an old one does not say it."""
-        found = []
+    def _configurations(self, file: Path) -> list[dict]:
+        """The options in config.json, if it is there, and in each checkpoint that says them."""
+        found = [read_json(file)] if file.exists() else []
         for path in self._checkpoints():
             with contextlib.suppress(Exception):        # damaged: resume will say so
                 state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -560,12 +551,11 @@ class Run:
 
     def _sweep(self) -> None:
         """Remove what a process left that was killed while it wrote; other runs may lie below."""
-        for place in ("", "best/", "spm*/", "loras/*/"):
-            for left in self.folder.glob(place + ".*"):
-                below = place and (left.parent / ".lock").exists()
-                ours = re.fullmatch(r"\..+\.\d+\.tmp|\.tmp\w{6}", left.name)      # or safetensors'
-                if ours and not below:
-                    left.unlink()
+        parts = [path for name in ("best", "spm*", "loras/*") for path in self.folder.glob(name)
+                 if not (path / ".lock").exists()]
+        for left in [file for part in (self.folder, *parts) for file in part.glob(".*")]:
+            if re.fullmatch(r"\..+\.\d+\.tmp|\.tmp\w{6}", left.name):     # or safetensors' own
+                left.unlink()
 
     def _on_signal(self, number, frame) -> None:
         """The first signal stops the run, a later Ctrl-C at once.
@@ -626,8 +616,9 @@ class Run:
                 with open(self.log_file, "rb+") as handle:
                     os.fsync(handle.fileno())
                     size = handle.seek(0, os.SEEK_END)
-            config = {k: v for k, v in self.config.items() if k not in self.free}
-            state = dict(state, step=step, log_bytes=size, identity=self.identity, config=config)
+            state = dict(
+                state, step=step, log_bytes=size, identity=self.identity,
+                config={k: v for k, v in self.config.items() if k not in self.free})
             path = self.folder / f"checkpoint-{step:06d}.pt"
 
             def write(temporary: Path) -> None:         # a checkpoint is never without checksum
@@ -712,8 +703,6 @@ class Run:
         """
         try:
             yield
-        except torch.cuda.OutOfMemoryError:
-            raise
         except WRONG as error:
             raise InputError(
                 f"{self.folder}: its newest checkpoint is whole, but not of such a run "
