@@ -20,6 +20,7 @@ Files in four formats are read; the first and the last are written:
 """
 import argparse
 import contextlib
+import json
 import math
 import os
 import re
@@ -52,6 +53,7 @@ from weights import (
 
 ORIGINAL = "model.diffusion_model."      # where the UNet is in a single-file checkpoint
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
+LORA_NAMES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors", "adapter_model.bin")
 SIDES = {"lora_A.weight": "A", "lora.down.weight": "A", "lora_down.weight": "A",
          "lora_B.weight": "B", "lora.up.weight": "B", "lora_up.weight": "B"}
 
@@ -274,7 +276,7 @@ def _place(key: str, by_kohya: dict[str, str], source: str) -> tuple[str, str]:
 
 def fitted(model: nn.Module, weights: dict[str, torch.Tensor], source: str = "LoRA",
            scale: float = 1.0) -> dict[str, torch.Tensor]:
-    """A LoRA file (formats A to D) -> A, `scale` times as strong, in the shapes of `model`'s layers.
+    """A LoRA file (formats A to D) -> A, `scale` times as strong, in the shapes of these layers.
 
     Raises ValueError on any mismatch.
     """
@@ -325,7 +327,7 @@ def merge(model: nn.Module) -> None:
     for layer in layers(model).values():
         delta = layer.scaling * (layer.lora_B.weight.flatten(1) @ layer.lora_A.weight.flatten(1))
         merged = layer.weight.float() + delta.view_as(layer.weight)
-        layer.weight.copy_(merged.to(layer.weight.dtype))
+        layer.weight.data = merged.to(layer.weight.dtype)       # its old storage may be shared
     remove(model)
 
 
@@ -340,14 +342,14 @@ def norm(model: nn.Module) -> float:
 
 
 def file_in(source: str, folder: Path) -> Path:
-    """The LoRA in a folder: pytorch_lora_weights.safetensors, or else the only .safetensors file.
+    """The LoRA in a folder: one of LORA_NAMES, or else the only .safetensors file.
 
     Official ones have names of their own.
     """
-    path = folder / "pytorch_lora_weights.safetensors"
-    if path.is_file():
-        return path
-    files = sorted(fetch(source, ["*.safetensors"]).glob("*.safetensors"))
+    if (folder / "unet/adapter_config.json").is_file():         # peft's example for diffusion
+        folder = folder / "unet"
+    files = [folder / name for name in LORA_NAMES if (folder / name).is_file()][:1] or sorted(
+        fetch(source, ["*.safetensors", "adapter_config.json"]).glob("*.safetensors"))
     if len(files) != 1:
         names = ", ".join(file.name for file in files) or "no .safetensors file"
         raise InputError(f"{source}: holds {names}; say which with {source}/FILE")
@@ -360,13 +362,16 @@ def parse() -> argparse.Namespace:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("action", choices=("convert", "merge"))
     parser.add_argument("source", type=Path,
-                        help="a LoRA file in one of the formats A to D, or the folder of a run")
+                        help="a LoRA file in one of the formats A to D, or the folder of a run "
+                        "or of a peft adapter")
     parser.add_argument("target", type=Path, help="convert: the file to write; merge: the folder "
                         "to write, or the file if the model is one")
     parser.add_argument("--model", default="tiny", help="the model that the LoRA belongs to: "
                         "tiny, sd15, sdxl, folder, hub id, single file")
     parser.add_argument("--format", choices=("diffusers", "kohya"), default="diffusers",
                         help="convert: what to write")
+    parser.add_argument("--scale", type=float, default=1.0,
+                        help="how strong the LoRA is written or merged")
     parser.error = refuse
     return parser.parse_args()
 
@@ -388,10 +393,35 @@ def open_model(options: argparse.Namespace) -> tuple[UNet, Path, dict[str, torch
     return loading.build(UNet, config, root), root, weights
 
 
-def save(weights: dict[str, torch.Tensor], target: Path) -> None:
-    """Write a .safetensors file."""
-    weights = {key: value.contiguous() for key, value in weights.items()}
-    write_atomic(target, lambda path: save_file(weights, path, metadata={"format": "pt"}))
+def read_header(path: Path) -> dict[str, str]:
+    """What a .safetensors file says of itself, but for hashes of its weights; others nothing."""
+    if path.suffix != ".safetensors":
+        return {}
+    with safe_open(path, "pt") as file:
+        return {key: v for key, v in (file.metadata() or {}).items() if "hash" not in key}
+
+
+def save(weights: dict[str, torch.Tensor], target: Path, header: dict[str, str]) -> None:
+    """Write a .safetensors file, the same bytes each time.
+
+    Tensors that share memory (tied weights) become two. The library leaves the order of the header
+    to chance; here it is sorted.
+    """
+    owner = {value.untyped_storage().data_ptr(): key for key, value in weights.items()}
+    out = {key: value.contiguous() if owner[value.untyped_storage().data_ptr()] == key else
+           value.clone().contiguous() for key, value in weights.items()}
+
+    def write(path: Path) -> None:
+        save_file(out, path, metadata=header | {"format": "pt"})
+        with open(path, "rb+") as file:
+            size = int.from_bytes(file.read(8), "little")
+            head = json.loads(file.read(size))
+            head["__metadata__"] = dict(sorted(head["__metadata__"].items()))
+            text = json.dumps(head, separators=(",", ":"), ensure_ascii=False)
+            file.seek(8)
+            file.write(text.encode().ljust(size))
+
+    write_atomic(target, write)
 
 
 def read_lora(path: Path) -> tuple[dict[str, torch.Tensor], str]:
@@ -404,9 +434,10 @@ def convert(options: argparse.Namespace) -> None:
     """Write the LoRA in another format; the model says which layers there are."""
     unet, _, _ = open_model(options)
     weights, source = read_lora(options.source)
-    modules = [name for name, module in unet.named_modules() if isinstance(module, nn.Linear)]
-    out = normalise(weights, modules, source)
-    save(to_kohya(out) if options.format == "kohya" else out, options.target)
+    out = fitted(unet, weights, source, options.scale)
+    header = kohya_header(out, unet, Path(options.model).name)
+    kohya = options.format == "kohya"
+    save(to_kohya(out) if kohya else out, options.target, header if kohya else {})
     print(f"{options.target}: {len(out) // 2} layers, {options.format} format")
 
 
@@ -420,36 +451,49 @@ def merge_into_model(options: argparse.Namespace) -> None:
     else:
         file = weight_file(root / "unet")
         load_strict(unet, clean(read_weights(file)), file)
-    load(unet, weights, source)
+    load(unet, weights, source, options.scale)
     count = len(layers(unet))
     merge(unet)
     if whole:
         for key, value in unet.state_dict().items():
             place = ORIGINAL + names[key]
             whole[place] = value.view_as(whole[place])
-        save(whole, options.target)
+        save(whole, options.target, read_header(root))
+        beside = root.with_suffix(".yaml")              # A1111's: it may say v-prediction
+        if beside.is_file() and not options.target.with_suffix(".yaml").exists():
+            shutil.copy(beside, options.target.with_suffix(".yaml"))
     else:
-        write_folder(unet, root, options.target)
+        write_folder(unet, root, options.target, file)
     print(f"{options.target}: {options.model} with {count} LoRA layers merged")
 
 
-def write_folder(unet: UNet, root: Path, target: Path) -> None:
-    """A model's folder in the diffusers layout with another UNet of the same shape."""
-    with writing(target):
-        for part in ("tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2", "scheduler",
-                     "vae"):
-            if (root / part).is_dir():
-                shutil.copytree(root / part, target / part)
-        (target / "unet").mkdir()
-        shutil.copy(root / "unet/config.json", target / "unet")
+def write_folder(unet: UNet, root: Path, target: Path, file: Path) -> None:
+    """A model's folder in the diffusers layout with another UNet of the same shape, in all or not.
+
+    `file`: its UNet's weights; the new ones get the same variant (.fp16) and header.
+    """
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    variant = ".fp16" if ".fp16." in file.name else ""
     index = read_json(root / "model_index.json")
-    for part, value in index.items():       # diffusers would look for parts that are not copied
-        if isinstance(value, list) and not (target / part).is_dir():
-            index[part] = [None, None]
-    if "safety_checker" in index:
-        index["requires_safety_checker"] = False
-    write_json(target / "model_index.json", index)
-    save(unet.state_dict(), target / "unet/diffusion_pytorch_model.safetensors")
+    with writing(target):
+        try:
+            (temporary / "unet").mkdir(parents=True)
+            shutil.copy(root / "unet/config.json", temporary / "unet")
+            for part in ("tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2", "scheduler",
+                         "vae"):
+                if (root / part).is_dir():
+                    shutil.copytree(root / part, temporary / part)
+            for part, value in index.items():   # diffusers would look for parts that are not copied
+                if isinstance(value, list) and not (temporary / part).is_dir():
+                    index[part] = [None, None]
+            if "safety_checker" in index:
+                index["requires_safety_checker"] = False
+            write_json(temporary / "model_index.json", index)
+            name = f"unet/diffusion_pytorch_model{variant}.safetensors"
+            save(unet.state_dict(), temporary / name, read_header(file))
+            os.replace(temporary, target)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def command_line() -> None:

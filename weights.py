@@ -78,7 +78,8 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
         raise InputError(f"{path}: not a plain weight file; pickles with code are never run "
                          f"({type(error).__name__})") from None
     if "lora_adapter_metadata" in header:
-        return weights | lora_alphas(weights, header["lora_adapter_metadata"], path)
+        return weights | lora_alphas(weights, header["lora_adapter_metadata"],
+                                     f"{path}: its lora_adapter_metadata")
     weights = weights.get("state_dict", weights) if isinstance(weights, dict) else weights
     if not isinstance(weights, dict) or not all(
             isinstance(k, str) and isinstance(v, torch.Tensor) and v.layout == torch.strided
@@ -87,7 +88,7 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
     beside = path.with_name("adapter_config.json")
     if any(key.startswith(PEFT) for key in weights) and beside.is_file():
         weights = {f"unet.{key.removeprefix(PEFT)}": value for key, value in weights.items()}
-        return weights | lora_alphas(weights, beside.read_text("utf-8", "replace"), beside)
+        return weights | lora_alphas(weights, beside.read_text("utf-8", "replace"), f"{beside}:")
     return weights
 
 
@@ -105,7 +106,7 @@ def _read_shards(path: Path) -> dict[str, torch.Tensor]:
 
 
 def lora_alphas(weights: dict[str, torch.Tensor], metadata: str,
-                path: Path) -> dict[str, torch.Tensor]:
+                source: str) -> dict[str, torch.Tensor]:
     """`<module>.alpha` for every layer of a LoRA whose peft configuration is the JSON `metadata`.
 
     An entry of `alpha_pattern` names modules by the end of their names, or one by all of it (`^`),
@@ -116,25 +117,25 @@ def lora_alphas(weights: dict[str, torch.Tensor], metadata: str,
     try:
         config = {key.removeprefix("unet."): value for key, value in json.loads(metadata).items()
                   if not key.startswith("text_encoder")}
-        for name, plain in PLAIN_PEFT.items():
-            if name in config and config[name] not in plain:
-                raise ValueError(f"{name} {config[name]!r} is not plain LoRA")
         ends = {end.replace("\\.", ".").rstrip("$"): (i, alpha) for i, (end, alpha)
                 in enumerate((config.get("alpha_pattern") or {}).items())}
-        if odd := [end for end in ends if not re.fullmatch(r"\^?\w+(\.\w+)*", end)]:
-            raise ValueError(f"alpha_pattern {odd[0]!r} names no modules")
+        odd = [f"{name} {config[name]!r} is not plain LoRA" for name, plain in PLAIN_PEFT.items()
+               if name in config and config[name] not in plain]
+        odd += [f"alpha_pattern {end!r} names no modules" for end in ends
+                if not re.fullmatch(r"\^?\w+(\.\w+)*", end)]
+        if odd:
+            raise ValueError(odd[0])
         for key, value in weights.items():
             match = re.fullmatch(r"((?:unet\.)?(.+))\.lora_A(?:\.\w+)?\.weight", key)
             if match and "lora_alpha" in config:
                 parts = match[2].rsplit(".", 16)
                 names = [".".join(parts[i:]) for i in range(len(parts))] + [f"^{match[2]}"]
                 found = min((ends[name] for name in names if name in ends), default=None)
-                scale = len(value) ** 0.5 if config.get("use_rslora") else 1.0
                 alpha = float(found[1] if found else config["lora_alpha"])
+                scale = len(value) ** 0.5 if config.get("use_rslora") else 1.0
                 out[f"{match[1]}.alpha"] = torch.tensor(alpha * scale)
     except (ArithmeticError, AttributeError, RecursionError, TypeError, ValueError) as error:
-        what = "its lora_adapter_metadata " if path.name != "adapter_config.json" else ""
-        raise InputError(f"{path}: {what}cannot be read ({first_line(error, 120)}), "
+        raise InputError(f"{source} cannot be read ({first_line(error, 120)}), "
                          "so the LoRA's strength is not known") from None
     return out
 
