@@ -121,7 +121,7 @@ def lora_alphas(weights: dict[str, torch.Tensor], metadata: str,
                 in enumerate((config.get("alpha_pattern") or {}).items())}
         odd = [f"{name} {config[name]!r} is not plain LoRA" for name, plain in PLAIN_PEFT.items()
                if name in config and config[name] not in plain]
-        odd += [f"alpha_pattern {end!r} names no modules" for end in ends
+        odd += [f"alpha_pattern names no modules with {end!r}" for end in ends
                 if not re.fullmatch(r"\^?\w+(\.\w+)*", end)]
         if odd:
             raise ValueError(odd[0])
