@@ -837,11 +837,6 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict) -> None:
             raise ValueError(f"moments of the shape {list(state['exp_avg'].shape)}")
 
 
-def learning_rate(step: int, peak: float, warmup: int) -> float:
-    """Linear warm-up over `warmup` steps, then constant."""
-    return peak * min(1.0, (step + 1) / max(warmup, 1))
-
-
 @contextlib.contextmanager
 def profiled(folder: Path, device: torch.device):
     """What happens inside is written to `profile.txt` and `profile.json` (for Perfetto)."""
