@@ -184,6 +184,15 @@ def test_keys_and_values_are_computed_once_a_walk(request, spm, model, k):
     assert all(block.attn2.kept is None for block in leads.found(other.unet, TransformerBlock))
 
 
+@torch.no_grad()
+def test_texts_that_cannot_be_those_kept_are_computed(request):
+    pipe = with_lora(request, "small")
+    other = twin(pipe, "text")
+    for n in (3, 2):                        # nobody has asked for timesteps in between
+        assert_close(other.unet(*inputs_of(pipe, n)), pipe.unet(*inputs_of(pipe, n)))
+    assert leads.found(other.unet, TransformerBlock)[0].attn2.kept[0].shape[0] == 2
+
+
 def test_padding_is_to_64_and_128_and_the_scale_that_of_the_true_width(monkeypatch):
     seen = []
     plain = torch.nn.functional.scaled_dot_product_attention
