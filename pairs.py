@@ -2,7 +2,7 @@
 
     FOLDER/pairs.jsonl   one object a line: caption, image_0, image_1, label_0, label_1 (1 / 0;
                          0.5 twice for a tie)
-    *.parquet            Pick-a-Pic's columns: caption, jpg_0, jpg_1, label_0; has_label,
+    *.parquet            Pick-a-Pic's columns: caption, jpg_0, jpg_1, label_0; label_1, has_label,
                          num_example_per_prompt if there
     world_pairs          the tiny world's own
 
@@ -10,6 +10,7 @@ Captions and labels are held in memory, pictures are not. Where pictures lie tog
 group of a Parquet file), they are used at about the same time: an epoch shuffles the groups, then
 the rows of a few groups at a time.
 """
+import contextlib
 import io
 import json
 import os
@@ -22,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from calls import upload
 from clip_spm import to_rgb
@@ -88,14 +89,22 @@ def epoch_order(pairs: Pairs, used: set[int], seed: int, epoch: int) -> list[int
 
 # What every source has in common
 
-def square(picture: Path | bytes, side: int, place: str = "") -> torch.Tensor:
+def square(picture: Path | bytes | dict, side: int, place: str = "") -> torch.Tensor:
     """The middle of an encoded picture, shorter side resized to `side` -> uint8 [3, side, side].
 
-    Any mode that PIL reads: 16-bit greys keep their upper byte, transparency is put on white.
-    Raises UnreadablePicture that names the `place`, or the file.
+    Bicubic, as CLIP's own preprocessing, which the released code uses here. Any mode that PIL
+    reads: 16-bit greys keep their upper byte, transparency is put on white, EXIF turns. A dict is
+    what the library `datasets` makes of a picture. Raises UnreadablePicture that names the `place`,
+    or the file.
     """
     try:
+        if isinstance(picture, dict):
+            picture = picture.get("bytes")
+        if not isinstance(picture, Path | bytes):
+            raise UnreadablePicture(f"{type(picture).__name__} in place of a file's bytes")
         image = Image.open(io.BytesIO(picture) if isinstance(picture, bytes) else picture)
+        with contextlib.suppress(Exception):        # damaged EXIF says nothing about the pixels
+            ImageOps.exif_transpose(image, in_place=True)
         size = np.array(image.size)
         if size.min() < SMALLEST:
             raise UnreadablePicture(f"{image.width} x {image.height} pixels")
@@ -103,10 +112,10 @@ def square(picture: Path | bytes, side: int, place: str = "") -> torch.Tensor:
             image = Image.fromarray(
                 (np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
         # Only what will be seen is resized: all of 8 x 30,000 pixels would fill the memory.
-        whole = np.maximum(side, (size * (side / size.min())).round())      # sides after resizing
+        whole = np.maximum(side, (side * size / size.min()).astype(int))    # sides after resizing
         begin = (whole - side) // 2                             # of the square in them
         box = (*(begin * size / whole), *((begin + side) * size / whole))
-        image = to_rgb(image).resize((side, side), Image.Resampling.LANCZOS, box)
+        image = to_rgb(image).resize((side, side), Image.Resampling.BICUBIC, box)
     except Exception as error:          # PIL's many decoders raise what they like
         raise UnreadablePicture(f"{place or picture}: not a readable picture "
                                 f"({(str(error) or type(error).__name__).splitlines()[0]})"

@@ -133,6 +133,21 @@ def test_parquet_equals_the_folder(pairs, tmp_path):
     assert len(both.captions) == 20 + len(kept) and torch.equal(both.pictures(25), want.pictures(kept[5]))
 
 
+def test_columns_as_the_library_datasets_writes_them(pairs, tmp_path):
+    """Pictures as structs of bytes and path, large binaries and dictionaries are what plain columns are; a text is no picture."""
+    pa = pytest.importorskip("pyarrow")
+    want = load_pairs(str(pairs), 16)
+    lines = [json.loads(line) for line in (pairs / "pairs.jsonl").read_text().split("\n") if line]
+    first, second = ([(pairs / r[k]).read_bytes() for r in lines] for k in ("image_0", "image_1"))
+    file = write_parquet(pairs, tmp_path / "x.parquet", jpg_0=pa.array([dict(bytes=b, path="a.png") for b in first]),
+                         jpg_1=pa.array(second, pa.large_binary()), caption=pa.array(want.captions).dictionary_encode())
+    got = load_pairs(str(file), 16)
+    assert got.captions == want.captions and all(torch.equal(got.pictures(i), want.pictures(i)) for i in (0, 6, 19))
+    for column in ([str(pairs / r["image_0"]) for r in lines], [dict(bytes=None, path=str(pairs / r["image_0"])) for r in lines], [None] * 20):
+        with pytest.raises(UnreadablePicture, match="row 1 of row group 0: not a readable picture .* in place of a file's bytes"):
+            load_pairs(str(write_parquet(pairs, tmp_path / "y.parquet", jpg_0=column)), 16).pictures(1)
+
+
 @pytest.mark.parametrize("columns, says", [
     (dict(label_0=[1.0, 0.25] * 10), "row 1 of row group 0 has label_0 0.25"), (dict(caption=[None] * 20), "row 0 of row group 0 has a caption"),
     (dict(label_0=[float("nan")] * 20, has_label=[True] * 20), "row 0 of row group 0 has label_0 nan"),
@@ -559,7 +574,7 @@ def test_pictures_of_every_kind(tmp_path, monkeypatch):
                                         + struct.pack(">I", zlib.crc32(b"IHDR" + header)) + struct.pack(">I", 0) + b"IDAT" + struct.pack(">I", zlib.crc32(b"IDAT")))
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (37, 95, 3), dtype=np.uint8))
     noise.save(tmp_path / "noise.png")
-    whole = np.asarray(noise.resize((41, 16), Image.Resampling.LANCZOS))[:, 12:28]
+    whole = np.asarray(noise.resize((41, 16), Image.Resampling.BICUBIC))[:, 12:28]
     assert np.abs(square(tmp_path / "noise.png", 16).permute(1, 2, 0).numpy().astype(int) - whole).max() <= 1
     Image.new("RGB", (8, 30_000), "red").save(tmp_path / "long.png")
     monkeypatch.setattr(Image.Image, "resize", lambda *a, resize=Image.Image.resize, **k: asked.append(a[1]) or resize(*a, **k))
@@ -571,6 +586,30 @@ def test_pictures_of_every_kind(tmp_path, monkeypatch):
     monkeypatch.setattr(Image.Image, "convert", lambda *a: torch.empty(1 << 60) if a[1] == "RGB" else a[0])
     with pytest.raises(UnreadablePicture, match="allocate"):
         square(tmp_path / "noise.png", 16)
+
+
+@pytest.mark.parametrize("size", [(95, 37), (640, 480), (333, 1001), (100, 65), (1000, 30)])
+def test_pictures_are_resized_as_the_released_code_does(size, tmp_path):
+    """CLIPImageProcessor: the longer side is rounded down, bicubic, the middle rounded to the left; (100, 65) tells both from rounding."""
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), dtype=np.uint8))
+    image.save(tmp_path / "x.png")
+    whole = np.asarray(image.resize(tuple(64 * n // min(size) for n in size), Image.Resampling.BICUBIC)).astype(int)
+    top, left = ((n - 64) // 2 for n in whole.shape[:2])
+    got = square(tmp_path / "x.png", 64).permute(1, 2, 0).numpy()
+    assert np.abs(got - whole[top:top + 64, left:left + 64]).max() <= 1
+
+
+def test_exif_turns_a_picture(tmp_path):
+    """A telephone's photograph stands upright, and damaged EXIF leaves the pixels as they are."""
+    pixels = np.zeros((64, 32, 3), np.uint8)
+    pixels[:32], pixels[32:] = (255, 0, 0), (0, 0, 255)                 # red above blue
+    exif = Image.Exif()
+    exif[274] = 6
+    Image.fromarray(pixels).save(tmp_path / "upright.png")
+    Image.fromarray(pixels).transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.png", exif=exif)
+    Image.fromarray(pixels).save(tmp_path / "damaged.png", exif=b"Exif\0\0nonsense")
+    want = square(tmp_path / "upright.png", 16)
+    assert all(torch.equal(square(tmp_path / name, 16), want) for name in ("turned.png", "damaged.png"))
 
 
 @pytest.mark.parametrize("broken", ["predicted_pixels", "pair_scores"])
