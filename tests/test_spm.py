@@ -72,7 +72,15 @@ def test_pairs_are_read(pairs):
     ('{"caption": "x", "image_0": "/etc/passwd", "image_1": "a", "label_0": 1}', "it must be a file in this folder"),
     ('{"caption": "x", "image_0": "a", "image_1": "a", "label_0": null}', "line 1 has label_0 None"),
     ('{"caption": "x", "image_0": "a", "image_1": "a", "label_0": "1"}', "line 1 has label_0 '1'"),
-    ('{"caption": "x", "image_0": "a", "image_1": "a", "label_0": 1, "num_example_per_prompt": 0}', "num_example_per_prompt 0")])
+    ('{"caption": "x", "image_0": "a", "image_1": "a", "label_0": 1, "num_example_per_prompt": 0}', "num_example_per_prompt 0"),
+    ('{"caption": "x\\u0000", "image_0": "a", "image_1": "a", "label_0": 1}', "line 1, .* is no Unicode text: character 2"),
+    ('{"caption": "x", "image_0": "a", "image_1": "a", "label_0": -1}', "line 1 has label_0 -1; it must be 1, 0, or 0.5"),
+    ('{"caption": "x", "image_0": "a", "image_1": "a", "label_0": NaN}', "line 1 has label_0 nan"),
+    ('{"caption": "x", "image_0": "a", "image_1": "a", "label_0": 1, "label_1": 1}', "line 1 has label_0 1 and label_1 1"),
+    ('{"caption": "x", "image_0": "a", "image_1": "a", "label_0": 0, "label_1": 0}', "line 1 has label_0 0 and label_1 0"),
+    ('{"caption": "x", "image_0": "a", "image_1": "a", "label_0": 1, "label_1": "0"}', "line 1 has label_0 1 and label_1 '0'"),
+    *[('{"caption": "x", "image_0": "a", "image_1": "a", "label_0": 1, "num_example_per_prompt": ' + size + "}", "line 1 has num_example_per_prompt ")
+      for size in ("Infinity", "NaN", "-2", "1e-300", '"3"', "1" + 400 * "0")]])
 def test_pairs_that_are_wrong(tmp_path, row, says):
     (tmp_path / "pairs.jsonl").write_text(row)
     with pytest.raises(InputError, match=says) as caught:
@@ -117,14 +125,14 @@ def write_parquet(pairs, path, rows: int = 4, **columns):
 def test_parquet_equals_the_folder(pairs, tmp_path):
     """Same captions, labels, weights and pictures; several files; other splits, unlabelled rows and the order of reading do not matter."""
     want = load_pairs(str(pairs), 16)
-    file = write_parquet(pairs, tmp_path / "data/train-00000-of-00002.parquet")
+    file = write_parquet(pairs, tmp_path / "data/train-00000.parquet")
     for source in (file, tmp_path):
         got = load_pairs(str(source), 16)
         assert got.captions == want.captions and torch.equal(got.label, want.label) and torch.equal(got.weight, want.weight)
         assert [list(g) for g in got.groups] == [list(range(i, i + 4)) for i in range(0, 20, 4)]
         assert all(torch.equal(got.pictures(i), want.pictures(i)) for i in (19, 0, 7, 8, 3, 19))
     write_parquet(pairs, tmp_path / "data/validation-00000.parquet")
-    second = write_parquet(pairs, tmp_path / "data/train-00001-of-00002.parquet", has_label=[i % 3 > 0 for i in range(20)],
+    second = write_parquet(pairs, tmp_path / "data/train-00001.parquet", has_label=[i % 3 > 0 for i in range(20)],
                            num_example_per_prompt=list(range(1, 21)))
     alone, both = load_pairs(str(second), 16), load_pairs(str(tmp_path), 16)
     kept = [i for i in range(20) if i % 3]
@@ -151,6 +159,10 @@ def test_columns_as_the_library_datasets_writes_them(pairs, tmp_path):
 @pytest.mark.parametrize("columns, says", [
     (dict(label_0=[1.0, 0.25] * 10), "row 1 of row group 0 has label_0 0.25"), (dict(caption=[None] * 20), "row 0 of row group 0 has a caption"),
     (dict(label_0=[float("nan")] * 20, has_label=[True] * 20), "row 0 of row group 0 has label_0 nan"),
+    (dict(label_1=[1.0] * 20), "row 0 of row group 0 has label_0 1.0 and label_1 1.0"), (dict(label_0=["1"] * 20), "row 0 of row group 0 has label_0 '1'"),
+    (dict(num_example_per_prompt=[1, 0] * 10), "row 1 of row group 0 has num_example_per_prompt 0"),
+    (dict(num_example_per_prompt=[float("inf")] * 20), "row 0 of row group 0 has num_example_per_prompt inf"),
+    (dict(caption=["a\0b"] * 20), "row 0 of row group 0, .* is no Unicode text"),
     (dict(label_0=[float("nan")] * 20), "no labelled pairs"), (dict(jpg_0=[7] * 20), "row 1 of row group 1"),
     (dict(jpg_1=None), "lacks the columns jpg_1"), (dict(label_0=[None] * 20), "no labelled pairs"), (dict(jpg_0=[b"no"] * 20), "row 1 of row group 1")])
 def test_parquet_that_is_wrong(pairs, tmp_path, columns, says):
@@ -161,6 +173,22 @@ def test_parquet_that_is_wrong(pairs, tmp_path, columns, says):
     file.write_bytes(file.read_bytes()[:100])
     with pytest.raises(InputError, match="not a readable Parquet file"):
         load_pairs(str(file), 16)
+
+
+def test_rows_without_a_label_stay_for_pickscore(pairs, tmp_path):
+    """It labels every pair anew, so a row without a label serves as well; people's labels are needed where they count."""
+    labels, known = [None, float("nan"), 1.0, 0.5] * 5, [True, True, False, True] * 5
+    file = write_parquet(pairs, tmp_path / "x.parquet", label_0=labels, has_label=[k and i % 4 > 1 for i, k in enumerate(known)])
+    assert load_pairs(str(file), 16).label.tolist() == [0.5] * 5
+    got = load_pairs(str(file), 16, unlabelled=True)
+    assert [None if v != v else v for v in got.label.tolist()] == [None, None, None, 0.5] * 5
+    assert torch.equal(got.pictures(4), load_pairs(str(pairs), 16).pictures(4))
+    shutil.copytree(pairs, tmp_path / "folder")
+    rows = (pairs / "pairs.jsonl").read_text().replace('"label_0": 1,', '"label_0": null,')
+    (tmp_path / "folder/pairs.jsonl").write_text(rows)
+    with pytest.raises(InputError, match="line 1 has label_0 None"):
+        load_pairs(str(tmp_path / "folder"), 16)
+    assert load_pairs(str(tmp_path / "folder"), 16, unlabelled=True).label.isnan().tolist() == [True, False, False, True] * 5
 
 
 def test_a_damaged_page_is_an_unreadable_picture(pairs, tmp_path):
