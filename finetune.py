@@ -280,10 +280,11 @@ class Trainer:
     """A LoRA in training: rounds of prompts, minibatches, checkpoints; resumes and stops."""
 
     def __init__(self, config: RunConfig, run: Run, pipe: Pipeline, prompts: list[str],
-                 judge: torch.nn.Module | None = None, name: str = "spo"):
+                 judge: torch.nn.Module | None = None, name: str = "spo", **identity: str):
         self.config, self.run, self.processes = config, run, run.processes
         self.pipe, self.prompts = pipe, prompts
-        self.empty = encode_empty(pipe)
+        # Without a judge nothing is drawn, so nothing is guided.
+        self.empty = encode_empty(pipe) if judge else None
         self.rounds_per_epoch = -(-len(prompts) // config.prompts_per_round)
         total = min(config.rounds or math.inf, config.epochs * self.rounds_per_epoch)
         self.rounds = Rounds(run, total, "round", config, pipe.calls, name)
@@ -295,7 +296,7 @@ class Trainer:
         self.scaler = loss_scaler(config, pipe.device)
         state = run.resume(
             prompts=fingerprint(prompts), base_model=fingerprint(*pipe.identity),
-            judge_model=fingerprint(*[judge] if judge else []))
+            judge_model=fingerprint(*[judge] if judge else []), **identity)
         if state:
             with run.restoring():
                 put(self.weights, state["lora"])
