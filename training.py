@@ -14,6 +14,7 @@ import math
 import operator
 import os
 import pickle
+import platform
 import re
 import signal
 import sys
@@ -342,6 +343,32 @@ def write_json(path: Path, value) -> None:
     write_atomic(path, lambda p: p.write_text(json.dumps(value, indent=2) + "\n"))
 
 
+def lock(folder: Path) -> None:
+    """Make a folder, and keep it for this process until that ends, however it ends.
+
+    It relies on a POSIX record lock (fcntl) of the file `.lock` in it: the kernel gives that back
+    with the process; NFS 4, NFS 3 with lockd, Lustre and GPFS hold it between machines. Where the
+    file system or the platform has none, a warning says so. InputError if another process has the
+    folder, or if it cannot be made or written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)   # stays open
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be used as a run folder ({error})") from None
+    try:
+        import fcntl                                # not on Windows
+        fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):      # EAGAIN or EACCES: it is taken
+        holder = os.read(handle, 100).decode(errors="replace").strip()
+        raise InputError(f"{folder}: another process is at work in it ({holder}); wait until that "
+                         "ends, or choose another --out") from None
+    except (ImportError, OSError) as error:
+        warn(f"{folder}: no locks here ({error}); never start two runs in it at once")
+    os.truncate(handle, 0)
+    os.write(handle, f"{platform.node()}, process {os.getpid()}\n".encode())
+
+
 def fingerprint(*things) -> str:
     """Sixteen hexadecimal digits that change when what a run is made of does.
 
@@ -404,8 +431,8 @@ class Run:
     def _claim(self, config, free: tuple[str, ...]) -> None:
         """Write the configuration; InputError if the folder cannot be used or holds another run."""
         path, new = self.folder / "config.json", dataclasses.asdict(config)
+        lock(self.folder)
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
             old = read_json(path) if path.exists() else new
             before = dataclasses.asdict(type(config)()) | old
             changed = [k for k in sorted(before.keys() | new.keys())
@@ -413,9 +440,7 @@ class Run:
             if old.keys() == new.keys() and not self.log_file.exists() and not self._checkpoints():
                 changed = []            # nothing was done yet: a command may be corrected
             if not changed:
-                for left in self.folder.rglob(".*.tmp"):        # of a process killed while it wrote
-                    if re.fullmatch(r"\..+\.\d+\.tmp", left.name):
-                        left.unlink()
+                self._sweep()
                 write_json(path, new)
         except (OSError, InputError) as error:
             raise InputError(f"{self.folder}: cannot be used as a run folder ({error})") from None
@@ -423,6 +448,14 @@ class Run:
             names = ", ".join(changed[:6] + ["..."] * (len(changed) > 6))
             raise InputError(f"{self.folder}: holds a run with other options ({names}); choose "
                              "another --out or repeat its options")
+
+    def _sweep(self) -> None:
+        """Remove what a process left that was killed while it wrote; other runs may lie below."""
+        for place in ("", "best/", "spm*/", "loras/*/"):
+            for left in self.folder.glob(place + ".*.tmp"):
+                below = place and (left.parent / ".lock").exists()
+                if re.fullmatch(r"\..+\.\d+\.tmp", left.name) and not below:
+                    left.unlink()
 
     def _on_signal(self, number, frame) -> None:
         """The first signal stops the run, a later Ctrl-C at once.

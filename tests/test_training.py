@@ -1,8 +1,10 @@
 """training.py: options, keyed random numbers, run folders, checkpoints, prompts files."""
+import fcntl
 import json
 import math
 import os
 import signal
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,6 +22,7 @@ from training import (
     Stopped,
     fingerprint,
     generator,
+    lock,
     opt,
     parse_options,
     permutation,
@@ -214,8 +217,48 @@ def test_what_killed_writes_left_is_swept_up(tmp_path):
     for name in (".lora.bin.123.tmp", "best/.lora.bin.77.tmp", "mine.tmp", ".mine.tmp"):
         (tmp_path / name).write_text("")
     open_run(tmp_path)
-    assert sorted(p.name for p in tmp_path.iterdir()) == [".mine.tmp", "best", "config.json", "mine.tmp"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".lock", ".mine.tmp", "best", "config.json", "mine.tmp"]
     assert not list((tmp_path / "best").iterdir())
+
+
+def test_the_sweep_leaves_other_runs_alone(tmp_path):
+    """Whatever lies in a folder below that is no part of this run, and a run there even if it is called as a part is."""
+    kept = [tmp_path / name for name in ("child/.checkpoint-000001.pt.99.tmp", "best/.checkpoint-000001.pt.99.tmp", "best/.lock")]
+    for path in kept:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("")
+    open_run(tmp_path)
+    assert all(path.exists() for path in kept)
+
+
+def test_two_processes_never_share_a_folder(tmp_path):
+    """Another process is refused while this one is there; a killed one has given the folder back."""
+    with pytest.raises(InputError, match="file/run: cannot be used as a run folder"):
+        (tmp_path / "file").write_text("")
+        lock(tmp_path / "file/run")
+    ready, dead = os.pipe(), tmp_path / "run"
+    child = os.fork()
+    if not child:
+        lock(dead)
+        os.write(ready[1], b"!")
+        time.sleep(60)
+        os._exit(0)
+    assert os.read(ready[0], 1) == b"!"
+    with pytest.raises(InputError, match=rf"{dead}: another process is at work in it \(.*process {child}\); wait until that ends"):
+        open_run(dead)
+    assert [p.name for p in dead.iterdir()] == [".lock"]
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    open_run(dead)
+    open_run(dead)                                  # the same process may
+
+
+def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch, capsys):
+    def none(*_):
+        raise OSError(37, "No locks available")
+    monkeypatch.setattr(fcntl, "lockf", none)
+    lock(tmp_path)
+    assert "no locks here ([Errno 37] No locks available); never start two runs" in capsys.readouterr().err
 
 
 def flip(path: Path) -> None:
@@ -423,7 +466,7 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "replace", denied)
     with pytest.raises(InputError, match="Permission denied.*what was saved before is untouched"):
         run.save(1, dict(value=1))
-    assert sorted(p.name for p in run.folder.iterdir()) == ["config.json"]
+    assert sorted(p.name for p in run.folder.iterdir()) == [".lock", "config.json"]
 
 
 def test_a_log_value_may_not_be_finite(tmp_path):
