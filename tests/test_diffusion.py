@@ -561,3 +561,24 @@ def test_a_unet_of_another_noise_process_is_told_by_the_scheduler_beside_it(sd, 
         scheduler_of(tmp_path / "x", **change)
         with pytest.raises(InputError, match=words):
             loading.check_schedule(tmp_path / "x", pipe)
+
+
+@pytest.mark.parametrize("end", [578, 2, None, [578]])
+def test_the_end_token_is_not_the_largest_once_tokens_were_added(sdxl, tmp_path, end):
+    """A pipeline with a textual-inversion token pools where its configuration says that prompts end; the old wrong 2 says nothing."""
+    theirs = StableDiffusionXLPipeline.from_pretrained(sdxl)
+    for tokenizer, encoder in ((theirs.tokenizer, theirs.text_encoder), (theirs.tokenizer_2, theirs.text_encoder_2)):
+        tokenizer.add_tokens(["<my-style>"])
+        encoder.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+        with torch.no_grad():
+            rows = encoder.get_input_embeddings().weight
+            rows[-1] = torch.linspace(-0.3, 0.3, rows.shape[1])
+    theirs.save_pretrained(tmp_path / "ti")
+    path = tmp_path / "ti/text_encoder_2/config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | dict(eos_token_id=end)))
+    prompts = ["a red circle <my-style>", "<my-style> a red circle", "a red circle"]
+    got = encode_prompts(load_pipeline(str(tmp_path / "ti")), prompts)
+    theirs.text_encoder_2.text_model.eos_token_id = theirs.text_encoder_2.config.eos_token_id = 578 if end == 578 else 2
+    want = theirs.encode_prompt(prompts, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=False)
+    assert_close(got.prompt_embeds, want[0])
+    assert_close(got.pooled, want[2])
