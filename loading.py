@@ -291,6 +291,43 @@ def _tokenizer(folder: Path):
     return tokenizer
 
 
+def check_vocabulary(tokenizer, size: int, network: str) -> None:
+    """InputError unless a tokenizer's ids are those that a network has `size` embeddings for.
+
+    A few embeddings may lie idle: of added tokens that this tokenizer lacks, BERT's in ImageReward.
+    `network` names it in the message.
+    """
+    ids = set(tokenizer.get_vocab().values())
+    if len(ids) <= len(set(tokenizer.all_special_ids)):
+        raise InputError(f"{tokenizer.name_or_path}: the tokenizer knows no words, only "
+                         f"{len(ids)} special tokens; its vocabulary is missing")
+    if max(ids) >= size or len(ids) < size - size // 100 - 2:
+        raise InputError(f"{tokenizer.name_or_path}: the tokenizer has {len(ids)} tokens, "
+                         f"{network} {size}: they belong to different models")
+
+
+def read_schedule(folder: Path, **changes) -> ddim.Schedule:
+    """The noise schedule of a model's folder, some fields of its configuration changed."""
+    path = folder / "scheduler/scheduler_config.json"
+    with blaming(path):
+        return ddim.Schedule.from_json(read_json(path) | changes)
+
+
+def check_schedule(folder: Path, pipe: "Pipeline") -> None:
+    """InputError where the scheduler in `folder`, if there is one, means other noise than `pipe`'s.
+
+    For the folder of a UNet that is to take the place of the pipeline's own.
+    """
+    if not (folder / "scheduler/scheduler_config.json").is_file():
+        return
+    ours, theirs = pipe.schedule, read_schedule(folder)
+    same = torch.equal(ours.alphas_cumprod, theirs.alphas_cumprod)
+    if not same or ours.prediction_type != theirs.prediction_type:
+        raise InputError(f"{folder}: made for {theirs.prediction_type} and "
+                         f"{'the same' if same else 'other'} betas, {pipe.name} for "
+                         f"{ours.prediction_type}; evaluate it as a --model of its own")
+
+
 def first_tokenizer(source: str, tokenizer: str = ""):
     """The first tokenizer of a model (as load_pipeline takes it, "" for none) alone.
 
@@ -345,6 +382,8 @@ def _single_file(path: Path, dtype: torch.dtype, device: torch.device, tokenizer
         load(encoders[0], take(weights, "cond_stage_model.transformer."))
     home = fetch(tokenizer or NAMES[kind], ["tokenizer*/*"])
     tokenizers = [_tokenizer(home / f"tokenizer{n}") for n in ("", "_2")[:len(encoders)]]
+    for words, config in zip(tokenizers, of_texts):
+        check_vocabulary(words, config.text.vocab_size, "its text encoder")
     if "ztsnr" in weights:
         raise InputError(f"{path}: trained with a zero-terminal-SNR schedule, not supported")
     # Some files carry a marker.
@@ -354,16 +393,18 @@ def _single_file(path: Path, dtype: torch.dtype, device: torch.device, tokenizer
                     zero_negative=kind == "sdxl", device=device)
 
 
-def _folder(source: str, root: Path, dtype: torch.dtype, device: torch.device) -> Pipeline:
+def _folder(source: str, root: Path, dtype: torch.dtype, device: torch.device,
+            prediction_type: str) -> Pipeline:
     """A checkpoint in the diffusers layout."""
     index = read_json(root / "model_index.json")
-    scheduler = root / "scheduler/scheduler_config.json"
-    with blaming(scheduler):
-        schedule = ddim.Schedule.from_json(read_json(scheduler))
+    said = dict(prediction_type=prediction_type) if prediction_type else {}
+    schedule = read_schedule(root, **said)
     names = ("", "_2") if "text_encoder_2" in index else ("",)
     tokenizers = [_tokenizer(root / f"tokenizer{n}") for n in names]
     encoders = [_component(CLIP, CLIPConfig, root / f"text_encoder{n}", dtype, device)
                 for n in names]
+    for tokenizer, encoder in zip(tokenizers, encoders):
+        check_vocabulary(tokenizer, encoder.config.text.vocab_size, "its text encoder")
     unet = _component(UNet, UNetConfig, root / "unet", dtype, device)
     vae = _component(VAE, VAEConfig, root / "vae", dtype, device, unet)
     zero = index.get("force_zeros_for_empty_prompt", len(names) > 1)        # diffusers' default
@@ -389,9 +430,7 @@ def load_pipeline(source: str = "tiny", dtype: torch.dtype = torch.float32,
         pipe = _single_file(fetch(name, []), dtype, device, tokenizer, prediction_type,
                             own_vae=not vae)
     else:
-        pipe = _folder(source, fetch_model(name), dtype, device)
-        if prediction_type:
-            pipe.schedule = replace(pipe.schedule, prediction_type=prediction_type)
+        pipe = _folder(source, fetch_model(name), dtype, device, prediction_type)
     if zero_negative is not None:
         pipe.zero_negative = zero_negative
     if unet:
