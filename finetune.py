@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
 import lora
 from calls import Calls
@@ -231,10 +230,9 @@ def overflowed(scaler: torch.amp.GradScaler, loss: float) -> bool:
 def save_lora(pipe: Pipeline, folder: Path) -> None:
     """The LoRA for diffusers (`load_lora_weights(folder)`) and as kohya's (ComfyUI, A1111)."""
     weights = lora.state(pipe.unet)
-    both = dict(pytorch_lora_weights=weights, lora_kohya=lora.to_kohya(weights))
-    for name, tensors in both.items():
-        write = functools.partial(save_file, tensors, metadata={"format": "pt"})
-        write_atomic(folder / f"{name}.safetensors", write)
+    lora.save(weights, folder / "pytorch_lora_weights.safetensors", {})
+    lora.save(lora.to_kohya(weights), folder / "lora_kohya.safetensors",
+              lora.kohya_header(weights, pipe.unet, Path(pipe.name).name))
 
 
 def draw_samples(pipe: Pipeline, prompts: list[str], config: RunConfig, path: Path) -> None:
