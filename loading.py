@@ -282,8 +282,13 @@ def _tokenizer(folder: Path):
     from transformers import CLIPTokenizer
     if not (folder / "tokenizer_config.json").is_file():
         raise InputError(f"{folder}: no tokenizer (tokenizer_config.json, vocab.json, merges.txt)")
+    return read_tokenizer(CLIPTokenizer, folder)
+
+
+def read_tokenizer(cls, folder: Path):
+    """A tokenizer of one of transformers' classes; InputError where its files are broken."""
     try:
-        tokenizer = CLIPTokenizer.from_pretrained(folder)
+        tokenizer = cls.from_pretrained(folder)
         tokenizer(["a word"])
     except Exception as error:      # its readers, in two languages, raise anything
         raise InputError(f"{folder}: broken tokenizer "
