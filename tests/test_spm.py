@@ -73,7 +73,15 @@ def test_pairs_are_read(pairs):
     ('{"caption": "x", "image_0": "/etc/passwd", "image_1": "a", "label_0": 1}', "it must be a file in this folder"),
     ('{"caption": "x", "image_0": "a", "image_1": "a", "label_0": null}', "line 1 has label_0 None"),
     ('{"caption": "x", "image_0": "a", "image_1": "a", "label_0": "1"}', "line 1 has label_0 '1'"),
-    ('{"caption": "x", "image_0": "a", "image_1": "a", "label_0": 1, "num_example_per_prompt": 0}', "num_example_per_prompt 0")])
+    ('{"caption": "x", "image_0": "a", "image_1": "a", "label_0": 1, "num_example_per_prompt": 0}', "num_example_per_prompt 0"),
+    ('{"caption": "x\\u0000", "image_0": "a", "image_1": "a", "label_0": 1}', "line 1, .* is no Unicode text: character 2"),
+    ('{"caption": "x", "image_0": "a", "image_1": "a", "label_0": -1}', "line 1 has label_0 -1; it must be 1, 0, or 0.5"),
+    ('{"caption": "x", "image_0": "a", "image_1": "a", "label_0": NaN}', "line 1 has label_0 nan"),
+    ('{"caption": "x", "image_0": "a", "image_1": "a", "label_0": 1, "label_1": 1}', "line 1 has label_0 1 and label_1 1"),
+    ('{"caption": "x", "image_0": "a", "image_1": "a", "label_0": 0, "label_1": 0}', "line 1 has label_0 0 and label_1 0"),
+    ('{"caption": "x", "image_0": "a", "image_1": "a", "label_0": 1, "label_1": "0"}', "line 1 has label_0 1 and label_1 '0'"),
+    *[('{"caption": "x", "image_0": "a", "image_1": "a", "label_0": 1, "num_example_per_prompt": ' + size + "}", "line 1 has num_example_per_prompt ")
+      for size in ("Infinity", "NaN", "-2", "1e-300", '"3"', "1" + 400 * "0")]])
 def test_pairs_that_are_wrong(tmp_path, row, says):
     (tmp_path / "pairs.jsonl").write_text(row)
     with pytest.raises(InputError, match=says) as caught:
@@ -118,14 +126,14 @@ def write_parquet(pairs, path, rows: int = 4, **columns):
 def test_parquet_equals_the_folder(pairs, tmp_path):
     """Same captions, labels, weights and pictures; several files; other splits, unlabelled rows and the order of reading do not matter."""
     want = load_pairs(str(pairs), 16)
-    file = write_parquet(pairs, tmp_path / "data/train-00000-of-00002.parquet")
+    file = write_parquet(pairs, tmp_path / "data/train-00000.parquet")
     for source in (file, tmp_path):
         got = load_pairs(str(source), 16)
         assert got.captions == want.captions and torch.equal(got.label, want.label) and torch.equal(got.weight, want.weight)
         assert [list(g) for g in got.groups] == [list(range(i, i + 4)) for i in range(0, 20, 4)]
         assert all(torch.equal(got.pictures(i), want.pictures(i)) for i in (19, 0, 7, 8, 3, 19))
     write_parquet(pairs, tmp_path / "data/validation-00000.parquet")
-    second = write_parquet(pairs, tmp_path / "data/train-00001-of-00002.parquet", has_label=[i % 3 > 0 for i in range(20)],
+    second = write_parquet(pairs, tmp_path / "data/train-00001.parquet", has_label=[i % 3 > 0 for i in range(20)],
                            num_example_per_prompt=list(range(1, 21)))
     alone, both = load_pairs(str(second), 16), load_pairs(str(tmp_path), 16)
     kept = [i for i in range(20) if i % 3]
@@ -134,9 +142,28 @@ def test_parquet_equals_the_folder(pairs, tmp_path):
     assert len(both.captions) == 20 + len(kept) and torch.equal(both.pictures(25), want.pictures(kept[5]))
 
 
+def test_columns_as_the_library_datasets_writes_them(pairs, tmp_path):
+    """Pictures as structs of bytes and path, large binaries and dictionaries are what plain columns are; a text is no picture."""
+    pa = pytest.importorskip("pyarrow")
+    want = load_pairs(str(pairs), 16)
+    lines = [json.loads(line) for line in (pairs / "pairs.jsonl").read_text().split("\n") if line]
+    first, second = ([(pairs / r[k]).read_bytes() for r in lines] for k in ("image_0", "image_1"))
+    file = write_parquet(pairs, tmp_path / "x.parquet", jpg_0=pa.array([dict(bytes=b, path="a.png") for b in first]),
+                         jpg_1=pa.array(second, pa.large_binary()), caption=pa.array(want.captions).dictionary_encode())
+    got = load_pairs(str(file), 16)
+    assert got.captions == want.captions and all(torch.equal(got.pictures(i), want.pictures(i)) for i in (0, 6, 19))
+    for column in ([str(pairs / r["image_0"]) for r in lines], [dict(bytes=None, path=str(pairs / r["image_0"])) for r in lines], [None] * 20):
+        with pytest.raises(UnreadablePicture, match="row 1 of row group 0: not a readable picture .* in place of a file's bytes"):
+            load_pairs(str(write_parquet(pairs, tmp_path / "y.parquet", jpg_0=column)), 16).pictures(1)
+
+
 @pytest.mark.parametrize("columns, says", [
     (dict(label_0=[1.0, 0.25] * 10), "row 1 of row group 0 has label_0 0.25"), (dict(caption=[None] * 20), "row 0 of row group 0 has a caption"),
     (dict(label_0=[float("nan")] * 20, has_label=[True] * 20), "row 0 of row group 0 has label_0 nan"),
+    (dict(label_1=[1.0] * 20), "row 0 of row group 0 has label_0 1.0 and label_1 1.0"), (dict(label_0=["1"] * 20), "row 0 of row group 0 has label_0 '1'"),
+    (dict(num_example_per_prompt=[1, 0] * 10), "row 1 of row group 0 has num_example_per_prompt 0"),
+    (dict(num_example_per_prompt=[float("inf")] * 20), "row 0 of row group 0 has num_example_per_prompt inf"),
+    (dict(caption=["a\0b"] * 20), "row 0 of row group 0, .* is no Unicode text"),
     (dict(label_0=[float("nan")] * 20), "no labelled pairs"), (dict(jpg_0=[7] * 20), "row 1 of row group 1"),
     (dict(jpg_1=None), "lacks the columns jpg_1"), (dict(label_0=[None] * 20), "no labelled pairs"), (dict(jpg_0=[b"no"] * 20), "row 1 of row group 1")])
 def test_parquet_that_is_wrong(pairs, tmp_path, columns, says):
@@ -147,6 +174,22 @@ def test_parquet_that_is_wrong(pairs, tmp_path, columns, says):
     file.write_bytes(file.read_bytes()[:100])
     with pytest.raises(InputError, match="not a readable Parquet file"):
         load_pairs(str(file), 16)
+
+
+def test_rows_without_a_label_stay_for_pickscore(pairs, tmp_path):
+    """It labels every pair anew, so a row without a label serves as well; people's labels are needed where they count."""
+    labels, known = [None, float("nan"), 1.0, 0.5] * 5, [True, True, False, True] * 5
+    file = write_parquet(pairs, tmp_path / "x.parquet", label_0=labels, has_label=[k and i % 4 > 1 for i, k in enumerate(known)])
+    assert load_pairs(str(file), 16).label.tolist() == [0.5] * 5
+    got = load_pairs(str(file), 16, unlabelled=True)
+    assert [None if v != v else v for v in got.label.tolist()] == [None, None, None, 0.5] * 5
+    assert torch.equal(got.pictures(4), load_pairs(str(pairs), 16).pictures(4))
+    shutil.copytree(pairs, tmp_path / "folder")
+    rows = (pairs / "pairs.jsonl").read_text().replace('"label_0": 1,', '"label_0": null,')
+    (tmp_path / "folder/pairs.jsonl").write_text(rows)
+    with pytest.raises(InputError, match="line 1 has label_0 None"):
+        load_pairs(str(tmp_path / "folder"), 16)
+    assert load_pairs(str(tmp_path / "folder"), 16, unlabelled=True).label.isnan().tolist() == [True, False, False, True] * 5
 
 
 def test_a_damaged_page_is_an_unreadable_picture(pairs, tmp_path):
@@ -597,7 +640,7 @@ def test_pictures_of_every_kind(tmp_path, monkeypatch):
                                         + struct.pack(">I", zlib.crc32(b"IHDR" + header)) + struct.pack(">I", 0) + b"IDAT" + struct.pack(">I", zlib.crc32(b"IDAT")))
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (37, 95, 3), dtype=np.uint8))
     noise.save(tmp_path / "noise.png")
-    whole = np.asarray(noise.resize((41, 16), Image.Resampling.LANCZOS))[:, 12:28]
+    whole = np.asarray(noise.resize((41, 16), Image.Resampling.BICUBIC))[:, 12:28]
     assert np.abs(square(tmp_path / "noise.png", 16).permute(1, 2, 0).numpy().astype(int) - whole).max() <= 1
     Image.new("RGB", (8, 30_000), "red").save(tmp_path / "long.png")
     monkeypatch.setattr(Image.Image, "resize", lambda *a, resize=Image.Image.resize, **k: asked.append(a[1]) or resize(*a, **k))
@@ -609,6 +652,30 @@ def test_pictures_of_every_kind(tmp_path, monkeypatch):
     monkeypatch.setattr(Image.Image, "convert", lambda *a: torch.empty(1 << 60) if a[1] == "RGB" else a[0])
     with pytest.raises(UnreadablePicture, match="allocate"):
         square(tmp_path / "noise.png", 16)
+
+
+@pytest.mark.parametrize("size", [(95, 37), (640, 480), (333, 1001), (100, 65), (1000, 30)])
+def test_pictures_are_resized_as_the_released_code_does(size, tmp_path):
+    """CLIPImageProcessor: the longer side is rounded down, bicubic, the middle rounded to the left; (100, 65) tells both from rounding."""
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), dtype=np.uint8))
+    image.save(tmp_path / "x.png")
+    whole = np.asarray(image.resize(tuple(64 * n // min(size) for n in size), Image.Resampling.BICUBIC)).astype(int)
+    top, left = ((n - 64) // 2 for n in whole.shape[:2])
+    got = square(tmp_path / "x.png", 64).permute(1, 2, 0).numpy()
+    assert np.abs(got - whole[top:top + 64, left:left + 64]).max() <= 1
+
+
+def test_exif_turns_a_picture(tmp_path):
+    """A telephone's photograph stands upright, and damaged EXIF leaves the pixels as they are."""
+    pixels = np.zeros((64, 32, 3), np.uint8)
+    pixels[:32], pixels[32:] = (255, 0, 0), (0, 0, 255)                 # red above blue
+    exif = Image.Exif()
+    exif[274] = 6
+    Image.fromarray(pixels).save(tmp_path / "upright.png")
+    Image.fromarray(pixels).transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.png", exif=exif)
+    Image.fromarray(pixels).save(tmp_path / "damaged.png", exif=b"Exif\0\0nonsense")
+    want = square(tmp_path / "upright.png", 16)
+    assert all(torch.equal(square(tmp_path / name, 16), want) for name in ("turned.png", "damaged.png"))
 
 
 @pytest.mark.parametrize("broken", ["predicted_pixels", "pair_scores"])
