@@ -452,7 +452,8 @@ def claim(folder: Path, identity: dict, processes: Processes) -> None:
     path = folder / "protocol.json"
     with processes.agreed():
         if processes.main:
-            old = read_json(path) if os.path.exists(path) else identity
+            begun = os.path.exists(path) and any(folder.glob("*/"))     # else it may be corrected
+            old = read_json(path) if begun else identity
             if not isinstance(worn := old.get("lora"), dict):
                 raise InputError(f"{path}: not the protocol of an evaluation; choose another --out")
             changed = [k for k in identity if k != "lora" and identity[k] != old.get(k)]
@@ -552,8 +553,6 @@ def find_all(config: EvaluateConfig, sources: dict) -> tuple[PromptSet | None, d
             raise InputError("geneval: wants its own prompts alone, "
                              "--prompts geneval=evaluation_metadata.jsonl")
         geneval.check_rows(chosen.rows)
-    for word in config.metrics:
-        find_metric(word, config.model)
     if config.images:
         count = len(chosen.prompts) * config.images_per_prompt
         return chosen, {}, find_images(config.images, count)
@@ -653,16 +652,19 @@ def main() -> None:
         return print(tally(config.tally))
     logs = read_logs(config.logs)
     processes = start_processes(config.device or None)
-    sources = dict(metric_sources(word) for word in config.metrics
+    sources = dict(metric_sources(word, config.model) for word in config.metrics
                    if not config.trace and not config.prompt)
     check(config, sources)
     chosen, models, files = find_all(config, sources)
+    tokenizer = lone_tokenizer(config, sources) if config.images else None
+    for name, places in sources.items():
+        find_metric(name, places)
     folder = Path(config.out)
     with processes.agreed():
         if processes.main:
             lock(folder)
     pipe = None if config.images else load_model(config, processes)
-    tokenizer = pipe.tokenizers[0] if pipe else lone_tokenizer(config, sources)
+    tokenizer = pipe.tokenizers[0] if pipe else tokenizer
     if config.trace or config.prompt:
         return (draw_trajectories if config.trace else draw_prompt)(pipe, models, config, folder)
 

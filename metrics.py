@@ -107,9 +107,8 @@ PATTERNS = {            # what is fetched of a metric's first SOURCES; the other
     "aesthetic-v2": ([],), "aesthetic-v1": ([],), "geneval": (DETECTOR,)}
 
 
-def find_metric(word: str, model: str) -> None:
+def find_metric(name: str, sources: list[str]) -> None:
     """Find, or fetch, what a metric is made of, before anything is loaded; else InputError."""
-    name, sources = metric_sources(word, model)
     if name == "geneval" and importlib.util.find_spec("scipy") is None:
         raise InputError("--metrics geneval: its detector needs scipy; pip install scipy")
     with option("metrics"):
