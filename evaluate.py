@@ -452,8 +452,8 @@ def claim(folder: Path, identity: dict, processes: Processes) -> None:
     path = folder / "protocol.json"
     with processes.agreed():
         if processes.main:
-            begun = os.path.exists(path) and any(folder.glob("*/"))     # else it may be corrected
-            old = read_json(path) if begun else identity
+            # As long as nothing was drawn, a command may be corrected.
+            old = read_json(path) if os.path.exists(path) and any(folder.glob("*/")) else identity
             if not isinstance(worn := old.get("lora"), dict):
                 raise InputError(f"{path}: not the protocol of an evaluation; choose another --out")
             changed = [k for k in identity if k != "lora" and identity[k] != old.get(k)]
@@ -554,8 +554,8 @@ def find_all(config: EvaluateConfig, sources: dict) -> tuple[PromptSet | None, d
                              "--prompts geneval=evaluation_metadata.jsonl")
         geneval.check_rows(chosen.rows)
     if config.images:
-        count = len(chosen.prompts) * config.images_per_prompt
-        return chosen, {}, find_images(config.images, count)
+        return chosen, {}, find_images(config.images,
+                                       len(chosen.prompts) * config.images_per_prompt)
     return chosen, candidates(config), {}
 
 

@@ -247,7 +247,9 @@ def pickscore(source: str, tokenizer, device: torch.device) -> Metric:
         return clip.score(picture_vectors(clip, preprocess_pil, images),
                           text_vectors(clip, tokenizer, prompts)).cpu()
 
-    return Metric("pickscore", f"PickScore v1: exp(logit scale) x cosine, {source}", score,
+    what = "the tiny model's PickScore" if source == OWN else "PickScore v1"
+    told = source.replace(str(TINY.parent), "tiny")
+    return Metric("pickscore", f"{what}: exp(logit scale) x cosine, {told}", score,
                   fingerprint(clip, tokenizer))
 
 
@@ -259,20 +261,18 @@ def hpsv2(name: str, source: str, tokenizer, device: torch.device,
     and their numbers do not compare.
     """
     file = fetch(source, [])
-    weights = from_open_clip(read_weights(file))
-    told = "" if is_official(file, name) else UNKNOWN
     with torch.device("meta"):
         clip = CLIP(config or clip_h())
-    load_strict(clip, weights, file, torch.float32, device)
+    load_strict(clip, from_open_clip(read_weights(file)), file, torch.float32, device)
+    told = "" if is_official(file, name) else UNKNOWN
     check_vocabulary(tokenizer, clip.config.text.vocab_size, "the metric's CLIP")
 
     def score(images: list[Image.Image], prompts: list[str]) -> torch.Tensor:
         read = text_vectors(clip, tokenizer, [open_clip_text(p) for p in prompts])
         return 100 * (picture_vectors(clip, preprocess_floats, images) * read).sum(-1).cpu()
 
-    version = "v2.0" if name == "hpsv2.0" else "v2.1"
-    return Metric(name, f"HPS {version}: 100 x cosine, {source}{told}", score,
-                  fingerprint(clip, tokenizer))
+    return Metric(name, f"HPS {'v2.0' if name == 'hpsv2.0' else 'v2.1'}: 100 x cosine, "
+                        f"{source}{told}", score, fingerprint(clip, tokenizer))
 
 
 def head() -> nn.Sequential:
@@ -292,13 +292,12 @@ def aesthetic(name: str, source: str, clip_source: str, device: torch.device) ->
     """
     clip, file = load_clip(clip_source, torch.float32, device), fetch(source, [])
     weights = read_weights(file)
-    weights = take(weights, "layers.") or weights
-    if "9.weight" in weights:
+    if {"9.weight", "layers.9.weight"} & weights.keys():
         raise InputError(f"{file}: a head with ReLUs, as ava+logos-l14-reluMSE.pth; V2's has none, "
                          "sac+logos+ava1-l14-linearMSE.pth")
     what, judge = (("V1, linear", nn.Linear(768, 1)) if name == "aesthetic-v1" else
                    ("V2, sac+logos+ava1 MLP", head()))
-    load_strict(judge, weights, file, torch.float32, device)
+    load_strict(judge, take(weights, "layers.") or weights, file, torch.float32, device)
     if not is_official(file, name):
         what = f"{what[:2]}'s shape of head, {file.name}{UNKNOWN},"
 
@@ -398,11 +397,7 @@ def load_metric(word: str, model: str, tokenizer, device: torch.device) -> Metri
     if name in ("aesthetics", "alignment"):
         return world_metric(name)
     if name == "pickscore":
-        metric = pickscore(sources[0], tokenizer, device)
-        if sources[0] == OWN:
-            metric.formula = (metric.formula.replace("PickScore v1", "the tiny model's PickScore")
-                              .replace(str(TINY.parent), "tiny"))
-        return metric
+        return pickscore(sources[0], tokenizer, device)
     if name.startswith("aesthetic-"):
         return aesthetic(name, *sources, device)
     if name != "imagereward" and sources[1]:

@@ -290,8 +290,8 @@ def join_sets(words: tuple[str, ...], limit: int = 0, seed: int = 0) -> PromptSe
             raise InputError(f"{word}: {source} has only {count} prompts")
         some = sorted(permutation(count, seed, "prompts")[:number or None])[:limit or None]
         if len(words) > 1:
-            name = source.partition("=")[0]
-            groups = [f"{name} {group}".strip() for group in groups or [""] * count]
+            groups = [f"{source.partition('=')[0]} {group}".strip()
+                      for group in groups or [""] * count]
         joined.prompts += [found.prompts[i] for i in some]
         joined.groups += [groups[i] for i in some if groups]
         joined.rows += [found.rows[i] for i in some if found.rows]
