@@ -34,7 +34,7 @@ from diffusion import (
     tokenize,
 )
 from finetune import TrainConfig, load_model, loss_scaler, overflowed
-from loading import DTYPES, SDXL_VAE, TINY, Pipeline, check_vocabulary, load_clip
+from loading import DTYPES, SDXL_VAE, TINY, Pipeline, load_judging
 from pairs import (
     Pairs,
     encode_cached,
@@ -557,9 +557,7 @@ def main() -> None:
     processes = start_processes(config.device or None)
     run = Run(config.out, config, processes, FREE)
     pipe = load_model(config, processes)
-    pickscore = load_clip(config.pickscore, torch.float32, processes.device)
-    check_vocabulary(pipe.tokenizers[0], pickscore.config.text.vocab_size,
-                     f"--pickscore {config.pickscore}")
+    pickscore = load_judging("pickscore", config.pickscore, torch.float32, pipe, False)
     pairs = read_pairs(config, pipe.side(config.resolution))
     held, used = hold_out(pairs, config.validation, config.seed)
     setting = Setting(pipe, pickscore, pairs, config, processes)
