@@ -42,7 +42,7 @@ from finetune import (
     prepare_policy,
     training_prompts,
 )
-from loading import Pipeline
+from loading import Pipeline, resolve
 from observers import report, sound_scores
 from pairs import (
     Pairs,
@@ -300,6 +300,7 @@ def train_online(config: BaselineConfig, run: Run, processes: Processes,
                  prompts: list[str]) -> None:
     """DDPO or D3PO, from prompts."""
     walk = d3po_as_spo(config)
+    resolve(config)                                 # its judge is --reward
     pipe, judge, observers = prepare(walk, processes)
     with Trainer(config, run, pipe, prompts, judge.clip, config.method) as trainer:
         for turn in trainer.turns():

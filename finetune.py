@@ -15,6 +15,7 @@ Shapes: N slots, a slot being whatever a method learns from: a step of a pair, a
 import dataclasses
 import functools
 import math
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +25,16 @@ import torch
 import lora
 from calls import Calls
 from diffusion import encode_empty, generate, grid
-from loading import DTYPES, NEGATIVE, Pipeline, load_pipeline, load_tiny_decoder
+from loading import (
+    DTYPES,
+    NAMES,
+    NEGATIVE,
+    Pipeline,
+    load_pipeline,
+    load_tiny_decoder,
+    option,
+    resolve,
+)
 from prompt_sets import read_prompts
 from training import (
     TOO_MANY,
@@ -42,7 +52,7 @@ from training import (
     write_atomic,
 )
 from unet import compile_blocks
-from weights import InputError
+from weights import InputError, hub_id
 
 
 @dataclass
@@ -54,9 +64,9 @@ class ModelConfig:
     seed: int = opt(0, "every random number of the run is keyed by it", least=0)
     device: str = opt("", "cpu or cuda; empty: a GPU if there is one")
     dtype: str = opt("bf16", "of the frozen weights; what is trained is fp32", tuple(DTYPES))
-    vae: str = opt("", "another VAE, folder or hub id; empty: the model's own (sdxl: one that is "
-                   "safe in fp16)")
-    prediction_type: str = opt("", "of single files; empty: epsilon, or as the folder says",
+    vae: str = opt("", "another VAE: folder, hub id or file; empty: the model's own (sdxl: one "
+                   "that is safe in fp16)")
+    prediction_type: str = opt("", "empty: as the folder or file says, else epsilon",
                                ("", "epsilon", "v_prediction"))
     negative: str = opt("", "guidance's other side: zeros, or the empty prompt encoded; empty: as "
                         "the model was trained", ("", "zeros", "encoded"))
@@ -151,13 +161,18 @@ def fit_memory(config: RunConfig, presets: dict[str, dict], device: torch.device
 def training_prompts(config: RunConfig) -> list[str]:
     """The prompts to train on; InputError where none are named."""
     if not config.prompts:
+        with option("model"):           # of a mistyped path nobody knows the prompts
+            if not os.path.exists(config.model):
+                hub_id(NAMES.get(config.model, config.model))
         raise InputError("--prompts: name a file of training prompts, e.g. SPO's own "
                          "4k_training_prompts.json (only tiny brings its own)")
     return read_prompts(config.prompts, config.sample_prompts, config.seed)
 
 
 def load_model(config: ModelConfig, processes: Processes) -> Pipeline:
-    """The model that the options name."""
+    """The model that the options name, after a look at all other sources that they name."""
+    with processes.agreed():
+        resolve(config)
     pipe = load_pipeline(
         config.model, DTYPES[config.dtype], processes.device, vae=config.vae or None,
         prediction_type=config.prediction_type, tokenizer=config.tokenizer,

@@ -263,3 +263,35 @@ def prompt_set(word: str, limit: int = 0) -> PromptSet:
     for i, prompt in enumerate(found.prompts):
         checked_prompt(prompt, f"{source}: prompt {i + 1}")
     return PromptSet(*(part[:limit or None] for part in (found.prompts, found.groups, found.rows)))
+
+
+def drawn(word: str) -> tuple[str, int]:
+    """`parti:100` -> parti, 100; what has no number, or is a file whose name ends so -> it, 0."""
+    match = re.fullmatch(r"(.+):([1-9]\d*)", word)
+    if not match or os.path.exists(word.partition("=")[2] or word):
+        return word, 0
+    return match[1], int(match[2])
+
+
+def join_sets(words: tuple[str, ...], limit: int = 0, seed: int = 0) -> PromptSet:
+    """The prompts of one or several sets in one list; words as prompt_set and `drawn` have them.
+
+    Of `word:N` N prompts are drawn by `seed` and keep their order. `limit` (0: none) is of each
+    set. Of several sets, groups begin with the set's name. Raises InputError for more prompts than
+    there are.
+    """
+    joined = PromptSet([])
+    for word in words:
+        source, number = drawn(word)
+        found = prompt_set(source)
+        count, groups = len(found.prompts), found.groups
+        if number > count:
+            raise InputError(f"{word}: {source} has only {count} prompts")
+        some = sorted(permutation(count, seed, "prompts")[:number or None])[:limit or None]
+        if len(words) > 1:
+            groups = [f"{source.partition('=')[0]} {group}".strip()
+                      for group in groups or [""] * count]
+        joined.prompts += [found.prompts[i] for i in some]
+        joined.groups += [groups[i] for i in some if groups]
+        joined.rows += [found.rows[i] for i in some if found.rows]
+    return joined

@@ -34,7 +34,7 @@ from diffusion import (
     tokenize,
 )
 from finetune import TrainConfig, load_model, loss_scaler, overflowed
-from loading import DTYPES, SDXL_VAE, TINY, Pipeline, load_clip
+from loading import DTYPES, SDXL_VAE, TINY, Pipeline, load_judging
 from pairs import (
     Pairs,
     encode_cached,
@@ -550,7 +550,7 @@ def main() -> None:
     processes = start_processes(config.device or None)
     run = Run(config.out, config, processes, FREE)
     pipe = load_model(config, processes)
-    pickscore = load_clip(config.pickscore, torch.float32, processes.device)
+    pickscore = load_judging("pickscore", config.pickscore, torch.float32, pipe, False)
     side = pipe.side(config.resolution)
     pairs = read_or_leave(processes, functools.partial(read_pairs, config, side))
     setting = judged = Setting(pipe, pickscore, pairs, config, processes)

@@ -464,8 +464,7 @@ def _identity(thing) -> typing.Iterator[bytes]:
         yield repr([*thing.shape, int(bits.sum(dtype=torch.int64)),     # exact, in any order
                     *bits[::len(bits) // 256 + 1].tolist()]).encode()
     elif isinstance(thing, torch.nn.Module):
-        config = getattr(thing, "config", None)
-        yield repr(config if dataclasses.is_dataclass(config) else "").encode()
+        yield repr(getattr(thing, "config", "")).encode()
         for name, value in thing.state_dict().items():
             if "lora_" not in name:
                 yield name.encode()

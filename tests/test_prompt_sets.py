@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from conftest import FACTS
-from prompt_sets import SETS, STYLES, TRAINING, VALIDATION, parquet_files, prompt_set, read_prompts
+from prompt_sets import SETS, STYLES, TRAINING, VALIDATION, drawn, join_sets, parquet_files, prompt_set, read_prompts
 from weights import InputError
 
 REAL = FACTS.parent / "data/prompts"
@@ -270,3 +270,20 @@ def test_names_that_cannot_be_had(tmp_path):
     for word in ("parti=nowhere.tsv", "nowhere.tsv", "nowhere.txt"):
         with pytest.raises(InputError, match="nowhere"):
             prompt_set(word)
+
+
+def test_sets_are_joined_and_drawn_from(tmp_path):
+    """So many of each, by the seed, in the set's order; a file whose name ends so is itself."""
+    (tmp_path / "a.tsv").write_text("Prompt\tCategory\n" + "\n".join(f"a{i}\tc{i % 2}" for i in range(9)))
+    (tmp_path / "b.txt").write_text("\n".join(f"b{i}" for i in range(9)))
+    a, b = str(tmp_path / "a.tsv"), str(tmp_path / "b.txt")
+    assert join_sets((a,)) == prompt_set(a) and join_sets((a,), limit=2) == prompt_set(a, 2)
+    got = join_sets((a + ":3", b + ":4"), seed=1)
+    assert [p[0] for p in got.prompts] == list("aaabbbb") and got.prompts == sorted(got.prompts)
+    assert got.groups == [f"{a} c{int(p[1]) % 2}" for p in got.prompts[:3]] + [b] * 4 and got.rows == []
+    assert join_sets((a + ":3", b + ":4"), seed=1) == got != join_sets((a + ":3", b + ":4"), seed=2)
+    assert len(join_sets((a, b), limit=2).prompts) == 4
+    with pytest.raises(InputError, match="b.txt:10: .*b.txt has only 9 prompts"):
+        join_sets((b + ":10",))
+    (tmp_path / "b.txt:2").write_text("x")
+    assert drawn(b + ":2") == (b + ":2", 0) and drawn("parti=" + b + ":3") == ("parti=" + b, 3) and drawn(b) == (b, 0)
