@@ -4,15 +4,19 @@
 
 Shapes: N samples, C H W latent, L tokens, D width of the conditioning, P width of the pooled text.
 """
+import functools
+import sys
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
 from PIL import Image
+from tqdm import tqdm
 
 import ddim
 from clip_spm import CLIP
 from loading import Pipeline
+from weights import main_process
 
 
 @dataclass
@@ -60,6 +64,7 @@ def encode_prompts(pipe: Pipeline, prompts: list[str],
     side by side, the second's projected end token as `pooled`, and (side, side, 0, 0, side, side)
     as `time_ids`.
     """
+    prompts = [repaired(prompt) for prompt in prompts]
     embeds = []
     pooled = None
     for tokenizer, encoder in zip(pipe.tokenizers, pipe.text_encoders):
@@ -75,6 +80,30 @@ def encode_prompts(pipe: Pipeline, prompts: list[str],
         cond.time_ids = torch.tensor([[side, side, 0, 0, side, side]] * len(prompts),
                                      dtype=torch.float32, device=pipe.device)
     return cond
+
+
+def repaired(prompt: str) -> str:
+    """A prompt as the official code's slow tokenizers have it: by ftfy, if that is installed.
+
+    Curly quotes, full-width signs and HTML entities become plain. Judges read what was written.
+    """
+    if prompt.isascii() and prompt.isprintable() and "&" not in prompt:
+        return prompt                   # ftfy changes nothing here
+    try:
+        from ftfy import fix_text
+    except ImportError:
+        _miss_ftfy()
+        return prompt
+    return fix_text(prompt)
+
+
+@functools.cache
+def _miss_ftfy() -> None:
+    """Say it once."""
+    if main_process():
+        tqdm.write("warning: prompts with curly quotes, full-width signs or HTML entities get "
+                   "other tokens than in the official code, which repairs them; pip install ftfy",
+                   file=sys.stderr)
 
 
 def tokenize(tokenizer, texts: list[str], clip: CLIP) -> torch.Tensor:

@@ -24,7 +24,7 @@ import torch
 
 import lora
 from calls import Calls
-from diffusion import encode_empty, generate, grid
+from diffusion import encode_empty, generate, grid, repaired
 from loading import (
     DTYPES,
     NAMES,
@@ -310,7 +310,8 @@ class Trainer:
         self.totals = Totals(())
         self.scaler = loss_scaler(config, pipe.device)
         state = run.resume(
-            prompts=fingerprint(prompts), base_model=fingerprint(*pipe.identity),
+            prompts=fingerprint([repaired(p) for p in prompts]),
+            base_model=fingerprint(*pipe.identity),
             judge_model=fingerprint(*[judge] if judge else []), **identity)
         if state:
             with run.restoring():
