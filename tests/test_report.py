@@ -11,6 +11,7 @@ from PIL import Image
 
 import report
 import study
+from evaluate import compare
 from helpers import PROMPTS, call
 from weights import InputError
 
@@ -48,6 +49,42 @@ def pictures(folder, models: list[str], count: int, size: int = 32) -> dict[str,
     return files
 
 
+def look(browser, page, width: int = 1280, dark: bool = False, height: int = 800) -> None:
+    """Open a page as a window of that width, or a phone, shows it."""
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", dict(width=width, height=height, deviceScaleFactor=1, mobile=width < 500))
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", dict(features=[dict(name="prefers-color-scheme", value="dark" if dark else "light")]))
+    browser.get(page.as_uri())
+
+
+def overflow(browser) -> int:
+    """Pixels by which the page is wider than the window."""
+    return browser.execute_script("return document.documentElement.scrollWidth - arguments[0]", browser.execute_script("return screen.width"))
+
+
+def colours(browser) -> tuple[str, str]:
+    """Ground and ink."""
+    return tuple(browser.execute_script("const s = getComputedStyle(document.body); return [s.backgroundColor, s.color]"))
+
+
+def tap(browser, element, times: int = 1) -> None:
+    """A finger."""
+    from selenium.webdriver.common.actions.action_builder import ActionBuilder
+    from selenium.webdriver.common.actions.pointer_input import PointerInput
+    finger = ActionBuilder(browser, mouse=PointerInput("touch", "finger"), duration=20)
+    finger.pointer_action.move_to(element)
+    for _ in range(times):
+        finger.pointer_action.pointer_down().pointer_up()
+    finger.perform()
+
+
+def evaluation(scores: dict, formulas: dict | None = None, groups: dict | None = None, **protocol) -> dict:
+    """What results.json holds of these scores, {model: {metric: one per picture}}."""
+    first = next(iter(scores))
+    metrics = formulas or {m: f"formula of {m}" for m in scores[first]}
+    return dict(protocol=dict(prompts=len(next(iter(scores[first].values())))) | protocol, metrics=metrics, groups=groups or {}, scores=scores,
+                results={name: {m: compare(row[m], scores[first][m]) for m in metrics} for name, row in scores.items()})
+
+
 def embedded(page) -> dict:
     """The data that a page carries."""
     return json.loads(re.search(r'id="data">(.*?)</script>', page.read_text(), re.S)[1])
@@ -78,11 +115,14 @@ def test_report_holds_everything_and_needs_nothing(evaluated):
     for i, row in enumerate(data["rows"]):
         assert all(row["scores"][m]["pickscore"] == results["scores"][m]["pickscore"][i] for m in ("base", "spo"))
     assert results["protocol"]["prompts_sha256"] in page and "the tiny model&#x27;s PickScore" in page
-    assert page.count("<svg") == len(report.CURVES)
+    assert data["found"] == results and page.count("<svg") == len(report.CURVES)
+    order = [page.index(part) for part in ("<h1>spo against base</h1>", 'class="lead"', 'id="hero"', 'id="numbers"', 'id="curves"', 'id="trajectories"',
+                                           'id="pictures"', "<details><summary")]
+    assert order == sorted(order) and re.search(r"tiny · \d{4}-\d\d-\d\d · 4 prompts", page)
 
 
 def test_report_in_a_browser(evaluated, browser):
-    """It sorts; every picture, the learning curves and the trajectory are there."""
+    """It sorts; every picture, the numbers, the learning curves and the trajectory are there."""
     from selenium.webdriver.common.by import By
     from selenium.webdriver.support.ui import Select
     browser.get((evaluated / "out/report.html").as_uri())
@@ -97,13 +137,13 @@ def test_report_in_a_browser(evaluated, browser):
         Select(browser.find_element(By.ID, "order")).select_by_value(order)
         assert gains() == pytest.approx(sorted(expected, reverse=reverse))
     shown = browser.execute_script("return [...document.images].map(i => { i.loading = 'eager'; return i.src.length; })")
-    assert len(shown) == 16 + 1
-    browser.execute_async_script("const done = arguments[0]; Promise.all([...document.images].map(i => i.decode())).then(() => done())")
-    assert all(browser.execute_script("return [...document.images].map(i => i.naturalWidth)"))
+    assert len(shown) == 16 + 16 + 2 + 1                # all pictures, on top of the page too, the enlarged ones, and the trajectory
+    browser.execute_async_script("const done = arguments[0]; Promise.all([...document.images].filter(i => i.src).map(i => i.decode())).then(() => done())")
+    assert all(browser.execute_script("return [...document.images].filter(i => !i.closest('dialog')).map(i => i.naturalWidth)"))
     assert browser.find_elements(By.CSS_SELECTOR, "#rows b") and not browser.find_elements(By.CSS_SELECTOR, "#rows p b")   # shown, not obeyed
     trace = browser.find_element(By.CSS_SELECTOR, "img.trace")
     assert trace.is_displayed() and trace.get_property("naturalWidth") == Image.open(evaluated / "out/trace-spo.png").width
-    curves = browser.find_elements(By.CSS_SELECTOR, ".curves svg")
+    curves = browser.find_elements(By.CSS_SELECTOR, ".charts svg")
     assert len(curves) == len(browser.find_elements(By.TAG_NAME, "polyline")) == len(report.CURVES) and all(c.is_displayed() for c in curves)
 
 
@@ -111,19 +151,18 @@ def test_report_takes_evenly_spaced_rows_and_shrinks_large_pictures(tmp_path):
     files = pictures(tmp_path, ["a", "b"], 10, 400)
     scores = {m: {"s": [float(i) for i in range(10)]} for m in files}
     Image.new("RGB", (200, 100)).save(tmp_path / "trace-b.png")
-    report.write_report(tmp_path / "report.html", "| x |\n|---|\n| <i> |", dict(seed=0, s="f"), files, [f"p{i}" for i in range(10)], scores, {},
-                        rows=4)
+    report.write_report(tmp_path / "report.html", evaluation(scores, dict(s="<i>")), files, [f"p{i}" for i in range(10)], {}, rows=4)
     rows = embedded(tmp_path / "report.html")["rows"]
     assert [row["prompt"] for row in rows] == ["p0", "p2", "p5", "p7"] and rows[0]["images"]["a"].startswith("data:image/jpeg")
     page = (tmp_path / "report.html").read_text()
-    assert "&lt;i&gt;" in page and "Trajectories" in page and "<svg" not in page
+    assert "&lt;i&gt;" in page and "<i>" not in page and "Trajectories" in page and "<svg" not in page
 
 
 def test_curve_by_hand():
     """(0, 1) to (2, 3) in a plot 266 wide and 138 high; five per cent of room above and below."""
-    points = re.search(r'points="([^"]+)"', report.curve({"a": [(0, 1.0), (1, 2.0), (2, 3.0)]}, "t"))[1]
+    points = re.search(r'points="([^"]+)"', report.curve({"a": [(0, 1.0), (1, 2.0), (2, 3.0)]}, "t", {"a": "red"}))[1]
     assert points == "62.0,155.7 195.0,93.0 328.0,30.3"
-    assert "polyline" in report.curve({"flat": [(1, 0.0)]}, "one point, no spread")
+    assert "polyline" in report.curve({"flat": [(1, 0.0)]}, "one point, no spread", {"flat": "red"})
 
 
 def test_learning_curves_leave_out_what_is_not_finite():
@@ -153,6 +192,10 @@ def test_study_in_a_browser(tmp_path, browser):
     uris = {m: [report.data_uri(Image.open(p)) for p in files[m]] for m in files}
     browser.get((tmp_path / "study.html").as_uri())
     assert "spo" not in browser.find_element(By.TAG_NAME, "body").text.lower()
+    assert "6 pairs, 18 answers, about 2 minutes" in browser.find_element(By.ID, "introduction").text
+    browser.find_element(By.TAG_NAME, "body").send_keys("1")
+    assert browser.execute_script("return state.votes.length") == 0 and not browser.find_element(By.ID, "ask").is_displayed()
+    browser.find_element(By.ID, "start").click()
 
     def seen():
         item = prompts.index(browser.find_element(By.ID, "prompt").text)
