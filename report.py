@@ -85,7 +85,7 @@ figcaption { font-size: .85rem; line-height: 1.35; }
 #hero > * { display: grid; grid-row: 1 / -1; grid-template-rows: subgrid; min-width: 0; }
 #hero > .names { align-items: center; font-weight: 600; max-width: 9rem; }
 .cards { display: grid; gap: .8rem; grid-template-columns: repeat(auto-fill, minmax(min(100%,
-  max(11rem, var(--across) * 8.5rem)), 1fr)); }
+  max(11rem, var(--across) * 8rem)), 1fr)); }
 .row, .chart, .sheet {
   background: var(--card); border: 1px solid var(--line); border-radius: .7rem; padding: .8rem;
 }
@@ -227,7 +227,7 @@ function histogram(m, name, bins = 21) {    // zero is in the middle
       make("span", "", "0"), make("span", "", told(m, reach, true))));
 }
 
-pick("tables").append(means(), ...(base in found.groups ? metrics.map(groups) : []));
+pick("tables").append(means(), ...(Object.hasOwn(found.groups, base) ? metrics.map(groups) : []));
 pick("gains").append(...metrics.flatMap(m => models.slice(1).map(name => histogram(m, name))));
 
 // The pictures
