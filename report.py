@@ -410,25 +410,21 @@ def draw_trace(trace: list[dict], width: int = 96) -> Image.Image:
     return canvas
 
 
-def embed_json(value) -> str:
-    """JSON that may stand inside a <script> element, which no prompt can close; no NaN in it."""
-    return json.dumps(value, allow_nan=False).replace("<", "\\u003c")
+def write_page(path: Path, title: str, style: str, body: str, data, script: str) -> None:
+    """Write one HTML file that needs no other. `title` is text, `body` HTML.
 
-
-def write_page(path: Path, title: str, style: str, body: str, data=None, script: str = "") -> None:
-    """Write one HTML file that needs no other; `script` finds `data` as JSON in #data.
-
-    `title` is text, `body` is HTML.
+    `script` finds `data` in #data, as JSON that no prompt can close; ValueError for NaN in it.
     """
-    code = (f'<script type="application/json" id="data">{embed_json(data)}</script>\n'
-            f"<script>{script}</script>\n") if script else ""
+    held = json.dumps(data, allow_nan=False).replace("<", "\\u003c")
     page = f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{html.escape(title)}</title>
 <style>{THEME}{style}</style></head><body>
 {body}
-{code}</body></html>
+<script type="application/json" id="data">{held}</script>
+<script>{script}</script>
+</body></html>
 """
     write_atomic(path, lambda p: p.write_bytes(page.encode("utf-8", "replace")))
 
@@ -541,10 +537,9 @@ def summary(found: dict) -> list[str]:
     """
     metrics, scores = list(found["metrics"]), found["scores"]
     (base, first), *others = found["results"].items()
-    count = len(scores[base][metrics[0]])
     if not others:
         means = ", ".join(f"{m} {shown(m, first[m]['mean'])}" for m in metrics)
-        return [f"{base}: {means} over {count} pictures."]
+        return [f"{base}: {means} over {first[metrics[0]]['n']} pictures."]
     out = []
     for name, row in others:
         gains = [b - a for a, b in zip(scores[base][metrics[0]], scores[name][metrics[0]])]
@@ -553,7 +548,7 @@ def summary(found: dict) -> list[str]:
                           for m in metrics)
         low, high = row[metrics[0]]["win_rate_interval"] or (0, 1)
         chance = " By so few pictures that may be chance." if low <= 0.5 <= high else ""
-        out.append(f"{name} is better than {base} in {sum(g > 0 for g in gains)} of {count} "
+        out.append(f"{name} is better than {base} in {sum(g > 0 for g in gains)} of {len(gains)} "
                    f"pictures{equal} by {means}.{chance}")
     return out
 
@@ -567,9 +562,8 @@ def traces(folder: Path) -> str:
         except Exception as error:          # PIL's decoders raise what they like
             warn(f"{path}: not a readable picture ({error}); the report goes without it")
             continue
-        name = html.escape(path.stem.removeprefix("trace-"))
-        out.append(f'<figure><figcaption>{name}</figcaption><img class="trace" loading="lazy" '
-                   f'alt="trajectory of {name}" src="{uri}"></figure>')
+        out.append(f'<figure><figcaption>{html.escape(path.stem.removeprefix("trace-"))}'
+                   f'</figcaption><img class="trace" alt="" loading="lazy" src="{uri}"></figure>')
     return TRACES + "".join(out) if out else ""
 
 
@@ -589,12 +583,12 @@ def write_report(path: Path, found: dict, files: dict[str, list[Path]], prompts:
                for i in (row * len(prompts) // count for row in range(count))]
     small = all(uri.startswith("data:image/png") for e in entries for uri in e["images"].values())
     title = f"{', '.join(models[1:])} against {models[0]}" if models[1:] else models[0]
-    kicker = [protocol.get("model", "pictures made elsewhere"), date,
-              f"{protocol['prompts']} prompts"]
     told = "".join(f"<tr><td>{html.escape(str(k))}</td><td>{html.escape(str(v))}</td></tr>"
                    for k, v in (protocol | found["metrics"]).items())
     body = BODY.format(
-        kicker=html.escape(" · ".join(filter(None, kicker))), title=html.escape(title),
+        kicker=" · ".join(html.escape(str(word)) for word in (
+            protocol.get("model", "pictures made elsewhere"), date,
+            f"{protocol['prompts']} prompts") if word), title=html.escape(title),
         summary="".join(f'<p class="lead">{html.escape(words)}</p>' for words in summary(found)),
         curves=learning_curves(logs), traces=traces(path.parent), told=told, count=count,
         all=len(prompts), base=html.escape(models[0]), small="small" if small else "",

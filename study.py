@@ -215,14 +215,12 @@ def write_study(path: Path, files: dict[str, list[Path]], prompts: list[str], pa
 
     `pairs` of them, drawn by `seed` (0: all), shrunk to at most `side` pixels, so that the page can
     be mailed. A rater is asked for SITTING of them, other ones than the next rater. InputError if
-    there is only one model, or one of a name that the votes cannot tell from a tie.
+    there is only one model, or one called tie.
     """
     models = list(files)[:2]
-    if len(models) < 2:
-        raise InputError("--study: compares two candidates; "
+    if len({*models} - {"tie"}) < 2:        # a vote for a model called "tie" would be none
+        raise InputError("--study: compares two candidates, none of them called tie; "
                          "give a second one, --lora base= spo=FILE")
-    if "tie" in models:
-        raise InputError("--study: a vote for 'tie' would be no vote; name the candidate otherwise")
     items = [dict(prompt=prompts[i],
                   images=[data_uri(Image.open(files[m][i]), side, 90) for m in models])
              for i in sorted(permutation(len(prompts), seed, "study")[:pairs or None])]
