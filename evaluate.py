@@ -1,7 +1,7 @@
 """Generate, score and compare: a row per model, same prompts and seeds (paper, section 5).
 
     python evaluate.py --lora base= spo=runs/spo                    # tiny, on its held-out prompts
-    python evaluate.py --model sdxl --lora base= spo=spo.safetensors \\
+    python evaluate.py --model sdxl --lora base= half=spo.safetensors@0.5 spo=spo.safetensors \\
         --prompts prompts.txt --metrics pickscore
     python evaluate.py --model sdxl --lora base= dpo=mhdang/dpo-sdxl-text2image-v1 spo=FILE \\
         --prompts pickapic --metrics pickscore hpsv2
@@ -81,8 +81,9 @@ class EvaluateConfig(ModelConfig):
     model: str = opt("", "tiny, sd15, sdxl, a folder or hub id in the diffusers layout, or a "
                          "single-file checkpoint; empty: tiny, or with --images no model, the "
                          "official PickScore and CLIP tokenizer")
-    lora: tuple[str, ...] = opt(("base=",), "candidates as name=SOURCE: a LoRA (file or run "
-                                            "folder), a whole UNet (file, folder or hub id), or "
+    lora: tuple[str, ...] = opt(("base=",), "candidates as name=SOURCE: a LoRA (file, or folder "
+                                            "of a run or peft adapter; SOURCE@0.7 for its "
+                                            "strength), a whole UNet (file, folder or hub id), or "
                                             "nothing for the base model")
     images: str = opt("", "score pictures made elsewhere, FOLDER/NAME/*.png in the order of the "
                           "prompts, instead of drawing")
@@ -132,7 +133,7 @@ PRESETS = {
 # The candidates
 
 def candidates(config: EvaluateConfig) -> dict[str, str]:
-    """Name -> weight file, or "" for the base."""
+    """Name -> weight file, or "" for the base; a LoRA's strength stays behind it, FILE@0.7."""
     out = {}
     for word in config.lora:
         name, equals, source = word.partition("=")
@@ -140,15 +141,22 @@ def candidates(config: EvaluateConfig) -> dict[str, str]:
                 or len(os.fsencode(name)) > 100):
             raise InputError(f"--lora {word}: write name=FILE, each name once and of at most 100 "
                              "letters (base= for the model as it is)")
-        out[name] = str(candidate_file(source)) if source else ""
+        file, _ = strength(source)
+        out[name] = str(candidate_file(file)) + source.removeprefix(file) if source else ""
     return out
+
+
+def strength(source: str) -> tuple[str, float]:
+    """FILE@0.7 -> FILE, 0.7; a source without strength, or whose own name has the @, -> it, 1."""
+    match = re.fullmatch(r"(.+)@(-?\d*\.?\d+)", source)
+    return (match[1], float(match[2])) if match and not os.path.exists(source) else (source, 1.0)
 
 
 def candidate_file(source: str) -> Path:
     """A weight file as it is; a folder or hub id stands for the UNet or the LoRA in it."""
     path = fetch(source, ["unet/*.safetensors*", "diffusion_pytorch_model*.safetensors*",
-                          "pytorch_lora_weights.safetensors"])
-    if (path / "unet").is_dir():
+                          "pytorch_lora_weights.safetensors", "unet/adapter_config.json"])
+    if (path / "unet").is_dir() and not (path / "unet/adapter_config.json").is_file():
         return weight_file(path / "unet")
     if any(path.glob("diffusion_pytorch_model*")):
         return weight_file(path)
@@ -159,15 +167,18 @@ def wear(pipe: Pipeline, source: str) -> None:
     """Give the pipeline a candidate: its own UNet (""), that with a LoRA file, or another UNet."""
     pipe.unet = vars(pipe).setdefault("own_unet", pipe.unet)
     lora.remove(pipe.unet)
-    weights = read_weights(Path(source)) if source else {}
+    file, scale = strength(source)
+    weights = read_weights(Path(file)) if file else {}
     if "conv_in.weight" in weights:
+        if scale != 1:
+            raise InputError(f"{source}: a whole UNet, which has no strength; leave out the @")
         own = next(pipe.unet.parameters())
         with torch.device("meta"):
             unet = UNet(pipe.unet.config)
         pipe.unet = load_strict(unet, clean(weights), source, own.dtype, own.device)
     elif source:
         try:
-            lora.load(pipe.unet, weights, source)
+            lora.load(pipe.unet, weights, file, scale)
         except ValueError as error:
             raise InputError(str(error)) from None
 
@@ -394,10 +405,11 @@ def group_tables(by_group: dict[str, dict[str, dict[str, float]]]) -> str:
 
 
 def weight_files(source: str) -> list[Path]:
-    """A candidate's weight file, with its shards if it is their index; none for the base."""
+    """A candidate's files: its weights, shards if they are an index, peft's configuration."""
     shards = read_json(source)["weight_map"].values() if source.endswith(".json") else []
-    return [Path(source).parent / name for name in (Path(source).name, *sorted(set(shards)))
-            if source]
+    names = (Path(source).name, *sorted(set(shards)), "adapter_config.json")
+    files = [Path(source).parent / name for name in names]
+    return [file for file in files if source and file.is_file()]
 
 
 def digest(paths: list[Path]) -> str:
@@ -407,6 +419,12 @@ def digest(paths: list[Path]) -> str:
         with open(path, "rb") as handle:
             total.update(hashlib.file_digest(handle, "sha256").digest())
     return total.hexdigest()
+
+
+def worn_by(source: str) -> str:
+    """By what a candidate's pictures are known: its files' contents, and its strength."""
+    file, scale = strength(source)
+    return digest(weight_files(file)) + (f"@{scale}" if scale != 1 else "")
 
 
 def claim(folder: Path, identity: dict, processes: Processes) -> None:
@@ -604,7 +622,7 @@ def main() -> None:
     else:
         base = fingerprint(*pipe.identity)
         claim(folder, dict(protocol, base=base, lora={
-            name: digest(weight_files(source)) for name, source in models.items()}), processes)
+            name: worn_by(source) for name, source in models.items()}), processes)
         todo = undrawn(models, len(prompts), processes, folder / "images")
         if any(todo.values()):
             rehearse(pipe, models, config.metrics, load, prompts[0], pipe.side(config.resolution))

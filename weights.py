@@ -16,6 +16,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 WEIGHT_NAMES = ("diffusion_pytorch_model", "model", "pytorch_model")
+PEFT = "base_model.model."      # begins the names in a LoRA that peft itself has saved
+PLAIN_PEFT = {                  # settings without which B A alpha / rank is not all of an adapter
+    "peft_type": ("LORA", None), "use_dora": (False, None),
+    "init_lora_weights": (True, False, None, "gaussian", "orthogonal", "eva")}
 KINDS = (("", "safetensors"), (".fp16", "safetensors"), ("", "bin"), (".fp16", "bin"))  # best first
 
 
@@ -49,7 +53,8 @@ def read_json(path: Path) -> dict:
 def read_weights(path: Path) -> dict[str, torch.Tensor]:
     """All tensors of one file, or of a sharded set given by its index (`.index.json`).
 
-    Pickles only with weights_only=True. A LoRA whose alphas are in the header gets them as tensors.
+    Pickles only with weights_only=True. A LoRA gets the alphas as tensors that peft wrote into its
+    header, or into an `adapter_config.json` beside it; there its names get diffusers' prefix.
     """
     path = Path(path)
     if not path.is_file():
@@ -73,12 +78,17 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
         raise InputError(f"{path}: not a plain weight file; pickles with code are never run "
                          f"({type(error).__name__})") from None
     if "lora_adapter_metadata" in header:
-        return weights | lora_alphas(weights, header["lora_adapter_metadata"], path)
+        return weights | lora_alphas(weights, header["lora_adapter_metadata"],
+                                     f"{path}: its lora_adapter_metadata")
     weights = weights.get("state_dict", weights) if isinstance(weights, dict) else weights
     if not isinstance(weights, dict) or not all(
             isinstance(k, str) and isinstance(v, torch.Tensor) and v.layout == torch.strided
             and not (v.is_quantized or v.is_meta) for k, v in weights.items()):
         raise InputError(f"{path}: holds no flat dictionary of names and plain tensors")
+    beside = path.with_name("adapter_config.json")
+    if any(key.startswith(PEFT) for key in weights) and beside.is_file():
+        weights = {f"unet.{key.removeprefix(PEFT)}": value for key, value in weights.items()}
+        return weights | lora_alphas(weights, beside.read_text("utf-8", "replace"), f"{beside}:")
     return weights
 
 
@@ -96,25 +106,36 @@ def _read_shards(path: Path) -> dict[str, torch.Tensor]:
 
 
 def lora_alphas(weights: dict[str, torch.Tensor], metadata: str,
-                path: Path) -> dict[str, torch.Tensor]:
-    """`<module>.alpha` for every layer of a LoRA whose alpha peft wrote into the file's header.
+                source: str) -> dict[str, torch.Tensor]:
+    """`<module>.alpha` for every layer of a LoRA whose peft configuration is the JSON `metadata`.
 
-    An entry of `alpha_pattern` names a module by the end of its name and wins over `lora_alpha`.
+    An entry of `alpha_pattern` names modules by the end of their names, or one by all of it (`^`),
+    and wins over `lora_alpha`; of several entries the first does. peft would take it for a regular
+    expression, which may take forever; others than names are refused.
     """
     out = {}
     try:
         config = {key.removeprefix("unet."): value for key, value in json.loads(metadata).items()
                   if not key.startswith("text_encoder")}
-        ends = config.get("alpha_pattern") or {}
+        ends = {end.replace("\\.", ".").rstrip("$"): (i, alpha) for i, (end, alpha)
+                in enumerate((config.get("alpha_pattern") or {}).items())}
+        odd = [f"{name} {config[name]!r} is not plain LoRA" for name, plain in PLAIN_PEFT.items()
+               if name in config and config[name] not in plain]
+        odd += [f"alpha_pattern names no modules with {end!r}" for end in ends
+                if not re.fullmatch(r"\^?\w+(\.\w+)*", end)]
+        if odd:
+            raise ValueError(odd[0])
         for key, value in weights.items():
-            module, found, _ = key.partition(".lora_A.weight")
-            if found and "lora_alpha" in config:
-                alpha = next((ends[end] for end in ends if re.match(rf"(.*\.)?({end})$", module)),
-                             config["lora_alpha"])
-                scale = value.shape[0] ** 0.5 if config.get("use_rslora") else 1.0
-                out[f"{module}.alpha"] = torch.tensor(alpha * scale)
-    except (ValueError, TypeError, AttributeError, re.error) as error:
-        raise InputError(f"{path}: its lora_adapter_metadata cannot be read ({error}), "
+            match = re.fullmatch(r"((?:unet\.)?(.+))\.lora_A(?:\.\w+)?\.weight", key)
+            if match and "lora_alpha" in config:
+                parts = match[2].rsplit(".", 16)
+                names = [".".join(parts[i:]) for i in range(len(parts))] + [f"^{match[2]}"]
+                found = min((ends[name] for name in names if name in ends), default=None)
+                alpha = float(found[1] if found else config["lora_alpha"])
+                scale = len(value) ** 0.5 if config.get("use_rslora") else 1.0
+                out[f"{match[1]}.alpha"] = torch.tensor(alpha * scale)
+    except (ArithmeticError, AttributeError, RecursionError, TypeError, ValueError) as error:
+        raise InputError(f"{source} cannot be read ({first_line(error, 120)}), "
                          "so the LoRA's strength is not known") from None
     return out
 

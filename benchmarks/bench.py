@@ -49,7 +49,7 @@ from conftest import sd15_shaped, sdxl_shaped
 from diffusion import (
     Conditioning, decode, encode_empty, encode_prompts, guided_noise, judge_features, negative,
 )
-from finetune import LOW, Trainer, Turn, compiled_sizes
+from finetune import LOW, Trainer, Turn, compiled_sizes, loss_scaler
 from loading import DTYPES, TINY, Pipeline, load_clip, load_pipeline
 from observers import Faults
 from prompt_sets import read_prompts
@@ -283,6 +283,7 @@ class BareTrainer(Trainer):
         self.pipe, self.empty, self.config = pipe, empty, config
         self.processes = Processes(0, 1, pipe.device)
         self.rounds = SimpleNamespace(bad=0)
+        self.scaler = loss_scaler(config, pipe.device)
         self.weights = lora.parameters(pipe.unet)
         self.optimizer = torch.optim.AdamW(self.weights, lr=1e-6)
 

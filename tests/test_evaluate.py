@@ -1,6 +1,7 @@
 """evaluate.py and metrics.py: the numbers against scipy, the run end to end, and the tiny world's ground truth."""
 import dataclasses
 import json
+import os
 import shutil
 
 import numpy as np
@@ -243,6 +244,45 @@ def test_loras_with_names_of_their_own(trained, tmp_path, monkeypatch):
     (home / "pytorch_lora_weights.safetensors").unlink()
     with pytest.raises(InputError, match="say which with owner/name/FILE"):
         of("owner/name")
+
+
+def test_strengths_of_a_lora(kind, trained, tmp_path, other_unet):
+    """@0 draws the base's pictures and @1 the LoRA's, byte for byte; a file whose name has an @ is meant as it is; another strength is noticed."""
+    file = shutil.copy(trained[0], tmp_path / "lora@0.5")
+    shutil.copy(trained[1], tmp_path / "lora")                  # not this one
+    words = ("--limit", 2, "--lora", "base=", f"none={trained[0]}@0", f"half={trained[0]}@.5", f"one={trained[0]}@1", f"spo={trained[0]}")
+    os.rename(file, file := tmp_path / "lora@0.5.safetensors")
+    call("evaluate", *kind, *words, f"named={file}", f"more={trained[0]}@1.5", f"twice={file}@0.5")
+    drawn = {home.name: [f.read_bytes() for f in sorted(home.iterdir())] for home in (tmp_path / "e/images").iterdir()}
+    assert drawn["base"] == drawn["none"] and drawn["spo"] == drawn["one"] == drawn["named"] and drawn["half"] == drawn["twice"]
+    assert len({str(drawn[name]) for name in ("base", "half", "spo", "more")}) == 4
+    with pytest.raises(InputError, match="'half' come from another"):
+        call("evaluate", *kind, "--limit", 2, "--lora", "base=", f"half={trained[0]}@0.6")
+    with pytest.raises(InputError, match="whole UNet, which has no strength"):
+        call("evaluate", *kind, "--limit", 2, "--lora", f"dpo={other_unet}@0.6")
+    with pytest.raises(InputError, match="strong: neither an existing"):
+        call("evaluate", *kind, "--limit", 2, "--lora", f"a={trained[0]}@strong")
+
+
+def test_a_peft_folder_is_a_candidate(kind, tmp_path, small):
+    """Where its example has it, too; and its strength, in another file, is part of what was drawn."""
+    unet = load_pipeline(str(small)).unet
+    lora.add(unet, 2)
+    with torch.no_grad():
+        for layer in lora.layers(unet).values():
+            layer.lora_B.weight.normal_(0, 0.5, generator=seeded(0))
+    for home in (tmp_path / "a", tmp_path / "b/unet"):
+        home.mkdir(parents=True)
+        save_file({k.replace("unet.", "base_model.model."): v for k, v in lora.state(unet).items()}, home / "adapter_model.safetensors")
+        (home / "adapter_config.json").write_text(json.dumps(dict(peft_type="LORA", r=2, lora_alpha=1)))
+    save_file(lora.state(unet), tmp_path / "c.safetensors")
+    words = ("--limit", 2, "--lora", f"a={tmp_path / 'a'}", f"b={tmp_path / 'b'}", f"c={tmp_path / 'c.safetensors'}@0.5")
+    call("evaluate", *kind, *words)
+    a, b, c = ([f.read_bytes() for f in sorted((tmp_path / "e/images" / name).iterdir())] for name in "abc")
+    assert a == b == c
+    (tmp_path / "a/adapter_config.json").write_text(json.dumps(dict(peft_type="LORA", r=2, lora_alpha=2)))
+    with pytest.raises(InputError, match="'a' come from another"):
+        call("evaluate", *kind, *words)
 
 
 def test_unets_of_another_shape_are_refused(kind, other_unet, sdxl):
