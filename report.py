@@ -547,7 +547,7 @@ def summary(found: dict) -> list[str]:
         means = "; ".join(f"{m} ({shown(m, first[m]['mean'])} to {shown(m, row[m]['mean'])})"
                           for m in metrics)
         low, high = row[metrics[0]]["win_rate_interval"] or (0, 1)
-        chance = " By so few pictures that may be chance." if low <= 0.5 <= high else ""
+        chance = " That may be chance." if low <= 0.5 <= high else ""
         out.append(f"{name} is better than {base} in {sum(g > 0 for g in gains)} of {len(gains)} "
                    f"pictures{equal} by {means}.{chance}")
     return out
