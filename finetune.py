@@ -259,7 +259,7 @@ def draw_samples(pipe: Pipeline, prompts: list[str], config: RunConfig, path: Pa
         images = generate(
             pipe, some, list(range(len(some))), batch, steps=config.steps,
             guidance_scale=config.guidance_scale, resolution=config.resolution or None)
-    write_atomic(path, functools.partial(grid(images, 8).save, format="PNG"))
+    write_atomic(path, functools.partial(grid(images, 8, captions=some).save, format="PNG"))
 
 
 def copied(weights: list[torch.Tensor]) -> list[torch.Tensor]:

@@ -8,11 +8,13 @@ import re
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import ftfy
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -20,6 +22,7 @@ from safetensors.torch import load_file, save_file
 
 import clip_spm
 import diffusion
+import finetune
 import loading
 import spm_train
 from conftest import FACTS, assert_close
@@ -133,6 +136,36 @@ def test_pictures_on_disk(tmp_path):
     assert [int(np.asarray(p)[0, 0, 0]) for p in to_pil(images)] == [0, 100, 254]
     canvas = np.asarray(grid(images, columns=2, gap=1))
     assert canvas.shape == (11, 11, 3) and (canvas[2, 2, 0], canvas[2, 7, 0], canvas[7, 2, 0], canvas[7, 7, 0]) == (0, 100, 254, 255)
+
+
+def test_grid_with_labels():
+    """Names at the left, captions above; the pictures' own pixels stay; what is too long is cut, what no font has is drawn somehow."""
+    images = torch.arange(6 * 3 * 20 * 40).reshape(6, 3, 20, 40) % 251 / 255
+    plain = np.asarray(grid(images, columns=2))
+    assert np.array_equal(plain, np.asarray(grid(images, columns=2, names=[], captions=[])))
+    captions = ["a red circle above a blue cross", "word " * 200, "x" * 999, "\ud800 \x00 \n 日本", ""]
+    canvas = np.asarray(grid(images, columns=2, names=["base", "a rather long name", "spo"], captions=captions))
+    left, lines = canvas.shape[1] - plain.shape[1], 14
+    assert left == 64 and canvas.shape[0] == plain.shape[0] + (6 + 6 + 1) * lines
+    tops = [4 + 6 * lines, 4 + 6 * lines + 24 + 6 * lines, 4 + 6 * lines + 24 + 6 * lines + 24 + lines]
+    for i in range(6):
+        y, x = tops[i // 2], left + 4 + i % 2 * 44
+        assert np.array_equal(canvas[y:y + 20, x:x + 40], plain[4 + i // 2 * 24:24 + i // 2 * 24, 4 + i % 2 * 44:44 + i % 2 * 44])
+        ink = (canvas[y - lines:y, x:x + 40] < 128).any()
+        assert ink == (i < 4)
+    assert all((canvas[top:top + 20, :left] < 128).any() for top in tops)
+
+
+def test_samples_carry_their_prompts(sd, tmp_path, monkeypatch):
+    """Sixteen prompts, each above its picture, in two rows of eight."""
+    seen = []
+    monkeypatch.setattr(finetune, "grid", lambda *args, **labels: seen.append(labels["captions"]) or grid(*args, **labels))
+    prompts = [f"{i} red circles" for i in range(20)]
+    config = SimpleNamespace(sample_batch=16, decode_batch=16, steps=1, guidance_scale=1.0, resolution=0)
+    finetune.draw_samples(load_pipeline(str(sd)), prompts, config, tmp_path / "samples.png")
+    assert len({*seen[0]}) == 16 and {*seen[0]} <= {*prompts}
+    with Image.open(tmp_path / "samples.png") as image:
+        assert image.size == (8 * 20 + 4, image.height) and image.height > 2 * (14 + 16)
 
 
 def damaged(folder, tmp_path, change, part="unet/diffusion_pytorch_model.safetensors"):
