@@ -33,7 +33,7 @@ from diffusion import (
     negative,
     tokenize,
 )
-from finetune import TrainConfig, load_model
+from finetune import TrainConfig, load_model, loss_scaler, overflowed
 from loading import DTYPES, SDXL_VAE, TINY, Pipeline, load_clip
 from pairs import (
     Pairs,
@@ -54,7 +54,6 @@ from training import (
     Run,
     fingerprint,
     generator,
-    learning_rate,
     opt,
     parse_options,
     run_script,
@@ -86,8 +85,11 @@ class SPMConfig(TrainConfig):
     lr: float = opt(3e-6, "AdamW learning rate (P: 3e-6 SD-1.5, 1e-6 SDXL)", least=0)
     adaln_lr: float = opt(1.0, "the timestep's own layers, which start from zero, learn this many "
                           "times as fast (T)", least=0)
-    decay: bool = opt(False, "let the learning rate fall linearly to zero (T)")
-    warmup: int = opt(500, "steps of linear warm-up (O: 500)", least=0)
+    rate: str = opt("released", "how the learning rate moves: warmed up by a logarithm, then "
+                    "falling linearly to zero (released, O); linear warm-up of a rate that falls "
+                    "from the start (linear, T); linear warm-up only (constant)",
+                    ("released", "linear", "constant"))
+    warmup: int = opt(500, "steps of warm-up (O: 500)", least=0)
     weight_decay: float = opt(0.3, "AdamW weight decay (O: 0.3)", least=0)
     clip_norm: float = opt(1.0, "bound on the gradient norm", above=0)
     steps: int = opt(8000, "optimizer steps (O: 8000 SD-1.5, 7000 SDXL)", least=1)
@@ -109,7 +111,7 @@ class SPMConfig(TrainConfig):
 
 PRESETS = {
     "tiny": dict(pickscore=str(TINY / "pickscore"), dtype="fp32", guidance_scale=3.0, lr=1.5e-4,
-                 adaln_lr=10.0, decay=True, warmup=20, weight_decay=0.05, steps=2600, batch=32,
+                 adaln_lr=10.0, rate="linear", warmup=20, weight_decay=0.05, steps=2600, batch=32,
                  micro_batch=32, step_blind=True, save_every=250, count=44_000, validation=2048),
     "sd15": dict(),
     "sdxl": dict(vae=SDXL_VAE, lr=1e-6, steps=7000, labels="pickscore", micro_batch=4),
@@ -131,6 +133,7 @@ class Setting:
         self.ids = tokenize(pipe.tokenizers[0], pairs.captions, pickscore)          # [pairs, L]
         self.empty = encode_empty(pipe)
         self.latents: torch.Tensor | None = None            # the cache, see pairs.open_latents
+        self.scaler = loss_scaler(config, pipe.device)
 
     def read(self, i: int) -> torch.Tensor | str | None:
         """Pair i's pictures as `readable` gives them, or None where its latents will do."""
@@ -263,7 +266,7 @@ def backward(setting: Setting, models: dict[str, CLIP], batch: list[int], timest
                 scores = pair_scores(pipe, clip, pixels, t, setting.ids[index], dtype)
                 each = preference_loss(scores[:, 0], scores[:, 1], label)                   # Eq. 3
                 loss = (each * weight).sum() / total_weight
-                loss.backward()
+                setting.scaler.scale(loss).backward()
                 judged = judged & torch.isfinite(each.detach())
                 right = ((scores[:, 0] > scores[:, 1]).float() == label).float()    # ties: wrong
                 found.stats[m] += torch.stack([loss.detach(), right.sum() / len(batch)])
@@ -340,6 +343,19 @@ def build_models(pickscore: CLIP, config: SPMConfig,
     return models, adamw(groups, lr=config.lr, betas=(0.9, 0.999), weight_decay=config.weight_decay)
 
 
+def learning_rate(step: int, config: SPMConfig) -> float:
+    """The rate of a step, counted from 0.
+
+    `released` is DeepSpeed's WarmupDecayLR as the official training runs it: nothing at step 0.
+    """
+    if config.rate == "released":
+        if step < config.warmup:
+            return config.lr * math.log(step + 1) / math.log(max(config.warmup, 2))
+        return config.lr * (config.steps - step) / max(config.steps - config.warmup, 1)
+    lr = config.lr * min(1.0, (step + 1) / max(config.warmup, 1))
+    return lr * (1 - step / config.steps) if config.rate == "linear" else lr
+
+
 class Trainer:
     """The SPM in training, and its twin: optimizer, log, checkpoints. Resumes and stops cleanly."""
 
@@ -347,6 +363,7 @@ class Trainer:
         config, pipe, pairs = setting.config, setting.pipe, setting.pairs
         self.config, self.run, self.used = config, run, used        # used: pairs to train on
         self.models, self.optimizer = build_models(setting.pickscore, config, run.processes)
+        self.scaler = setting.scaler
         self.rounds = Rounds(run, config.steps, "step", config, pipe.calls, "spm")
         state = run.resume(
             pairs=fingerprint(pairs.captions, [str(v) for v in pairs.label.tolist()]),
@@ -358,6 +375,7 @@ class Trainer:
             for clip, weights in zip(self.models.values(), state["models"], strict=True):
                 clip.load_state_dict(weights)
             self.optimizer.load_state_dict(state["optimizer"])
+            self.scaler.load_state_dict(state.get("scaler") or self.scaler.state_dict())
             self.rounds.restore(state)
 
     def update(self, found: Found, step: int) -> dict:
@@ -374,20 +392,23 @@ class Trainer:
         if broken.item():
             broken = processes.union(found.broken)
             self.unreadable = list_unreadable(self.unreadable, broken, self.run)
+        self.scaler.unscale_(self.optimizer)
         norms = [float(torch.nn.utils.clip_grad_norm_(list(clip.parameters()), config.clip_norm))
                  for clip in models.values()]
-        lr = learning_rate(step, config.lr, config.warmup)
-        lr *= 1 - step / config.steps if config.decay else 1
+        lr = learning_rate(step, config)
         for group, factor in zip(self.optimizer.param_groups, (1.0, config.adaln_lr), strict=True):
             group["lr"] = lr * factor
         losses = found.stats[:, 0].tolist()
         sound = all(map(math.isfinite, norms + losses))
-        self.rounds.bad = 0 if sound else self.rounds.bad + 1
         if sound:
-            self.optimizer.step()
+            self.scaler.step(self.optimizer)
+            self.rounds.bad = 0
         else:
             self.skipped += 1
-            report_fault(step + 1, models, found, processes.main)
+            if not overflowed(self.scaler, sum(losses)):
+                self.rounds.bad += 1
+                report_fault(step + 1, models, found, processes.main)
+        self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         return dict(loss=losses[0] if sound else None, accuracy=float(found.stats[0, 1]),
                     grad_norm=norms[0] if sound else None, lr=lr, skipped=self.skipped,
@@ -424,7 +445,8 @@ class Trainer:
         self.rounds.save(
             score, unreadable=self.unreadable, skipped=self.skipped,
             models=[{k: v.cpu() for k, v in clip.state_dict().items()} for clip in models.values()],
-            optimizer=self.optimizer.state_dict() if self.run.processes.main else None)
+            optimizer=self.optimizer.state_dict() if self.run.processes.main else None,
+            scaler=self.scaler.state_dict())
 
 
 # The table of accuracies

@@ -676,11 +676,6 @@ def _damage(path: Path) -> str:
     return ""
 
 
-def learning_rate(step: int, peak: float, warmup: int) -> float:
-    """Linear warm-up over `warmup` steps, then constant."""
-    return peak * min(1.0, (step + 1) / max(warmup, 1))
-
-
 @contextlib.contextmanager
 def profiled(folder: Path, device: torch.device):
     """What happens inside is written to `profile.txt` and `profile.json` (for Perfetto)."""

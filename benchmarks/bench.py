@@ -52,7 +52,7 @@ from clip_spm import CLIP, clip_h, preprocess_decoded
 from diffusion import (
     Conditioning, decode, encode_empty, encode_prompts, guided_noise, judge_features, negative,
 )
-from finetune import LOW, Trainer, Turn, compiled_sizes
+from finetune import LOW, Trainer, Turn, compiled_sizes, loss_scaler
 from loading import DTYPES, SINGLE_UNETS, TINY, Pipeline, load_clip, load_pipeline
 from observers import Faults
 from prompt_sets import read_prompts
@@ -297,6 +297,7 @@ class BareTrainer(Trainer):
         self.pipe, self.empty, self.config = pipe, empty, config
         self.processes = Processes(0, 1, pipe.device)
         self.rounds = SimpleNamespace(bad=0)
+        self.scaler = loss_scaler(config, pipe.device)
         self.weights = lora.parameters(pipe.unet)
         self.optimizer = torch.optim.AdamW(self.weights, lr=1e-6)
 

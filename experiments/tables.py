@@ -38,13 +38,14 @@ from metrics import load_metric
 from prompt_sets import read_prompts
 from spo_train import PRESETS
 from tiny import world
-from training import permutation, write_json
+from training import permutation, write_atomic, write_json
 
 SEEDS = (0, 1, 2)
 UPDATES, EVALUATIONS, MOST_ROUNDS = 60, 25_000, 60
 RATES, RATE_SEED = (1e-4, 4e-4, 1.6e-3), 100
 CURVE = (0.25, 0.5)                 # Table 1 is also judged at these shares of the evaluations
 RUNS, RESULTS = ROOT / "runs/tables", ROOT / "experiments/results/tables.json"
+PAGE = ROOT / "experiments/README.md"
 METRICS = ("aesthetics", "alignment", "pickscore")
 FIGURES = ("mean", "difference", "difference_standard_error", "win_rate")
 OFFLINE = dict(script="baselines.py", prompts_per_round=192, count=8000)
@@ -129,6 +130,22 @@ TABLES = {          # title, arms, and the paper's own figures (SD-1.5; Table 7:
          "sum log-probability", "guidance 1", "guidance 5"], {},
     ),
 }
+
+
+# What the paper says, as orders of two arms: (table, better, worse). The rule of the verdicts below
+# was written on 2026-11-28, before any arm but Table 1's had its third seed.
+DEMO = "as the demo"
+CLAIMS = [
+    *(("1", "spo", rival) for rival in ("ddpo", "d3po", "diffusion-dpo", "mapo")),
+    ("4", DEMO, "start from winner"), ("4", DEMO, "start from loser"),
+    ("5", DEMO, "SPM without step"), ("5", DEMO, "PickScore"),
+    ("5", "SPM without step", "PickScore"),
+    ("6", DEMO, "k = 2"), ("6", DEMO, "k = 16"),
+    ("7", "j = 4", DEMO),
+    *(("8", "t 0-750", f"t {a}-{b}") for a, b in RANGES if (a, b) != (0, 750)),
+    ("9", DEMO, "random pair"),
+]
+TIE = 0.1           # points of aesthetics, a twentieth of the demo's gain, that are no difference
 
 
 def read_log(folder: Path) -> list[dict]:
@@ -324,6 +341,66 @@ def interval(values: list[float]) -> str:
     return text if n == len(SEEDS) else f"{text} ({n} seeds)"
 
 
+def verdict(better: dict[str, dict], worse: dict[str, dict]) -> dict:
+    """Does the order of two arms hold here? Of their {seed: points}: paired over three seeds.
+
+    The difference of their gains in aesthetics at equal evaluations, its 95 % interval by Student's
+    t, and the two-sided p-value. The whole interval within TIE of 0: a tie; else above 0:
+    reproduced; below 0: the reverse holds; else undecidable.
+    """
+    seeds = sorted(better.keys() & worse.keys())
+    if len(seeds) < len(SEEDS):
+        return dict(verdict="too few seeds", seeds=len(seeds))
+    gains = [[arm[s]["evaluations"]["aesthetics"]["difference"] for s in seeds]
+             for arm in (better, worse)]
+    differences = [a - b for a, b in zip(*gains)]
+    mean = average(differences)
+    error = (sum((d - mean) ** 2 for d in differences) / (len(seeds) - 1) / len(seeds)) ** 0.5
+    low, high = mean - 4.303 * error, mean + 4.303 * error          # t of two degrees of freedom
+    t = abs(mean) / error if error else math.inf
+    p = 1 - 1 / math.sqrt(1 + 2 / t ** 2) if t else 1.0             # whose tails have this form
+    word = "undecidable"
+    if -TIE < low and high < TIE:
+        word = "tie"
+    elif low > 0:
+        word = "reproduced"
+    elif high < 0:
+        word = "the reverse"
+    return dict(verdict=word, difference=mean, low=low, high=high, p=p)
+
+
+def holm(values: list[float]) -> list[bool]:
+    """Which of several p-values stay below .05 when all are asked together (Holm's steps)."""
+    order = sorted(range(len(values)), key=values.__getitem__)
+    holds, sure = [False] * len(values), True
+    for place, i in enumerate(order):
+        sure = sure and values[i] <= 0.05 / (len(values) - place)
+        holds[i] = sure
+    return holds
+
+
+def render_verdicts(results: dict) -> list[str]:
+    """The claims, one a row; below, what asking so many at once means."""
+    arms = results.get("arms", {})
+    found = [verdict(arms.get(a, {}), arms.get(b, {})) for _, a, b in CLAIMS]
+    together = iter(holm([f["p"] for f in found if "p" in f]))
+    rows = []
+    for (table, a, b), f in zip(CLAIMS, found):
+        if "p" not in f:
+            rows.append([table, f"{a} > {b}", "", f"{f['verdict']} ({f['seeds']} of {len(SEEDS)})"])
+            continue
+        mark = " *" if next(together) else ""
+        rows.append([table, f"{a} > {b}",
+                     f"{f['difference']:+.2f} ({f['low']:+.2f} to {f['high']:+.2f})",
+                     f["verdict"] + mark])
+    lines = markdown("Verdicts: the paper's orders in true aesthetics, at equal evaluations",
+                     ["table", "the paper's order", "difference, 95 % interval", "here"], rows)
+    asked = sum("p" in f for f in found)
+    lines.append(f"\nOf {asked} claims asked at 95 %, about {asked / 20:.1f} would come out "
+                 "decided by chance. Those marked * hold when all are asked together (Holm, 5 %).")
+    return lines
+
+
 def markdown(title: str, header: list[str], rows: list[list[str]]) -> list[str]:
     """A headed Markdown table; short rows are filled up."""
     full = [[*row, *[""] * (len(header) - len(row))] for row in [header, *rows]]
@@ -363,7 +440,7 @@ def render() -> str:
         "arm", "aesthetics", "alignment", "PickScore", "aesthetics, equal updates",
         "alignment, equal updates", "updates / evaluations",
     ]
-    lines = []
+    lines = render_verdicts(results)
     for number, (title, names, paper) in TABLES.items():
         rows = []
         for name in ["base", *names] if number == "1" else names:
@@ -374,6 +451,16 @@ def render() -> str:
         if number == "1":
             lines += render_more(results)
     return "\n".join(lines) + "\n"
+
+
+def put_verdicts(page: Path) -> None:
+    """The verdicts into a page, between its two marks."""
+    begin, end = "<!-- verdicts: tables.py render -->", "<!-- end of verdicts -->"
+    before, _, rest = page.read_text(encoding="utf-8").partition(begin)
+    after = rest.partition(end)[2]
+    table = "\n".join(render_verdicts(kept() or {})[1:])           # the page has its own heading
+    write_atomic(page, lambda p: p.write_text(
+        f"{before}{begin}\n\n{table.strip()}\n\n{end}{after}", encoding="utf-8"))
 
 
 def render_more(results: dict) -> list[str]:
@@ -472,7 +559,8 @@ def main() -> None:
     if "render" not in wanted:
         run(wanted, given.seeds, given.methods)
     text = render()
-    (RESULTS.parent / "tables.md").write_text(text)
+    write_atomic(RESULTS.parent / "tables.md", lambda p: p.write_text(text, encoding="utf-8"))
+    put_verdicts(PAGE)
     print(text)
 
 

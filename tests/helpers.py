@@ -23,7 +23,7 @@ import lora
 import spm_train
 from conftest import randomize, sd15_shaped, sdxl_shaped, seeded
 from diffusion import encode_empty
-from finetune import Trainer, Turn
+from finetune import Trainer, Turn, loss_scaler
 from loading import TINY, load_clip
 from training import Processes, run_script
 
@@ -236,7 +236,7 @@ def bare_trainer(pipe, config, optimizer=None, processes=ALONE, prompts=PROMPTS)
     trainer = object.__new__(Trainer)
     trainer.pipe, trainer.config, trainer.optimizer, trainer.processes = pipe, config, optimizer, processes
     trainer.prompts, trainer.empty, trainer.weights = prompts, encode_empty(pipe), lora.parameters(pipe.unet)
-    trainer.rounds = SimpleNamespace(bad=0)
+    trainer.rounds, trainer.scaler = SimpleNamespace(bad=0), loss_scaler(config, pipe.device)
     return trainer
 
 

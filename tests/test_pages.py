@@ -1,6 +1,8 @@
 """The pages: README is short, shows lines that are the code's own, and every relative link leads somewhere."""
 import re
+import shutil
 import textwrap
+import zipfile
 
 import pytest
 
@@ -34,3 +36,18 @@ def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)|src=\"([^\"]+)\"", text):
         path = next(filter(None, target))
         assert path.startswith(("http:", "https:")) or (page.parent / path).exists(), path
+
+
+def test_pip_installs_everything(tmp_path, monkeypatch):
+    """`pip install .`: a wheel holds every component and the tiny model, and nothing that is not committed as source."""
+    build = pytest.importorskip("setuptools.build_meta")
+    for path in [*ROOT.glob("*.py"), ROOT / "pyproject.toml", ROOT / "requirements.txt", ROOT / "LICENSE"]:
+        shutil.copy(path, tmp_path)
+    shutil.copytree(ROOT / "tiny", tmp_path / "tiny", ignore=shutil.ignore_patterns("__pycache__", "work"))
+    monkeypatch.chdir(tmp_path)
+    with zipfile.ZipFile(tmp_path / build.build_wheel(str(tmp_path))) as wheel:
+        names = set(wheel.namelist())
+        metadata = wheel.read(next(name for name in names if name.endswith("METADATA"))).decode()
+    files = {str(p.relative_to(ROOT)) for p in [*ROOT.glob("*.py"), *(ROOT / "tiny").rglob("*")] if p.is_file()}
+    assert {n for n in names if "dist-info" not in n} == {f for f in files if "__pycache__" not in f and "tiny/work" not in f}
+    assert "torch==2.13.0" in metadata and "pyarrow" in metadata

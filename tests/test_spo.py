@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import ddim
 import gentle
+import helpers
 import lora
 import spo_train
 from conftest import assert_close, assert_same_gradients, randomize, seeded
@@ -310,6 +311,51 @@ def test_log_ratio_is_exactly_zero_at_the_start(sd, spm, dtype):
             assert torch.equal(values, torch.zeros(7)) and values.requires_grad
     perturb(parts[0], 0.05)
     assert all(v.abs().min() > 0 for v in ratios_of(parts, pairs, 0, 665, True))
+
+
+def fp16_gradients(sd, spm, pairs, dtype: str) -> list[torch.Tensor]:
+    """What an optimizer step gets to see of the LoRA's gradients; B is small, as after a first update."""
+    parts, seen = setup(sd, spm, dtype=dtype), []
+    parameters = lora.parameters(parts[0].unet)
+    for n, p in enumerate(parameters[1::2]):
+        p.data = 1e-5 * torch.randn(p.shape, generator=seeded(n))
+    optimizer = torch.optim.SGD(parameters, lr=0.0)
+    optimizer.register_step_pre_hook(lambda *_: seen.extend(p.grad.clone() for p in parameters))
+    train(parts, pairs, optimizer, pairs_per_step=1000, clamp=0.0, clip_norm=1e9)
+    return seen
+
+
+def test_fp16_keeps_the_gradient(sd, spm, monkeypatch):
+    """Cards without bf16 train in fp16: the loss is scaled, or most gradients of A are rounded to zero."""
+    pairs = sample(setup(sd, spm))
+    want = fp16_gradients(sd, spm, pairs, "fp32")
+    got = fp16_gradients(sd, spm, pairs, "fp16")
+    monkeypatch.setattr(helpers, "loss_scaler", lambda config, device: torch.amp.GradScaler("cpu", enabled=False))
+    unscaled = fp16_gradients(sd, spm, pairs, "fp16")
+
+    def cosine(gradients, which) -> float:
+        flat = [torch.cat([g.flatten() for g in part[which]]) for part in (gradients, want)]
+        return float(torch.nn.functional.cosine_similarity(*flat, dim=0))
+
+    for which in (slice(None), slice(0, None, 2)):          # all, A alone
+        assert cosine(got, which) > 0.999
+    assert cosine(unscaled, slice(0, None, 2)) < 0.9, "this test could not fail"
+
+
+def test_an_overflow_lowers_the_scale_and_is_no_fault(sd, spm, capsys):
+    parts = setup(sd, spm, dtype="fp16", pairs_per_step=4)
+    pipe, _, config, cond, *_ = parts
+    perturb(pipe, 0.05)
+    pairs = dataclasses.replace(sample(parts), cond=cond)
+    optimizer = torch.optim.AdamW(lora.parameters(pipe.unet), lr=1e-3)
+    trainer = bare_trainer(pipe, config, optimizer)
+    trainer.scaler.update(2.0 ** 45)
+    stats = spo_train.train_on_pairs(trainer, pairs, turn_of(range(len(PROMPTS))), config)
+    assert stats["skipped"] > 3 and trainer.rounds.bad == 0 and "not finite" not in capsys.readouterr().err
+    assert trainer.scaler.get_scale() == 2.0 ** (45 - stats["skipped"])
+    trainer.scaler.update(0.5)                  # below 1 there is nothing left to lower
+    next(iter(lora.parameters(pipe.unet))).data[0, 0] = torch.nan
+    assert spo_train.train_on_pairs(trainer, pairs, turn_of(range(len(PROMPTS))), config)["skipped"] > 0 < trainer.rounds.bad
 
 
 def test_reference_is_untouched_by_training(parts, sd):

@@ -50,6 +50,35 @@ def test_interval_is_students():
     assert tables.interval([0.25]) == "+0.250 (1 seed)" and tables.interval([1.0, 2.0]).endswith("(2 seeds)")
 
 
+def arm(*gains: float) -> dict:
+    return {str(s): dict(evaluations=dict(aesthetics=dict(difference=g))) for s, g in enumerate(gains)}
+
+
+@pytest.mark.parametrize("better, worse, word", [
+    ((2.0, 2.2, 2.1), (1.0, 1.1, 1.2), "reproduced"), ((1.0, 1.1, 1.2), (2.0, 2.2, 2.1), "the reverse"),
+    ((2.0, 2.2, 2.1), (2.01, 2.19, 2.1), "tie"), ((2.0, 2.9, 2.1), (1.9, 1.8, 2.1), "undecidable"),
+    ((2.0, 2.2), (1.0, 1.1, 1.2), "too few seeds")])
+def test_a_verdict_by_hand(better, worse, word):
+    """Paired over seeds; interval and p-value are scipy's."""
+    found = tables.verdict(arm(*better), arm(*worse))
+    assert found["verdict"] == word
+    if word != "too few seeds":
+        theirs = stats.ttest_rel(better, worse)
+        low, high = theirs.confidence_interval(0.95)
+        assert [found["low"], found["high"], found["p"]] == pytest.approx([low, high, theirs.pvalue], rel=1e-3)
+
+
+def test_holm_by_hand():
+    assert tables.holm([0.03, 0.001, 0.02, 0.9]) == [False, True, False, False]        # .02 > .05 / 3
+    assert tables.holm([0.02, 0.001, 0.016]) == [True, True, True] and tables.holm([]) == []
+
+
+def test_the_page_shows_the_verdicts_of_the_json():
+    page = tables.PAGE.read_text(encoding="utf-8")
+    assert "\n".join(tables.render_verdicts(tables.kept())[1:]).strip() in page
+    assert all(a in tables.TABLES[n][1] and b in tables.TABLES[n][1] for n, a, b in tables.CLAIMS)
+
+
 def test_results_of_several_processes_are_merged(results):
     tables.keep(["arms", "a", "0"], 1)
     tables.keep(["arms", "a", "1"], 2)

@@ -20,7 +20,6 @@ from training import (
     Stopped,
     fingerprint,
     generator,
-    learning_rate,
     opt,
     parse_options,
     permutation,
@@ -117,10 +116,6 @@ def test_share_deals_everything_out_once():
         for world in (1, 2, 5):
             shares = [Processes(rank, world, torch.device("cpu")).share(count) for rank in range(world)]
             assert sorted(i for s in shares for i in s) == list(range(count)) and max(map(len, shares)) - min(map(len, shares)) <= 1
-
-
-def test_learning_rate():
-    assert [learning_rate(s, 1.0, 4) for s in range(6)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0] and learning_rate(0, 2.0, 0) == 2.0
 
 
 def test_clock_adds_phases_up():
