@@ -9,7 +9,7 @@ import bench
 from training import write_atomic
 from weights import read_json
 
-MARKS = "<!-- gpu.py writes this -->", "<!-- until here -->"
+MARKS = "<!-- written by a script -->", "<!-- until here -->"
 
 
 def tables(results: dict) -> list[str]:
@@ -100,7 +100,11 @@ def write_tables(folder: Path, page: Path | None) -> None:
     lines = lines or ["No card has been measured with this command yet.", ""]
     print("\n".join(lines))
     if page:
-        text = page.read_text()
-        before, after = text.index(MARKS[0]) + len(MARKS[0]), text.index(MARKS[1])
-        new = text[:before] + "\n" + "\n".join(lines) + text[after:]
-        write_atomic(page, lambda p: p.write_text(new))
+        into_page(page, lines)
+
+
+def into_page(page: Path, lines: list[str]) -> None:
+    """Put these lines between the marks of a page."""
+    before, _, rest = page.read_text(encoding="utf-8").partition(MARKS[0] + "\n")
+    new = before + MARKS[0] + "\n" + "\n".join(lines) + MARKS[1] + rest.partition(MARKS[1])[2]
+    write_atomic(page, lambda p: p.write_text(new, encoding="utf-8"))
