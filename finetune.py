@@ -28,7 +28,6 @@ from diffusion import encode_empty, generate, grid, repaired
 from loading import (
     DTYPES,
     NAMES,
-    NEGATIVE,
     Pipeline,
     load_pipeline,
     load_tiny_decoder,
@@ -64,6 +63,9 @@ class ModelConfig:
     seed: int = opt(0, "every random number of the run is keyed by it", least=0)
     device: str = opt("", "cpu or cuda; empty: a GPU if there is one")
     dtype: str = opt("bf16", "of the frozen weights; what is trained is fp32", tuple(DTYPES))
+    vae_dtype: str = opt("", "of the VAE's weights; empty: fp16 where --dtype is bf16, as fast and "
+                         "less rounded; else as --dtype; fp32 where fp16 would overflow",
+                         ("", *DTYPES))
     vae: str = opt("", "another VAE: folder, hub id or file; empty: the model's own (sdxl: one "
                    "that is safe in fp16)")
     prediction_type: str = opt("", "empty: as the folder or file says, else epsilon",
@@ -94,6 +96,9 @@ class RunConfig(TrainConfig):
                        "4k Pick-a-Pic captions); empty: tiny's own")
     sample_prompts: int = opt(0, "use so many of them, drawn by the seed (P: 4000); 0: all",
                               least=0)
+    judge_dtype: str = opt("", "of the judge's weights; empty: fp16 where --dtype is bf16, else as "
+                           "--dtype (O: fp32 with TF32 products, which have fp16's mantissa)",
+                           ("", *DTYPES))
     decoder: str = opt("", "small decoder of the pictures that the judge sees: taesd, a folder, "
                        "file or hub id; empty: the VAE's")
     # Sampling (P 5.1)
@@ -176,7 +181,9 @@ def load_model(config: ModelConfig, processes: Processes) -> Pipeline:
     pipe = load_pipeline(
         config.model, DTYPES[config.dtype], processes.device, vae=config.vae or None,
         prediction_type=config.prediction_type, tokenizer=config.tokenizer,
-        zero_negative=NEGATIVE[config.negative])
+        vae_dtype=DTYPES.get(config.vae_dtype))
+    if config.negative:
+        pipe.zero_negative = config.negative == "zeros"
     pipe.calls = Calls(processes.device)
     pipe.check_resolution(config.resolution)
     if processes.main and isinstance(config, TrainConfig):
@@ -199,6 +206,11 @@ def prepare_policy(config: RunConfig, processes: Processes) -> Pipeline:
     return pipe
 
 
+def rounded_less(dtype: str) -> str:
+    """fp16 for bf16: what only computes, and far from fp16's limits, wants its three more bits."""
+    return "fp16" if dtype == "bf16" else dtype
+
+
 def vae_decoder(pipe: Pipeline, config: RunConfig) -> Callable:
     """Latents [N, C, h, w] -> pictures [N, 3, H, W] in about [-1, 1], fp32."""
     decode, dtype = pipe.vae.decode, pipe.vae.post_quant_conv.weight.dtype
@@ -209,7 +221,7 @@ def vae_decoder(pipe: Pipeline, config: RunConfig) -> Callable:
 
 def small_decoder(pipe: Pipeline, config: RunConfig) -> Callable:
     """The same by the decoder that --decoder names."""
-    dtype = DTYPES[config.dtype]
+    dtype = DTYPES[config.vae_dtype or rounded_less(config.dtype)]
     decode = load_tiny_decoder(config.decoder, pipe, dtype)
     if config.compile:
         decode.compile(dynamic=False)

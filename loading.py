@@ -55,7 +55,6 @@ SPM_HOME = "SPO-Diffusion-Models/Step-Aware_Preference_Models"
 SPMS = {"sd15": f"{SPM_HOME}/sd-v1-5_step-aware_preference_model.bin",      # for load_clip
         "sdxl": f"{SPM_HOME}/sdxl_step-aware_preference_model.bin"}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-NEGATIVE = {"": None, "zeros": True, "encoded": False}  # --negative -> zero_negative
 
 SINGLE = (".safetensors", ".ckpt")      # how single-file checkpoints end
 PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
@@ -122,14 +121,20 @@ class Pipeline:
         return self.unet.config.in_channels, side, side
 
 
-def vae_dtype(config: VAEConfig, unet: UNetConfig, dtype: torch.dtype) -> torch.dtype:
-    """fp32 for a VAE that would overflow (`force_upcast`), else `dtype`.
+def safe_dtype(config: VAEConfig, unet: UNetConfig, dtype: torch.dtype,
+               wanted: torch.dtype | None) -> torch.dtype:
+    """The dtype of a VAE in a model of `dtype`: `wanted`, or fp32 where that would overflow.
 
-    Decided before its weights are read: rounded ones stay rounded. SD-1.5's file asks for it too
-    once diffusers has saved it; there only fp16 overflows.
+    If none is wanted, fp16 in the place of bf16: as fast, with an eighth of its rounding, and the
+    judge sees the difference (benchmarks/precision.py). Decided before weights are read: rounded
+    ones stay rounded. `force_upcast` is said of SDXL's stock VAE, which overflows in both, and of
+    SD-1.5's once diffusers has saved it, which would do so in fp16 alone.
     """
-    overflows = dtype == torch.float16 or unet.addition_embed_type == "text_time"
-    return torch.float32 if config.force_upcast and overflows else dtype
+    if wanted is None:
+        half = dtype == torch.bfloat16 and not config.force_upcast
+        wanted = torch.float16 if half else dtype
+    overflows = wanted == torch.float16 or unet.addition_embed_type == "text_time"
+    return torch.float32 if config.force_upcast and overflows else wanted
 
 
 def laid_out(vae: VAE) -> VAE:
@@ -459,7 +464,8 @@ def marked_prediction(path: Path, weights: dict[str, torch.Tensor]) -> str:
 
 
 def _single_file(path: Path, dtype: torch.dtype, device: torch.device, tokenizer: str,
-                 prediction_type: str, shapes: tuple = (), own_vae: bool = True) -> Pipeline:
+                 prediction_type: str, shapes: tuple = (), own_vae: bool = True,
+                 vae_dtype: torch.dtype | None = None) -> Pipeline:
     """A checkpoint in the original layout: SD-1.5 (`cond_stage_model`) or SDXL (`conditioner`).
 
     The file holds no configuration: the official shapes are assumed, or `shapes` (of unet, vae and
@@ -490,7 +496,7 @@ def _single_file(path: Path, dtype: torch.dtype, device: torch.device, tokenizer
 
     load(unet, rename(unet, take(weights, "model.diffusion_model."), original_names(unet).get))
     if own_vae:
-        _fill_vae(vae, weights, path, vae_dtype(of_vae, of_unet, dtype), device)
+        _fill_vae(vae, weights, path, safe_dtype(of_vae, of_unet, dtype, vae_dtype), device)
     if kind == "sdxl":
         load(encoders[0], take(weights, "conditioner.embedders.0.transformer."))
         second = from_open_clip(take(weights, "conditioner.embedders.1.model."))
@@ -504,7 +510,8 @@ def _single_file(path: Path, dtype: torch.dtype, device: torch.device, tokenizer
 
 
 def _folder(source: str, root: Path, dtype: torch.dtype, device: torch.device,
-            prediction_type: str, other: dict[str, Path]) -> Pipeline:
+            prediction_type: str, other: dict[str, Path],
+            vae_dtype: torch.dtype | None) -> Pipeline:
     """A checkpoint in the diffusers layout; `other`: where its UNet or VAE is instead.
 
     All parts are planned, and held against each other, before the numbers of one are read.
@@ -527,29 +534,30 @@ def _folder(source: str, root: Path, dtype: torch.dtype, device: torch.device,
         load_strict(clip, clean(read_weights(file, f"text_encoder{n}")), file, dtype, device)
     load_strict(unet, clean(read_weights(unet_file, "unet")), unet_file, dtype, device)
     _fill_vae(vae, read_weights(vae_file, "vae"), vae_file,
-              vae_dtype(vae.config, unet.config, dtype), device)
+              safe_dtype(vae.config, unet.config, dtype, vae_dtype), device)
     return pipe
 
 
 def load_pipeline(source: str = "tiny", dtype: torch.dtype = torch.float32,
                   device: torch.device | str = "cpu", unet: str | None = None,
                   vae: str | None = None, prediction_type: str = "", tokenizer: str = "",
-                  zero_negative: bool | None = None) -> Pipeline:
+                  vae_dtype: torch.dtype | None = None) -> Pipeline:
     """Load a model by name (`tiny`, `sd15`, `sdxl`), folder, hub id or single-file checkpoint.
 
     Folders and hub repositories are in the diffusers layout. `unet` and `vae` replace those parts
     by the ones of another folder, hub id or file (a full fine-tune; SDXL's fp16-safe VAE).
     `prediction_type` (epsilon, v_prediction) wins over what the model says. `tokenizer` (a folder
-    or hub id with `tokenizer/`) is for single files, which carry none. `zero_negative` says whether
-    guidance's other side is all zero (None: as the model was trained). SDXL's stock VAE stays fp32
-    (`force_upcast`). Raises InputError where a file is missing or does not fit.
+    or hub id with `tokenizer/`) is for single files, which carry none. `vae_dtype`: the VAE's own,
+    see safe_dtype; SDXL's stock VAE stays fp32. Raises InputError where a file is missing or does
+    not fit.
     """
     device = torch.device(device)
     root = find_model(source)
     other = {part: fetch_part(place, part) for part, place in (("unet", unet), ("vae", vae))
              if place}
     if NAMES.get(source, source).endswith(SINGLE):
-        pipe = _single_file(root, dtype, device, tokenizer, prediction_type, own_vae=not vae)
+        pipe = _single_file(root, dtype, device, tokenizer, prediction_type, own_vae=not vae,
+                            vae_dtype=vae_dtype)
         if unet:
             pipe.unet, file = _planned(UNet, UNetConfig, other["unet"])
             load_strict(pipe.unet, clean(read_weights(file, "unet")), file, dtype, device)
@@ -557,12 +565,10 @@ def load_pipeline(source: str = "tiny", dtype: torch.dtype = torch.float32,
             own = SINGLE_PARTS["sdxl" if pipe.is_sdxl else "sd15"][0]
             pipe.vae, file = _planned(VAE, VAEConfig, other["vae"], own)
             _fill_vae(pipe.vae, read_weights(file, "vae"), file,
-                      vae_dtype(pipe.vae.config, pipe.unet.config, dtype), device)
+                      safe_dtype(pipe.vae.config, pipe.unet.config, dtype, vae_dtype), device)
         _check_fit(pipe, source)
     else:
-        pipe = _folder(source, root, dtype, device, prediction_type, other)
-    if zero_negative is not None:
-        pipe.zero_negative = zero_negative
+        pipe = _folder(source, root, dtype, device, prediction_type, other, vae_dtype)
     return pipe
 
 

@@ -37,6 +37,7 @@ from finetune import (
     compiled_sizes,
     fit_memory,
     prepare_policy,
+    rounded_less,
     small_decoder,
     training_prompts,
     vae_decoder,
@@ -398,8 +399,8 @@ def check(config: SPOConfig) -> None:
 def load_judge(config: SPOConfig, pipe: Pipeline) -> Judge:
     """The judge of a model's pictures; InputError if --judge and the file differ on timesteps."""
     source = config.spm or judge_source(config.model, config.preset, config.judge)
-    clip = load_judging(f"judge {config.judge}:", source, DTYPES[config.dtype], pipe,
-                        config.judge == "spm")
+    dtype = DTYPES[config.judge_dtype or rounded_less(config.dtype)]
+    clip = load_judging(f"judge {config.judge}:", source, dtype, pipe, config.judge == "spm")
     features = clip.image_features
     if config.compile:
         features = torch.compile(features, dynamic=False)

@@ -39,7 +39,7 @@ from diffusion import (
     repaired,
     to_pil,
 )
-from loading import SINGLE_UNETS, _tokenizer, build, load_clip, load_pipeline, read_config
+from loading import TINY, SINGLE_UNETS, _tokenizer, build, load_clip, load_pipeline, read_config
 from helpers import PROMPTS, command
 from unet import UNet, UNetConfig
 from vae import VAE, VAEConfig
@@ -468,6 +468,11 @@ def test_dtype_and_freezing(sd, sdxl):
     """Loaded networks are frozen, in eval mode and of the type asked for; a bf16 UNet still returns fp32 noise."""
     for folder, dtype, want in ((sdxl, torch.bfloat16, torch.float32), (sd, torch.float16, torch.float32), (sd, torch.bfloat16, torch.bfloat16)):
         assert load_pipeline(str(folder), dtype).vae.quant_conv.weight.dtype == want        # its configuration says force_upcast
+    for wanted, want in ((torch.bfloat16, torch.bfloat16), (None, torch.float16), (torch.float32, torch.float32)):
+        got = load_pipeline(str(TINY), torch.bfloat16, vae_dtype=wanted)        # whose VAE does not overflow in fp16
+        assert got.vae.quant_conv.weight.dtype == want and got.unet.conv_in.weight.dtype == torch.bfloat16
+    plain = load_pipeline(str(TINY)).vae.quant_conv.weight
+    assert torch.equal(load_pipeline(str(TINY), torch.bfloat16).vae.quant_conv.weight, plain.half()), "rounded once"
     want = load_pipeline(str(sdxl)).vae.state_dict()                # and its weights were never rounded on the way
     for got in (load_pipeline(str(sdxl), torch.bfloat16), load_pipeline(str(sdxl), torch.bfloat16, vae=str(sdxl))):
         assert all(torch.equal(v, want[k]) for k, v in got.vae.state_dict().items())
