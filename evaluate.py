@@ -9,7 +9,7 @@
     python evaluate.py --model sdxl --prompts geneval=evaluation_metadata.jsonl \\
         --images_per_prompt 4 --steps 50 --metrics geneval
     python evaluate.py --prompt "a red circle" --lora spo=runs/spo  # pictures only
-    python evaluate.py --lora base= spo=runs/spo --logs spo=runs/spo# with learning curves
+    python evaluate.py --lora base= spo=runs/spo --curves spo=runs/spo  # and curves
     python evaluate.py --lora base= spo=runs/spo --study study.html # and a page for raters
     python evaluate.py --model sdxl --lora base= spo=FILE --study study.html \\
         --prompts parti:100 hpsv2:200                               # the paper's Figure 6
@@ -109,8 +109,8 @@ class EvaluateConfig(ModelConfig):
     images_per_prompt: int = opt(1, "pictures of each prompt", least=1)
     export_geneval: str = opt("", "also lay the pictures out in this folder as GenEval's own "
                                   "scorer wants them, NAME/00000/samples/")
-    logs: tuple[str, ...] = opt((), "name=RUNFOLDER of training runs whose learning curves "
-                                    "the report shows")
+    curves: tuple[str, ...] = opt((), "name=RUNFOLDER of training runs whose learning curves "
+                                      "the report shows", old="logs")
     report_rows: int = opt(200, "pictures of each model in the report, evenly spaced in the list",
                            least=0)
     study: str = opt("", "also write a page for a human study here: the first two candidates "
@@ -652,7 +652,7 @@ def main() -> None:
         config = parse_options(EvaluateConfig, PRESETS, ["--model", "tiny", *sys.argv[1:]], __doc__)
     if config.tally:
         return print(tally(config.tally))
-    logs = read_logs(config.logs)
+    logs = read_logs(config.curves)
     processes = start_processes(config.device or None)
     sources = dict(metric_sources(word, config.model) for word in config.metrics
                    if not config.trace and not config.prompt)

@@ -47,6 +47,7 @@ from training import (
     opt,
     parse_options,
     permutation,
+    restore_optimizer,
     warn,
     write_atomic,
 )
@@ -268,8 +269,10 @@ def copied(weights: list[torch.Tensor]) -> list[torch.Tensor]:
 
 @torch.no_grad()
 def put(weights: list[torch.Tensor], values: list[torch.Tensor]) -> None:
-    """Put values into the weights."""
+    """Put values into the weights; ValueError where they have other shapes or types."""
     for p, value in zip(weights, values, strict=True):
+        if (p.shape, p.dtype) != (value.shape, value.dtype):
+            raise ValueError(f"{value.dtype} {list(value.shape)} for weights {list(p.shape)}")
         p.copy_(value)
 
 
@@ -292,10 +295,11 @@ class Trainer:
     """A LoRA in training: rounds of prompts, minibatches, checkpoints; resumes and stops."""
 
     def __init__(self, config: RunConfig, run: Run, pipe: Pipeline, prompts: list[str],
-                 judge: torch.nn.Module | None = None, name: str = "spo"):
+                 judge: torch.nn.Module | None = None, name: str = "spo", **identity: str):
         self.config, self.run, self.processes = config, run, run.processes
         self.pipe, self.prompts = pipe, prompts
-        self.empty = encode_empty(pipe)
+        # Without a judge nothing is drawn, so nothing is guided.
+        self.empty = encode_empty(pipe) if judge else None
         self.rounds_per_epoch = -(-len(prompts) // config.prompts_per_round)
         total = min(config.rounds or math.inf, config.epochs * self.rounds_per_epoch)
         self.rounds = Rounds(run, total, "round", config, pipe.calls, name)
@@ -307,18 +311,22 @@ class Trainer:
         self.scaler = loss_scaler(config, pipe.device)
         state = run.resume(
             prompts=fingerprint(prompts), base_model=fingerprint(*pipe.identity),
-            judge_model=fingerprint(*[judge] if judge else []))
+            judge_model=fingerprint(*[judge] if judge else []), **identity)
         if state:
-            put(self.weights, state["lora"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.scaler.load_state_dict(state.get("scaler") or self.scaler.state_dict())
-            self.rounds.restore(state)
+            with run.restoring():
+                put(self.weights, state["lora"])
+                restore_optimizer(self.optimizer, state["optimizer"])
+                self.scaler.load_state_dict(state.get("scaler") or self.scaler.state_dict())
+                self.rounds.restore(state)
         self.rounds.announce(
             f"{len(prompts)} prompts, {total} rounds of {config.prompts_per_round}, LoRA of "
             f"{sum(p.numel() for p in self.weights):,} parameters, {self.processes.world} x "
             f"{pipe.device}, starting at round {self.rounds.done}")
-        self.begin = self.rounds.done
-        self.before = self.good = copied(self.weights)      # good: it drew finite pictures
+        self.before = self.good = self.copy()               # good: it drew finite pictures
+
+    def copy(self) -> list[torch.Tensor]:
+        """The LoRA as it is now; the main process alone keeps any, SDXL's has 0.37 GB."""
+        return copied(self.weights) if self.processes.main else []
 
     def __enter__(self) -> "Trainer":
         return self
@@ -326,7 +334,7 @@ class Trainer:
     def __exit__(self, kind, error, trace) -> None:
         """A signal during work that may be dropped: save what is done, and leave."""
         if kind is Stopped:
-            if self.rounds.done > self.begin:
+            if self.rounds.done > self.rounds.saved:        # else its score would be lost
                 self.save()
             self.rounds.leave()
         if kind is None and self.processes.main:
@@ -334,12 +342,14 @@ class Trainer:
 
     def turns(self) -> Iterator[Turn]:
         """The rounds, each with its share of the epoch's shuffled prompts."""
+        if self.rounds.done:                    # it may have been killed right after a checkpoint
+            self.draw_samples_due(again=False)
         for step in self.rounds:
             epoch, place = divmod(step, self.rounds_per_epoch)
             order = permutation(len(self.prompts), self.config.seed, "order", epoch)
             first = place * self.config.prompts_per_round
             indices = order[first:first + self.config.prompts_per_round]
-            self.before, self.pipe.calls.evaluations = copied(self.weights), 0
+            self.before, self.pipe.calls.evaluations = self.copy(), 0
             yield Turn(step, epoch, place, indices, [self.prompts[i] for i in indices])
 
     def minibatches(self, slots: list[int], names: tuple[str, ...], turn: Turn,
@@ -376,13 +386,18 @@ class Trainer:
             self.give_up()
         if rounds.due or rounds.ending:
             self.save()
-        last = rounds.done == rounds.total
-        if self.processes.main and is_due(rounds.done, config.grid_every, last):
-            path = self.run.folder / f"samples-{rounds.done:05d}.png"
-            draw_samples(pipe, self.prompts, config, path)
-        self.processes.barrier()
-        if rounds.ending and not last:
+        self.draw_samples_due()
+        if rounds.ending and rounds.done < rounds.total:
             rounds.leave()
+
+    def draw_samples_due(self, again: bool = True) -> None:
+        """Draw samples if they are due after this round; `again`: though they are there already."""
+        rounds, last = self.rounds, self.rounds.done == self.rounds.total
+        path = self.run.folder / f"samples-{rounds.done:05d}.png"
+        wanted = self.processes.main and is_due(rounds.done, self.config.grid_every, last)
+        if wanted and (again or not path.exists()):
+            draw_samples(self.pipe, self.prompts, self.config, path)
+        self.processes.barrier()
 
     def save(self) -> None:
         """LoRA files, then the checkpoint: whoever is killed in between writes them again."""
@@ -391,13 +406,14 @@ class Trainer:
             save_lora(self.pipe, self.run.folder)
             if self.run.is_best(score):
                 save_lora(self.pipe, self.run.folder / "best")
-        self.rounds.save(score, lora=copied(self.weights), optimizer=self.optimizer.state_dict(),
+        weights = [p.detach() for p in self.weights]
+        self.rounds.save(score, lora=weights, optimizer=self.optimizer.state_dict(),
                          scaler=self.scaler.state_dict())
 
     def give_up(self) -> None:
         """Leave the last good LoRA behind, and say so."""
-        put(self.weights, self.good)
         if self.processes.main:
+            put(self.weights, self.good)
             save_lora(self.pipe, self.run.folder)
         raise InputError(
             f"round {self.rounds.done}: {TOO_MANY} optimizer steps in a row, or rounds, were not "

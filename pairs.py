@@ -11,11 +11,10 @@ group of a Parquet file), they are used at about the same time: an epoch shuffle
 the rows of a few groups at a time.
 """
 import contextlib
+import functools
 import io
 import json
-import math
 import os
-import shutil
 import threading
 from collections import Counter, OrderedDict
 from collections.abc import Callable
@@ -30,7 +29,7 @@ from calls import upload
 from clip_spm import to_rgb
 from loading import Pipeline
 from prompt_sets import TRAINING, checked_prompt, parquet_files
-from training import permutation
+from training import Processes, Run, Stopped, permutation, warn, write_atomic
 from weights import InputError
 
 SMALLEST = 8            # pixels of a picture's shorter side
@@ -49,7 +48,8 @@ class Pairs:
     UnreadablePicture.
     """
     captions: list[str]
-    label: torch.Tensor                 # [N] 1: the first is liked, 0: the second, 0.5: tie, nan: ?
+    label: torch.Tensor                 # [N] 1: the first is liked, 0: the second, 0.5: tie;
+                                        # nan: nobody said, or the world has not painted it yet
     weight: torch.Tensor                # [N] 1 / pairs of the same prompt
     groups: list[range]                 # rows that lie together
     pictures: Callable[[int], torch.Tensor]
@@ -101,9 +101,7 @@ def square(picture: Path | bytes | dict, side: int, place: str = "") -> torch.Te
     try:
         if isinstance(picture, dict):
             picture = picture.get("bytes")
-        if not isinstance(picture, Path | bytes):
-            raise UnreadablePicture(f"{type(picture).__name__} in place of a file's bytes")
-        image = Image.open(io.BytesIO(picture) if isinstance(picture, bytes) else picture)
+        image = Image.open(picture if isinstance(picture, Path) else io.BytesIO(picture))
         with contextlib.suppress(Exception):        # damaged EXIF says nothing about the pixels
             ImageOps.exif_transpose(image, in_place=True)
         size = np.array(image.size)
@@ -142,7 +140,7 @@ def read_row(row: dict, place: str) -> tuple[str, float, float | None]:
         raise InputError(f"{place} has a caption that is no text")
     checked_prompt(caption, place)
     if not is_labelled(row):
-        label = math.nan
+        label = torch.nan
     elif not isinstance(label, int | float) or label not in (0, 0.5, 1):
         raise InputError(f"{place} has label_0 {label!r}; it must be 1, 0, or 0.5 for a tie")
     elif other is not None and other != 1 - label:
@@ -167,6 +165,20 @@ def world_pairs(count: int, seed: int) -> Pairs:
     from tiny.world import preference_pairs
     images, captions, label = preference_pairs(count, seed=seed + 1000)
     return Pairs(captions, label, torch.ones(count), [range(count)], lambda i: images[i])
+
+
+def unpainted_pairs(count: int, seed: int) -> Pairs:
+    """The same, each painted, and its label known, when its pictures are first asked for."""
+    from tiny.world import pairs_to_paint
+    captions, paint = pairs_to_paint(count, seed + 1000)
+    label = torch.full((count,), torch.nan)
+
+    @functools.cache
+    def pictures(i: int) -> torch.Tensor:
+        images, label[i:i + 1] = paint(i, i + 1)
+        return images[0]
+
+    return Pairs(captions, label, torch.ones(count), [range(count)], pictures)
 
 
 def folder_pairs(folder: Path, side: int, unlabelled: bool = False) -> Pairs:
@@ -287,6 +299,15 @@ def load_pairs(source: str, side: int, unlabelled: bool = False, splits: tuple =
     return parquet_pairs(parquet_files(source, splits), side, unlabelled)
 
 
+def read_or_leave(processes: Processes, read: Callable[[], Pairs]) -> Pairs:
+    """What `read` gives. A signal meanwhile ends the process at once: nothing is done yet."""
+    try:
+        with processes.droppable():
+            return read()
+    except Stopped:
+        raise SystemExit(128 + (processes.stop or 15)) from None        # 15: SIGTERM
+
+
 def readable(pairs: Pairs, i: int) -> torch.Tensor | str:
     """Pair i's pictures, uint8 [2, 3, S, S], or why they cannot be read."""
     try:
@@ -306,6 +327,35 @@ def stack_pictures(got: list[torch.Tensor | str | None],
             torch.tensor([not isinstance(g, str) for g in got]))
 
 
+# Pictures that cannot be read
+
+def list_unreadable(known: dict, new: dict, run: Run) -> dict:
+    """{pair: why} so far and of this step -> both.
+
+    The first ten are said on stderr, all stand in unreadable.txt.
+    """
+    both = known | new
+    if run.processes.main:
+        for place, i in enumerate(sorted(new.keys() - known.keys()), len(known)):
+            if place < 10:
+                more = " (further ones: see unreadable.txt)" if place == 9 else ""
+                warn(f"{new[i]}; the pair is skipped{more}")
+        lines = "".join(f"{both[i]}\n" for i in sorted(both))
+        write_atomic(run.folder / "unreadable.txt", lambda p: p.write_text(lines, encoding="utf-8"))
+    return both
+
+
+def too_many_unreadable(known: dict, read: int, total: int, most: float,
+                        folder: Path) -> InputError | None:
+    """What ends a run if over `most` of the pairs read so far, or all the `total`, are damaged."""
+    read = min(read, total)
+    if len(known) < total and len(known) <= max(3, most * read):
+        return None
+    return InputError(
+        f"{len(known)} of the {read} pairs read so far have damaged pictures, listed in "
+        f"{folder / 'unreadable.txt'}; mend them, or allow more with --max_unreadable")
+
+
 # Their latents
 
 @torch.no_grad()
@@ -323,24 +373,30 @@ def encode_pairs(pipe: Pipeline, images: torch.Tensor) -> torch.Tensor:
 def open_latents(folder: Path, pipe: Pipeline, side: int, count: int) -> torch.Tensor:
     """What encode_pairs gives for `count` pairs, as a file that a machine's processes share.
 
-    It is zero where nothing was encoded yet. Raises InputError.
+    It is zero where nothing was encoded yet. Its space is taken at once: on a full disk, writing
+    to a mapped file kills the process. Raises InputError.
     """
     path, dtype = folder / "latents.bin", pipe.vae.quant_conv.weight.dtype
     shape = torch.Size((count, 2, 2, *pipe.latent_shape(side)))
     size = shape.numel() * dtype.itemsize
     try:
-        if path.exists() and path.stat().st_size != size:
+        path.touch()
+        before = path.stat().st_size
+        if before not in (0, size):
             raise InputError(f"{path}: holds the latents of other pairs; delete it")
-        missing = size - (path.stat().st_blocks * 512 if path.exists() else 0)
-        free = shutil.disk_usage(folder).free
-        if free < missing:
-            raise InputError(f"{path}: {size / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are "
-                             "free; leave out --cache_latents")
+        with open(path, "rb+") as file:
+            try:
+                if hasattr(os, "posix_fallocate"):              # not on macOS
+                    os.posix_fallocate(file.fileno(), 0, size)
+            except OSError:
+                file.truncate(before)
+                raise
         latents = torch.from_file(str(path), shared=True, size=shape.numel(), dtype=dtype)
         return latents.view(shape)
     except (OSError, RuntimeError) as error:
-        raise InputError(f"{path}: cannot be used as a cache "
-                         f"({str(error).splitlines()[0]})") from None
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise InputError(f"{path}: cannot be used as a cache ({reason}); {size / 1e9:.1f} GB are "
+                         "needed; leave out --cache_latents") from None
 
 
 def is_encoded(latents: torch.Tensor | None, i: int) -> bool:

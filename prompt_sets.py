@@ -18,7 +18,6 @@ from weights import InputError, fetch, fetch_parquet
 
 LONGEST = 10_000                        # characters of a prompt
 ENDINGS = (".txt", ".json", ".jsonl", ".csv", ".tsv")       # of files with prompts, and .parquet
-COLUMNS = ("caption", "prompt", "text")                     # of .csv and .tsv, also in capitals
 SPLIT = re.compile("(?<![a-z])(train|training|validation_unique|validation|valid|val|dev|test"
                    "|testing|eval|evaluation)(?![a-z])")
 # The splits of a data set that may be meant, the likeliest first; "": files that name none.
@@ -49,7 +48,7 @@ def checked_prompt(prompt: str, place: str) -> str:
 
 def read_prompts(source: str, sample: int = 0, seed: int = 0, distinct: bool = True) -> list[str]:
     """Prompts from .txt (one a line), .json, .jsonl (strings, or objects with `caption`), .csv,
-    .tsv (a column of COLUMNS) or .parquet (`caption`).
+    .tsv (a column `caption`, `prompt` or `text`, also in capitals) or .parquet (`caption`).
 
     Parquet may also be a folder or a hub data set (`owner/name[/file.parquet]`); each caption once
     if `distinct`. `sample` > 0 keeps that many, drawn by `seed`. Raises InputError that names the
@@ -169,7 +168,7 @@ def read_table(path: Path) -> list[dict[str, str]]:
     except csv.Error as error:
         raise InputError(f"{path}: cannot be read ({error})") from None
     names = [name.strip().lower() for name in lines[0]] if lines else []
-    column = next((name for name in COLUMNS if name in names), None)
+    column = next((name for name in ("caption", "prompt", "text") if name in names), None)
     rows = [dict(zip(names, line)) for line in lines[1:]]
     rows = [row | dict(prompt=row[column].strip()) for row in rows if row.get(column, "").strip()]
     if not rows:

@@ -59,8 +59,8 @@ class SPOConfig(RunConfig):
     t_max: int = opt(751, "pools open at timesteps up to this (P: kappa = 750, Table 8; O: from "
                      "t = 751)", least=0)
     t_min: int = opt(0, "and down to this (P Table 8)", least=0)
-    start: str = opt("random", "which candidate the trajectory goes on from (P Table 4)",
-                     ("random", "win", "lose"))
+    continue_from: str = opt("random", "which candidate the trajectory goes on from (P Table 4)",
+                             ("random", "win", "lose"), old="start")
     pair: str = opt("best-worst", "which two candidates are compared (P Table 9)",
                     ("best-worst", "random"))
     threshold: float = opt(0.3, "a pair counts if the softmax of its two scores differs by more "
@@ -216,7 +216,7 @@ def sample_pools(pipe: Pipeline, judge: Judge, batch: Batch, config: SPOConfig,
         scores = judge(x0, t_next, batch.text)
         win, lose, valid = choose_pair(scores, config.threshold, config.pair, uniform[:, 1:])
         anyone = (uniform[:, 0] * k).long().clamp(max=k - 1)            # random start, section 4.3
-        chosen = dict(random=anyone, win=win, lose=lose)[config.start]  # Table 4
+        chosen = dict(random=anyone, win=win, lose=lose)[config.continue_from]  # Table 4
         pools.append(Pool([timesteps[i] for i in group], noise, path, x0, t_next, uniform, scores,
                           win, lose, valid, chosen))
         for observe in observers:

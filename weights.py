@@ -341,6 +341,10 @@ def load_strict(module: nn.Module, weights: dict[str, torch.Tensor], source: obj
                              "the file is damaged, fetch it again")
         kind = (dtype if value.ndim else exact) if floating else None
         cast[key] = value.to(device=device, dtype=kind)
+    same = [key for key, value in cast.items() if value is weights[key]]
+    small = 2 * sum(cast[key].nbytes for key in same) < sum(v.nbytes for v in cast.values())
+    if small:                           # or they would keep the whole file mapped
+        cast |= {key: cast[key].clone() for key in same}
     module.load_state_dict(cast, assign=True)
     return module.requires_grad_(False).eval()
 

@@ -1,6 +1,10 @@
 """spm_train.py: data, inputs of the SPM, the run and what it leaves behind."""
+import dataclasses
+import errno
+import hashlib
 import json
 import math
+import os
 import shutil
 import struct
 import zlib
@@ -152,9 +156,10 @@ def test_columns_as_the_library_datasets_writes_them(pairs, tmp_path):
                          jpg_1=pa.array(second, pa.large_binary()), caption=pa.array(want.captions).dictionary_encode())
     got = load_pairs(str(file), 16)
     assert got.captions == want.captions and all(torch.equal(got.pictures(i), want.pictures(i)) for i in (0, 6, 19))
-    for column in ([str(pairs / r["image_0"]) for r in lines], [dict(bytes=None, path=str(pairs / r["image_0"])) for r in lines], [None] * 20):
-        with pytest.raises(UnreadablePicture, match="row 1 of row group 0: not a readable picture .* in place of a file's bytes"):
+    for column in ([str(pairs / r["image_0"]) for r in lines], [5000 * "/9j4"] * 20, [dict(bytes=None, path=str(pairs / r["image_0"])) for r in lines], [None] * 20):
+        with pytest.raises(UnreadablePicture, match="row 1 of row group 0: not a readable picture") as caught:
             load_pairs(str(write_parquet(pairs, tmp_path / "y.parquet", jpg_0=column)), 16).pictures(1)
+        assert len(str(caught.value)) < 300 and " at 0x" not in str(caught.value), "the same pair is known by the same words"
 
 
 @pytest.mark.parametrize("columns, says", [
@@ -505,7 +510,7 @@ def test_cached_latents_change_nothing(kind, tmp_path, monkeypatch, labels, dtyp
 
 def test_unreadable_pairs_are_not_cached(kind, pairs, tmp_path, monkeypatch):
     """The second epoch, too, finds them damaged and gives them no weight."""
-    monkeypatch.setattr(spm_train, "warn", lambda text: None)
+    monkeypatch.setattr("pairs.warn", lambda text: None)
     words = ("spm_train", *kind, "--pairs", damaged_copy(pairs, tmp_path / "bad", (1, 2, 3, 6, 7, 8)), "--max_unreadable", 1)
     call(*words, "--out", tmp_path / "plain")
     call(*words, "--out", tmp_path / "cached", "--cache_latents")
@@ -525,10 +530,28 @@ def test_a_cache_that_does_not_fit_is_one_line(sd, tmp_path, monkeypatch):
     assert not is_encoded(again, 2)
     with pytest.raises(InputError, match="latents.bin: holds the latents of other pairs; delete it"):
         open_latents(tmp_path, pipe, 16, 4)
-    monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10, 9, 1))
-    (tmp_path / "latents.bin").unlink()
-    with pytest.raises(InputError, match="GB are free; leave out --cache_latents"):
+    monkeypatch.setattr(os, "posix_fallocate", lambda *what: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device")))
+    with pytest.raises(InputError, match="No space left on device.; 0.0 GB are needed; leave out --cache_latents"):
         open_latents(tmp_path, pipe, 16, 3)
+    assert torch.equal(again, latents) and is_encoded(again, 1), "what is there already stays"
+    (tmp_path / "latents.bin").unlink()
+    with pytest.raises(InputError, match="leave out --cache_latents"):
+        open_latents(tmp_path, pipe, 16, 3)
+    assert (tmp_path / "latents.bin").stat().st_size == 0
+
+
+def test_the_cache_takes_its_space_at_once(sd, tmp_path):
+    """A disk that fills up behind its back would kill the process when it writes: there are no holes, whoever began the file."""
+    pipe = load_pipeline(str(sd))
+    size = 200 * 2 * 2 * 4 * 8 * 8 * 4
+    for begun in (False, True):
+        if begun:
+            os.truncate(tmp_path / "latents.bin", 0)
+            os.truncate(tmp_path / "latents.bin", size)         # as earlier versions left it
+            assert (tmp_path / "latents.bin").stat().st_blocks * 512 < size
+        open_latents(tmp_path, pipe, 16, 200)
+        found = (tmp_path / "latents.bin").stat()
+        assert found.st_size == size <= found.st_blocks * 512
 
 
 def test_compiling_changes_nothing_and_happens_once(kind, tmp_path, monkeypatch, compilations):
@@ -579,7 +602,7 @@ def damaged_copy(pairs, folder, numbers):
 def test_unreadable_pictures_are_skipped_counted_and_listed(kind, pairs, whole, tmp_path, monkeypatch):
     """What stands in a damaged pair does not matter; which pairs are damaged survives a resume."""
     said = []
-    monkeypatch.setattr(spm_train, "warn", said.append)
+    monkeypatch.setattr("pairs.warn", said.append)
     bad = damaged_copy(pairs, tmp_path / "bad", (1, 2, 3))
     call("spm_train", *kind, "--pairs", bad, "--out", tmp_path / "run", "--steps", 4)
     listed = (tmp_path / "run/unreadable.txt").read_text().splitlines()
@@ -700,6 +723,93 @@ def test_what_is_not_finite_is_reported_skipped_and_ends_the_run_after_ten(kind,
     state = torch.load(tmp_path / "always/checkpoint-000010.pt", weights_only=True)
     start = load_clip(kind[kind.index("--pickscore") + 1].__str__()).state_dict()
     assert all(torch.equal(v, state["models"][1][k]) for k, v in start.items())
+
+
+def test_a_validation_set_of_its_own(kind, pairs, whole, tmp_path):
+    """All pairs are trained on, the table is of the others' labelled ones; a number holds back so many, as ever."""
+    others = tmp_path / "data"
+    write_parquet(pairs, others / "train-00000.parquet")
+    write_parquet(pairs, others / "validation-00000.parquet", label_0=[0.0] * 20, has_label=[i > 16 for i in range(20)])
+    write_parquet(pairs, others / "validation_unique-00000-of-00001.parquet", label_0=[1.0] * 20, has_label=[i < 12 for i in range(20)])
+    words = ("spm_train", *kind, "--steps", 1)
+    said = call(*words, "--validation", others, "--out", tmp_path / "own")
+    assert "20 training and 12 validation pairs" in said
+    table = json.loads((tmp_path / "own/results.json").read_text())
+    assert {row["0"][2] for row in table.values()} == {12} and json.loads((tmp_path / "own/config.json").read_text())["validation"] == str(others)
+    assert "15 training and 5 validation pairs" in call(*words, "--out", tmp_path / "number")
+    config = json.loads((tmp_path / "number/config.json").read_text())
+    assert config["validation"] == 5 == json.loads((whole / "config.json").read_text())["validation"]
+    with pytest.raises(InputError, match="^nowhere: neither an existing file"):
+        call(*words, "--validation", "nowhere", "--out", tmp_path / "none")
+
+
+def test_ties_count_half_where_asked(setting, pickscore, spm):
+    """As the released code counts people's labels: a tie is half right whatever a model says."""
+    models, rows = {"PickScore": load_clip(str(pickscore)), "SPM": load_clip(str(spm))}, list(range(20))
+    plain = accuracy_table(setting, models, rows)
+    setting.config.ties = "half"
+    half = accuracy_table(setting, models, rows)
+    for name in models:
+        for t, (accuracy, _, n, difference, _) in half[name].items():
+            right, _, sure, more, _ = plain[name][t]
+            assert (sure, n) == (15, 20) and accuracy == pytest.approx((right * 15 + 0.5 * 5) / 20, abs=1e-6)
+            assert difference == pytest.approx(more * 15 / 20, abs=1e-6)
+
+
+def test_unlabelled_pairs_are_trained_on_as_pickscore_labels_them(kind, pairs, tmp_path):
+    """A row nobody labelled is one more pair; with people's labels it is left out."""
+    file = write_parquet(pairs, tmp_path / "x.parquet", label_0=[1.0, None] * 10)
+    words = ("spm_train", *kind, "--pairs", file, "--steps", 1, "--validation", 0)
+    assert "20 training and 0 validation" in call(*words, "--labels", "pickscore", "--out", tmp_path / "a")
+    assert log_of(tmp_path / "a")[0]["loss"] > 0
+    assert "10 training and 0 validation" in call(*words, "--out", tmp_path / "b")
+
+
+def test_labels_and_weights_are_part_of_a_run(kind, pairs, tmp_path):
+    """Turned round or weighed otherwise under the same name, they are another run; a checkpoint that says nothing of weights goes on."""
+    folder = shutil.copytree(pairs, tmp_path / "pairs")
+    lines = [json.loads(line) for line in (pairs / "pairs.jsonl").read_text().split("\n") if line]
+    words = ("spm_train", *kind, "--pairs", folder, "--save_every", 1, "--out", tmp_path / "run")
+    call(*words, "--steps", 5)
+    checkpoint = tmp_path / "run/checkpoint-000005.pt"
+    for change, says in ((dict(num_example_per_prompt=7), "the pair weights"), (dict(label_0=1, label_1=0), "the pairs")):
+        (folder / "pairs.jsonl").write_text("\n".join(json.dumps(line | change) for line in lines[:1]) + "\n"
+                                            + "\n".join(json.dumps(dict(num_example_per_prompt=1) | line | change) for line in lines[1:]))
+        with pytest.raises(InputError, match=f"{says}.* that this run was trained with had the same name but another content"):
+            call(*words)
+    (folder / "pairs.jsonl").write_text("\n".join(json.dumps(dict(num_example_per_prompt=7) | line) for line in lines))
+    state = torch.load(checkpoint, weights_only=True)
+    del state["identity"]["pair_weights"]
+    torch.save(state, checkpoint)
+    note = json.loads(checkpoint.with_suffix(".json").read_text())
+    checkpoint.with_suffix(".json").write_text(json.dumps(note | dict(sha256=hashlib.sha256(checkpoint.read_bytes()).hexdigest())))
+    assert "starting at step 5" in call(*words)
+
+
+def test_a_set_of_damaged_pictures_ends_the_run_however_small(kind, pairs, tmp_path):
+    """Three damaged pairs of three are no accident."""
+    bad = damaged_copy(pairs, tmp_path / "bad", range(20))
+    lines = (bad / "pairs.jsonl").read_text().split("\n")
+    (bad / "pairs.jsonl").write_text("\n".join(lines[:3]))
+    with pytest.raises(InputError, match="^3 of the 3 pairs read so far have damaged pictures"):
+        call("spm_train", *kind, "--pairs", bad, "--validation", 0, "--batch", 3, "--out", tmp_path / "run")
+
+
+def test_a_signal_while_pairs_are_read_ends_at_once():
+    """Nothing is done yet; afterwards signals are what they were."""
+    from pairs import read_or_leave
+    from training import Stopped
+    from helpers import ALONE
+    processes, want = dataclasses.replace(ALONE), object()
+    assert read_or_leave(processes, lambda: want) is want and not processes.dropping
+
+    def interrupted():
+        assert processes.dropping
+        processes.stop, processes.dropping = 2, False           # what the handler does
+        raise Stopped
+
+    with pytest.raises(SystemExit, match="130"):
+        read_or_leave(processes, interrupted)
 
 
 def test_the_other_options_run(kind, tmp_path, sdxl):
