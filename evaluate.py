@@ -11,6 +11,8 @@
     python evaluate.py --prompt "a red circle" --lora spo=runs/spo  # pictures only
     python evaluate.py --lora base= spo=runs/spo --curves spo=runs/spo  # and curves
     python evaluate.py --lora base= spo=runs/spo --study study.html # and a page for raters
+    python evaluate.py --model sdxl --lora base= spo=FILE --study study.html \\
+        --prompts parti:100 hpsv2:200                               # the paper's Figure 6
     python evaluate.py --tally votes-*.json                         # what they said
     python evaluate.py --trace "two squares" --lora spo=runs/spo    # one SPO trajectory, drawn
 

@@ -205,7 +205,8 @@ def name_colours(clip: CLIP, words: torch.Tensor, image: Image.Image,
 def geneval(source: str, clip_source: str, rows: list[dict], tokenizer,
             device: torch.device) -> Metric:
     """GenEval as a metric: 1 where a picture is right, 0 where it is wrong."""
-    model, clip = load_detector(source, device), load_clip(clip_source, torch.float32, device)
+    model = load_detector(source, device)
+    clip = load_clip(clip_source, torch.float32, device, step_aware=False)
     by_prompt = {row["prompt"]: row for row in rows}
     words = functools.cache(functools.partial(colour_words, clip, tokenizer))       # of a class
 

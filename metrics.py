@@ -290,7 +290,8 @@ def aesthetic(name: str, source: str, clip_source: str, device: torch.device) ->
 
     LAION has published other heads of the same shape. InputError for those with ReLUs.
     """
-    clip, file = load_clip(clip_source, torch.float32, device), fetch(source, [])
+    clip = load_clip(clip_source, torch.float32, device, step_aware=False)
+    file = fetch(source, [])
     weights = read_weights(file)
     if {"9.weight", "layers.9.weight"} & weights.keys():
         raise InputError(f"{file}: a head with ReLUs, as ava+logos-l14-reluMSE.pth; V2's has none, "

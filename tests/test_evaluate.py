@@ -543,7 +543,7 @@ def test_geneval_end_to_end(kind, tmp_path, monkeypatch):
     (tmp_path / "m.jsonl").write_text("\n".join(map(json.dumps, rows)))
     monkeypatch.setitem(prompt_sets.SETS, "geneval", ("", [], 7))
     monkeypatch.setattr(geneval, "load_detector", lambda *_: torch.nn.Linear(1, 1))
-    monkeypatch.setattr(geneval, "load_clip", lambda *_: torch.nn.Linear(1, 1))
+    monkeypatch.setattr(geneval, "load_clip", lambda *_, **__: torch.nn.Linear(1, 1))
     monkeypatch.setattr(geneval, "colour_words", lambda *_: None)
     monkeypatch.setattr(geneval, "name_colours", lambda *_: [])
     hits = iter([0] + [1, 1, 0, 1] * 3 + [1, 0, 0, 1] * 4)        # the first is the blank picture

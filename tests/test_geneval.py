@@ -252,7 +252,7 @@ def test_colours_are_named_on_grey_inside_the_box(clip, monkeypatch):
 
 def test_metric_looks_prompts_up(detector, clip, tmp_path, monkeypatch):
     model, tokenizer = clip
-    monkeypatch.setattr(geneval, "load_clip", lambda *_: model)
+    monkeypatch.setattr(geneval, "load_clip", lambda *_, **__: model)
     rows = [dict(want("single_object", dict({"class": "cat"}, count=1)), prompt="a cat"), dict(POSITION, prompt="a cat left of a dog")]
     metric = geneval.geneval(str(detector), "clip", rows, tokenizer, torch.device("cpu"))
     monkeypatch.setattr(geneval, "detect", lambda m, image, d: [at("cat", 0, 0)] + [at("dog", 90, 0)] * (image.width > 10))
@@ -289,7 +289,7 @@ def test_scipy_is_told_of_in_one_line(detector, monkeypatch):
 def test_a_clip_of_other_tokens_is_refused_at_once(detector, clip, monkeypatch):
     """Not only when the first picture shows something coloured."""
     other = randomize(CLIP(CLIPConfig(TowerConfig(16, 32, 2, 2, vocab_size=100, max_position_embeddings=16), clip[0].config.vision, 12)))
-    monkeypatch.setattr(geneval, "load_clip", lambda *_: other)
+    monkeypatch.setattr(geneval, "load_clip", lambda *_, **__: other)
     with pytest.raises(InputError, match="579 tokens, the metric's CLIP 100"):
         geneval.geneval(str(detector), "clip", [], clip[1], torch.device("cpu"))
 

@@ -233,6 +233,14 @@ def test_aesthetic_v1_by_hand(clip_l, tmp_path):
     assert_close(metric.score(PICTURES, TEXTS), unit_features(clip_l) @ weights["weight"][0] + 3.5, 1e-5)
 
 
+def test_an_spm_is_no_metrics_clip(spm, tokenizer, clip_l, tmp_path):
+    """Where PickScore or CLIP-L is meant; it would want a timestep."""
+    save_file(head().state_dict(), tmp_path / "head.safetensors")
+    for word in (f"pickscore={spm}", f"aesthetic-v2={tmp_path / 'head.safetensors'},{spm}"):
+        with pytest.raises(InputError, match="is an SPM, which is step-aware; PickScore or another CLIP is wanted"):
+            load_metric(word, "sd15", tokenizer, CPU)
+
+
 def test_only_the_official_head_is_called_so(clip_l, tmp_path, monkeypatch):
     """ava+logos' linear head has the same shape; its file is named instead. Heads with ReLUs are refused by name."""
     file = tmp_path / "ava+logos-l14-linearMSE.pth"
