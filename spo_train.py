@@ -41,7 +41,7 @@ from finetune import (
     training_prompts,
     vae_decoder,
 )
-from loading import DTYPES, SDXL_VAE, TINY, Pipeline, judge_source, load_clip
+from loading import DTYPES, SDXL_VAE, TINY, Pipeline, judge_source, load_judging
 from observers import DecoderCheck, Faults, report
 from training import Processes, Run, generator, opt, parse_options, run_script, start_processes
 from weights import InputError
@@ -398,10 +398,8 @@ def check(config: SPOConfig) -> None:
 def load_judge(config: SPOConfig, pipe: Pipeline) -> Judge:
     """The judge of a model's pictures; InputError if --judge and the file differ on timesteps."""
     source = config.spm or judge_source(config.model, config.preset, config.judge)
-    clip = load_clip(source, DTYPES[config.dtype], pipe.device)
-    if (config.judge == "spm") != clip.config.step_aware:
-        raise InputError(f"--judge {config.judge}: {source} is "
-                         f"{'' if clip.config.step_aware else 'not '}step-aware")
+    clip = load_judging(f"judge {config.judge}:", source, DTYPES[config.dtype], pipe,
+                        config.judge == "spm")
     features = clip.image_features
     if config.compile:
         features = torch.compile(features, dynamic=False)

@@ -133,10 +133,12 @@ def _convert(name: str, text: str | list[str], kind: type):
     """What the command line says after --name, as the type of its field."""
     if isinstance(text, list):
         return tuple(text)
-    if isinstance(kind, types.UnionType):           # with None
+    if isinstance(kind, types.UnionType):           # a number, or None or a text
         if text.lower() == "none":
             return None
-        kind = typing.get_args(kind)[0]
+        kind, other = typing.get_args(kind)
+        if other is str and not re.fullmatch(r"[-+]?\d+", text):
+            return text
     try:
         return TRUTH[text.lower()] if kind is bool else kind(text)
     except (KeyError, ValueError):
@@ -154,7 +156,8 @@ def _check(config) -> None:
             must = "of at most 18 digits" if abs(value) < math.inf else "a finite number"
             raise InputError(f"--{f.name} {value}: must be {must}")
         limits = f.metadata["limits"].items()
-        if value is not None and not all(LIMITS[name][1](value, limit) for name, limit in limits):
+        if isinstance(value, int | float) and not all(
+                LIMITS[name][1](value, limit) for name, limit in limits):
             raise InputError(f"--{f.name} {value}: must be {f.metadata['words']}")
 
 
@@ -461,8 +464,7 @@ def _identity(thing) -> typing.Iterator[bytes]:
         yield repr([*thing.shape, int(bits.sum(dtype=torch.int64)),     # exact, in any order
                     *bits[::len(bits) // 256 + 1].tolist()]).encode()
     elif isinstance(thing, torch.nn.Module):
-        config = getattr(thing, "config", None)
-        yield repr(config if dataclasses.is_dataclass(config) else "").encode()
+        yield repr(getattr(thing, "config", "")).encode()
         for name, value in thing.state_dict().items():
             if "lora_" not in name:
                 yield name.encode()

@@ -31,7 +31,7 @@ from loading import judge_source
 from observers import FAULTS, DecoderCheck, Faults, report
 from report import draw_trace
 from spo_train import Batch, Pairs, SPOConfig, Steps, choose_pair, pool_groups, spo_loss
-from training import generator, parse_options
+from training import Processes, generator, parse_options
 from weights import InputError
 
 STEPS_20 = [951 - 50 * i for i in range(20)]
@@ -525,6 +525,20 @@ def test_ten_in_a_row_stop_the_run_and_keep_the_last_good_lora(small, spm, promp
     good, kept = (load_file(tmp_path / f / "pytorch_lora_weights.safetensors") for f in ("good", "run"))
     assert all(torch.equal(v, kept[k]) for k, v in good.items()) and any(v.any() for k, v in good.items() if "lora_B" in k)
     assert sum(row["skipped"] for row in log_of(tmp_path / "run")) == 10
+
+
+def test_only_the_main_process_keeps_copies_of_the_lora_and_a_checkpoint_makes_none(small, tmp_path):
+    pipe = load_pipeline(str(small))
+    lora.add(pipe.unet, 2)
+    kept = bare_trainer(pipe, SPOConfig()).copy()
+    assert all(torch.equal(a, b) and a.data_ptr() != b.data_ptr() for a, b in zip(kept, lora.parameters(pipe.unet), strict=True))
+    other = bare_trainer(pipe, SPOConfig(), torch.optim.AdamW(lora.parameters(pipe.unet)), Processes(1, 2, torch.device("cpu")))
+    assert other.copy() == []
+    saved = {}
+    other.scaler = torch.amp.GradScaler("cpu", enabled=False)
+    other.rounds = SimpleNamespace(take_score=lambda: None, save=lambda score, **state: saved.update(state))
+    other.save()
+    assert [p.data_ptr() for p in saved["lora"]] == [p.data_ptr() for p in other.weights] and not saved["lora"][0].requires_grad
 
 
 def test_a_lora_that_draws_nothing_finite_is_not_the_last_good_one(small, spm, prompts, tmp_path, monkeypatch):
