@@ -1,5 +1,6 @@
 """training.py: options, keyed random numbers, run folders, checkpoints, prompts files."""
 import ast
+import dataclasses
 import fcntl
 import functools
 import hashlib
@@ -14,7 +15,6 @@ import signal
 import subprocess
 import sys
 import time
-import typing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -101,7 +101,7 @@ def test_kinds_of_options():
     (("--start", "lose"), "choose one of random, win"), (("--steps",), "--steps"), (("word",), "'word'"),
     (("--lr", "nan"), "--lr nan: must be a finite number"), (("--lr=-inf",), "finite"), (("--steps", "1" + 30 * "0"), "at most 18 digits"),
     (("--steps", "9" * 5000), "whole number"), (("--share", "0"), "--share 0.0: must be above 0 and at most 1"), (("--share", "1.1"), "--share 1.1"),
-    (("--steps", "9" * 19), "at most 18 digits"), (("--steps=--",), "--steps=--: -- is no value"), (("--names=--",), "-- is no value"),
+    (("--steps", "1" * 19), "at most 18 digits"), (("--steps=--",), "--steps=--: -- is no value"), (("--names=--",), "-- is no value"),
     (("--kind", "x"), "--kind x: choose one of epsilon"), (("--learning_rate", "1"), "did you mean --lr?"), (("--batch-size=3",), "did you mean --batch?"),
     (("--pretrained_model_name_or_path", "x"), "did you mean --model?"), (("--gradient_checkpointing",), "did you mean --checkpointing?"),
     (("--share", "nan"), "finite"), (("--batch", "0"), "must be at least 1 and below 9"), (("--batch", "9"), "--batch 9")])
@@ -120,20 +120,15 @@ def test_help_shows_every_option_with_its_default(capsys):
 
 
 SCRIPTS = dict(spo_train="SPOConfig", spm_train="SPMConfig", baselines="BaselineConfig", evaluate="EvaluateConfig")
-TOO_OLD = ("--start", "--logs")         # torchrun takes them for abbreviations; they stay for whoever starts without it
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_torchrun_passes_every_option_on(script):
     """Its parser also looks for abbreviations of its own options behind the script's name."""
-    config = getattr(importlib.import_module(script), SCRIPTS[script])
-    parser = training._parser(config, typing.get_type_hints(config), {}, "")
-    words = [word for name in parser._option_string_actions if name not in (*TOO_OLD, "--help", "-h") for word in (name, "x")]
-    assert len(words) > 60
+    fields = dataclasses.fields(getattr(importlib.import_module(script), SCRIPTS[script]))
+    words = [word for f in fields for name in dict.fromkeys((f.name, f.name.replace("_", "-"))) for word in (f"--{name}", "x")]
+    assert len(words) > 60 and {f.metadata["old"] for f in fields} <= {"", "start", "logs"}
     assert torch.distributed.run.parse_args(["--nproc_per_node=2", script + ".py", *words]).training_script_args == words
-    for name in set(TOO_OLD) & parser._option_string_actions.keys():
-        with pytest.raises(SystemExit):
-            torch.distributed.run.parse_args(["--nproc_per_node=2", script + ".py", name, "x"])
 
 
 @pytest.mark.parametrize("script", ["experiments/alignment.py", "experiments/effect.py", "experiments/judges.py", "experiments/tables.py", "tiny/build.py"])
@@ -276,10 +271,12 @@ def test_files_follow_the_umask(tmp_path, mask, mode):
 
 
 class Full(io.BytesIO):
-    """A file on a full disk."""
+    """A file on a disk that is full after the first piece."""
 
     def write(self, data) -> int:
-        raise OSError(28, "No space left on device")
+        if self.tell():
+            raise OSError(28, "No space left on device")
+        return super().write(data)
 
 
 def test_a_full_disk_is_called_so(tmp_path, monkeypatch):
