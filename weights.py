@@ -15,6 +15,7 @@ import torch.nn as nn
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
+SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 WEIGHT_NAMES = ("diffusion_pytorch_model", "model", "pytorch_model")
 PEFT = "base_model.model."      # begins the names in a LoRA that peft itself has saved
 PLAIN_PEFT = {                  # settings without which B A alpha / rank is not all of an adapter
@@ -50,22 +51,31 @@ def read_json(path: Path) -> dict:
         raise InputError(f"{path}: not valid JSON ({error})") from None
 
 
-def read_weights(path: Path) -> dict[str, torch.Tensor]:
+def read_header(path: Path) -> dict[str, str]:
+    """What a safetensors file says of itself; nothing for others, and for damaged ones."""
+    if path.suffix == ".safetensors":
+        with contextlib.suppress(SafetensorError, OSError), safe_open(path, "pt") as file:
+            return file.metadata() or {}
+    return {}
+
+
+def read_weights(path: Path, part: str = "") -> dict[str, torch.Tensor]:
     """All tensors of one file, or of a sharded set given by its index (`.index.json`).
 
     Pickles only with weights_only=True. A LoRA gets the alphas as tensors that peft wrote into its
-    header, or into an `adapter_config.json` beside it; there its names get diffusers' prefix.
+    header, or into an `adapter_config.json` beside it; there its names get diffusers' prefix. With
+    the name of a `part` the main process says what is read, and its size: SDXL takes a minute.
     """
     path = Path(path)
     if not path.is_file():
         raise InputError(f"{path}: no such weight file")
     if path.suffix == ".json":
-        return _read_shards(path)
-    header = {}
+        return _read_shards(path, part)
+    if part and os.environ.get("RANK", "0") == "0":
+        print(f"loading {part}, {path.stat().st_size / 1e9:.2f} GB", flush=True)
+    header = read_header(path)
     try:
         if path.suffix == ".safetensors":
-            with safe_open(path, "pt") as file:
-                header = file.metadata() or {}
             weights = load_file(path)
         else:
             with open(path, "rb") as file:
@@ -92,7 +102,7 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
     return weights
 
 
-def _read_shards(path: Path) -> dict[str, torch.Tensor]:
+def _read_shards(path: Path, part: str) -> dict[str, torch.Tensor]:
     """The tensors of all files that an index names; they lie beside it."""
     out = {}
     names = read_json(path).get("weight_map")
@@ -101,7 +111,7 @@ def _read_shards(path: Path) -> dict[str, torch.Tensor]:
     for name in sorted(set(names.values())):
         if Path(name).name != name:
             raise InputError(f"{path}: shard name {name!r} leaves the folder")
-        out |= read_weights(path.parent / name)
+        out |= read_weights(path.parent / name, part)
     return out
 
 
@@ -157,12 +167,21 @@ def find_weights(folder: Path) -> Path | None:
 
 
 def weight_file(folder: Path) -> Path:
-    """The weight file of a component folder; InputError if it has none."""
-    file = find_weights(folder)
+    """The weight file of a component folder; InputError if it has none. A file is its own."""
+    file = folder if folder.is_file() else find_weights(folder)
     if file is None:
         raise InputError(f"{folder}: no weight file ({'.safetensors, '.join(WEIGHT_NAMES)}"
                          ".safetensors or their shards)")
     return file
+
+
+def hub_id(source: str) -> re.Match:
+    """`owner/name` or `owner/name/path/in/repository` taken apart; InputError for other words."""
+    match = re.fullmatch(r"([\w.-]+/[\w.-]+)(?:/([\w./-]+))?", source)
+    if not match or source.startswith(".") or not match[2] and source.endswith(SUFFIXES):
+        raise InputError(f"{source}: neither an existing file or folder "
+                         "nor a hub id of the form owner/name")
+    return match
 
 
 def fetch(source: str, patterns: list[str], repo_type: str = "model") -> Path:
@@ -173,10 +192,7 @@ def fetch(source: str, patterns: list[str], repo_type: str = "model") -> Path:
     """
     if os.path.exists(source):          # Path.exists raises where a name is too long
         return Path(source)
-    match = re.fullmatch(r"([\w.-]+/[\w.-]+)(?:/([\w./-]+))?", source)
-    if not match or source.startswith("."):
-        raise InputError(f"{source}: neither an existing file or folder "
-                         "nor a hub id of the form owner/name")
+    match = hub_id(source)
     from huggingface_hub import hf_hub_download, snapshot_download
     try:
         return Path(hf_hub_download(match[1], match[2], repo_type=repo_type) if match[2] else
@@ -184,8 +200,11 @@ def fetch(source: str, patterns: list[str], repo_type: str = "model") -> Path:
     except Exception as error:
         switch = os.environ.get("HF_HUB_OFFLINE", "").lower()
         offline = " (HF_HUB_OFFLINE is set)" if switch in ("1", "true", "yes", "on") else ""
+        kind = " --repo-type dataset" if repo_type == "dataset" else ""
         raise InputError(f"{source}: no such file or folder here; as a hub id not in the cache and "
-                         f"not to be downloaded{offline} ({type(error).__name__})") from None
+                         f"not to be downloaded{offline} ({type(error).__name__}); on a machine "
+                         f"with network: hf download {' '.join(filter(None, match.groups()))}{kind}"
+                         ", and let HF_HOME here be a copy of what it fills") from None
 
 
 def fetch_weights(source: str, root: Path, parts: list[str]) -> Path:
@@ -258,7 +277,7 @@ SIGNS = {"model.diffusion_model.": "a single-file checkpoint in the original lay
 def layout(weights: dict[str, torch.Tensor]) -> str:
     """A guess at what a weight file is, for error messages: the first of the SIGNS in any name."""
     return next((kind for sign, kind in SIGNS.items() if any(sign in key for key in weights)),
-                "of unknown layout")
+                "nothing that is known here")
 
 
 def clean(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -507,3 +507,96 @@ def test_prompts_on_the_official_tokenizers(name):
         if part == "tokenizer_2":                                       # "!" pads there, so "!!!" is three of them, not one token
             assert ids[1].tolist()[:5] == [49406, 0, 0, 0, 49407]
         assert ids[2, 76] == 49407 and (ids[2, 1:76] == 320).all()       # over 77 tokens: cut, the end token stays
+
+
+# The vocabulary
+
+def test_a_tokenizer_without_words_is_refused(sd, sdxl, tmp_path):
+    """Only its configuration is there: every prompt would have the same embedding."""
+    for n, (folder, name) in enumerate([(sd, "tokenizer"), (sdxl, "tokenizer_2")]):
+        shutil.copytree(folder, tmp_path / str(n))
+        for file in (tmp_path / str(n) / name).iterdir():
+            if file.name != "tokenizer_config.json":
+                file.unlink()
+        with pytest.raises(InputError, match=f"{n}/{name}: .*vocab") as caught:
+            load_pipeline(str(tmp_path / str(n)))
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("size, words", [(579, None), (583, None), (578, "579 tokens, the net 578"), (1000, "579 tokens, the net 1000"), (49408, "different models")])
+def test_a_vocabulary_is_held_against_its_network(size, words):
+    tokenizer = loading.first_tokenizer("tiny")
+    if words is None:
+        loading.check_vocabulary(tokenizer, size, "the net")
+    else:
+        with pytest.raises(InputError, match=f"tiny/model/tokenizer: .*{words}"):
+            loading.check_vocabulary(tokenizer, size, "the net")
+    from transformers import BertTokenizer, CLIPTokenizer
+    for empty in (CLIPTokenizer(), BertTokenizer()):
+        with pytest.raises(InputError, match="knows no words"):
+            loading.check_vocabulary(empty, len(empty), "the net")
+
+
+def test_a_token_too_many_is_one_line(sd, tmp_path):
+    """A tokenizer to which a word was added, and the encoder was not."""
+    shutil.copytree(sd, tmp_path / "more")
+    tokenizer = _tokenizer(sd / "tokenizer")
+    tokenizer.add_tokens(["<my-style>"])
+    tokenizer.save_pretrained(tmp_path / "more/tokenizer")
+    with pytest.raises(InputError, match="the tokenizer has 580 tokens, its text encoder 579"):
+        load_pipeline(str(tmp_path / "more"))
+
+
+def scheduler_of(folder, **changes):
+    """Change a folder's scheduler; its path."""
+    path = folder / "scheduler/scheduler_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    return path
+
+
+def test_a_foreign_scheduler_is_refused_by_its_file(sd, tmp_path):
+    shutil.copytree(sd, tmp_path / "flow")
+    scheduler_of(tmp_path / "flow", _class_name="FlowMatchEulerDiscreteScheduler")
+    with pytest.raises(InputError, match="flow/scheduler/scheduler_config.json: .*FlowMatchEulerDiscreteScheduler"):
+        load_pipeline(str(tmp_path / "flow"))
+
+
+def test_the_option_wins_over_a_folders_prediction_type(sd, tmp_path):
+    shutil.copytree(sd, tmp_path / "v")
+    scheduler_of(tmp_path / "v", prediction_type="v_prediction")
+    assert load_pipeline(str(tmp_path / "v")).schedule.prediction_type == "v_prediction"
+    assert load_pipeline(str(tmp_path / "v"), prediction_type="epsilon").schedule.prediction_type == "epsilon"
+
+
+def test_a_unet_of_another_noise_process_is_told_by_the_scheduler_beside_it(sd, tmp_path):
+    pipe = load_pipeline(str(sd))
+    shutil.copytree(sd / "scheduler", tmp_path / "x/scheduler")
+    loading.check_schedule(tmp_path / "x", pipe)
+    loading.check_schedule(tmp_path / "without", pipe)
+    for change, words in ((dict(prediction_type="v_prediction"), "made for v_prediction and the same betas, .*sd for epsilon"),
+                          (dict(beta_end=0.02), "other betas"), (dict(_class_name="EDMEulerScheduler"), "EDMEulerScheduler")):
+        shutil.copytree(sd / "scheduler", tmp_path / "x/scheduler", dirs_exist_ok=True)
+        scheduler_of(tmp_path / "x", **change)
+        with pytest.raises(InputError, match=words):
+            loading.check_schedule(tmp_path / "x", pipe)
+
+
+@pytest.mark.parametrize("end", [578, 2, None, [578]])
+def test_the_end_token_is_not_the_largest_once_tokens_were_added(sdxl, tmp_path, end):
+    """A pipeline with a textual-inversion token pools where its configuration says that prompts end; the old wrong 2 says nothing."""
+    theirs = StableDiffusionXLPipeline.from_pretrained(sdxl)
+    for tokenizer, encoder in ((theirs.tokenizer, theirs.text_encoder), (theirs.tokenizer_2, theirs.text_encoder_2)):
+        tokenizer.add_tokens(["<my-style>"])
+        encoder.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+        with torch.no_grad():
+            rows = encoder.get_input_embeddings().weight
+            rows[-1] = torch.linspace(-0.3, 0.3, rows.shape[1])
+    theirs.save_pretrained(tmp_path / "ti")
+    path = tmp_path / "ti/text_encoder_2/config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | dict(eos_token_id=end)))
+    prompts = ["a red circle <my-style>", "<my-style> a red circle", "a red circle"]
+    got = encode_prompts(load_pipeline(str(tmp_path / "ti")), prompts)
+    theirs.text_encoder_2.text_model.eos_token_id = theirs.text_encoder_2.config.eos_token_id = 578 if end == 578 else 2
+    want = theirs.encode_prompt(prompts, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=False)
+    assert_close(got.prompt_embeds, want[0])
+    assert_close(got.pooled, want[2])
