@@ -3,10 +3,11 @@ PYTHON ?= python3
 VENV   ?= .venv
 PY     := $(VENV)/bin/python
 OUT    ?= runs/demo
+MINUTES ?= 9
 
 HEART  := $(patsubst %,tests/test_%.py,spo baselines ddim lora clip_spm unet)
 
-.PHONY: demo test quick test-slow soak clean
+.PHONY: demo test quick test-slow soak gpu clean
 
 $(VENV)/.runtime: requirements.txt
 	@echo 'setting up $(VENV): about 1.2 GB with the CPU build of torch, more with CUDA; a few minutes'
@@ -38,6 +39,10 @@ test-slow: $(VENV)/.dev
 
 soak: $(VENV)/.runtime
 	$(PY) benchmarks/soak.py
+
+# With MINUTES=4, say. Where no .venv is to be made: python benchmarks/gpu.py
+gpu: $(VENV)/.runtime
+	$(PY) benchmarks/gpu.py --minutes $(MINUTES)
 
 clean:
 	rm -rf $(VENV) runs

@@ -16,6 +16,7 @@
 
 The defaults are the paper's protocol (DDIM, 20 steps, guidance 5); it is written into every result.
 """
+import datetime
 import hashlib
 import os
 import re
@@ -57,7 +58,7 @@ from loading import (
 from metrics import WITH_TOKENIZER, Metric, find_metric, load_metric, metric_sources, rgb
 from observers import Trace
 from prompt_sets import PromptSet, checked_prompt, drawn, join_sets
-from report import draw_trace, read_logs, write_report
+from report import SHOWN, draw_trace, read_logs, write_report
 from study import tally, write_study
 from training import (
     Processes,
@@ -380,10 +381,6 @@ def compare(scores: list[float], first: list[float], resamples: int = 2000, each
 
 # The tables
 
-# metric -> (factor, decimals), (1, 3) for others; GenEval's shares are given in per cent
-SHOWN = {"geneval": (100, 2)}
-
-
 def table(results: dict[str, dict[str, dict]], metrics: list[str]) -> str:
     """Markdown: one row per model; win rates are against the first.
 
@@ -605,8 +602,9 @@ def write_results(config: EvaluateConfig, protocol: dict, chosen: PromptSet,
                       for m in formulas} for name, row in scores.items()}
     by_group = {name: {m: group_means(row[m], groups) for m in formulas}
                 for name, row in scores.items()} if groups else {}
-    write_json(folder / "results.json", dict(protocol=protocol, metrics=formulas, results=results,
-                                             groups=by_group, scores=scores))
+    found = dict(protocol=protocol, metrics=formulas, results=results, groups=by_group,
+                 scores=scores)
+    write_json(folder / "results.json", found)
     text = "\n".join([
         table(results, list(formulas)), group_tables(by_group) if groups else "",
         ", ".join(f"{k} {v}" for k, v in protocol.items()),
@@ -614,9 +612,10 @@ def write_results(config: EvaluateConfig, protocol: dict, chosen: PromptSet,
     write_atomic(folder / "results.md", lambda p: p.write_text(text, encoding="utf-8"))
     columns = min(12, len(prompts))             # same prompt and seed below each other
     save_png(folder / "grid.png", grid(
-        load_images([path for paths in files.values() for path in paths[:columns]]), columns))
-    write_report(folder / "report.html", text, protocol | formulas, files, prompts, scores, logs,
-                 config.report_rows)
+        load_images([path for paths in files.values() for path in paths[:columns]]), columns,
+        names=list(files), captions=prompts[:columns]))
+    write_report(folder / "report.html", found, files, prompts, logs, config.report_rows,
+                 datetime.date.today().isoformat())
     if config.study:
         write_study(Path(config.study), files, prompts, config.study_pairs, config.seed)
         print(f"study page: {config.study}; raters send back votes-*.json, for --tally")

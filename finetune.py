@@ -24,7 +24,7 @@ import torch
 
 import lora
 from calls import Calls
-from diffusion import encode_empty, generate, grid
+from diffusion import encode_empty, generate, grid, repaired
 from loading import (
     DTYPES,
     NAMES,
@@ -259,7 +259,7 @@ def draw_samples(pipe: Pipeline, prompts: list[str], config: RunConfig, path: Pa
         images = generate(
             pipe, some, list(range(len(some))), batch, steps=config.steps,
             guidance_scale=config.guidance_scale, resolution=config.resolution or None)
-    write_atomic(path, functools.partial(grid(images, 8).save, format="PNG"))
+    write_atomic(path, functools.partial(grid(images, 8, captions=some).save, format="PNG"))
 
 
 def copied(weights: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -310,7 +310,8 @@ class Trainer:
         self.totals = Totals(())
         self.scaler = loss_scaler(config, pipe.device)
         state = run.resume(
-            prompts=fingerprint(prompts), base_model=fingerprint(*pipe.identity),
+            prompts=fingerprint([repaired(p) for p in prompts]),
+            base_model=fingerprint(*pipe.identity),
             judge_model=fingerprint(*[judge] if judge else []), **identity)
         if state:
             with run.restoring():

@@ -5,6 +5,7 @@
 SD-1.5, SDXL and the embedded tiny model take the same path; only their configuration files differ.
 """
 import math
+import os
 import re
 from contextlib import contextmanager
 from dataclasses import dataclass, field, is_dataclass, replace
@@ -154,13 +155,8 @@ def _planned(cls, config_cls, path: Path, own=None):
     return build(cls, read_config(config_cls, beside), beside), file
 
 
-def _fill(module, file: Path, dtype: torch.dtype, device: torch.device, part: str):
-    """Numbers for a planned network."""
-    return load_strict(module, clean(read_weights(file, part)), file, dtype, device)
-
-
 def _fill_vae(vae: VAE, weights: dict, file: Path, dtype: torch.dtype, device: torch.device):
-    """The same for a VAE, from diffusers' layout or the original one, alone or in a checkpoint."""
+    """Numbers for a planned VAE, in diffusers' layout or the original, alone or in a checkpoint."""
     tensors = take(weights, "first_stage_model.") or weights
     tensors = {k: v for k, v in tensors.items() if not k.startswith(("loss.", "model_ema."))}
     tensors = rename(vae, tensors, lambda key: original_vae_name(
@@ -202,25 +198,20 @@ def resolve(config) -> None:
     Reading SDXL takes a minute, after which nobody wants to hear of a mistyped path. Options that
     `config` lacks count as empty. Raises InputError that names the option.
     """
-    names = ("model", "tokenizer", "vae", "decoder", "spm", "pickscore", "reward")
-    given = {name: getattr(config, name, "") for name in names}
-    judge = getattr(config, "judge", "spm" if getattr(config, "trace", "") else "")
-    if judge and not config.spm:
-        given["spm"] = judge_source(config.model, getattr(config, "preset", ""), judge)
-    if config.model.endswith(".safetensors") and not config.tokenizer:
-        given["tokenizer"] = NAMES[preset_of(config.model)]
-    if given["decoder"] == "taesd":
-        given["decoder"] = TAESD[config.preset == "sdxl"]
-    for name in filter(given.get, names):
+    find = dict(model=find_model,
+                tokenizer=lambda source: _tokenizer(fetch(source, ["tokenizer*/*"]) / "tokenizer"),
+                vae=lambda source: weight_file(fetch_part(source, "vae")),
+                decoder=lambda source: weight_file(fetch_part(
+                    TAESD[config.preset == "sdxl"] if source == "taesd" else source)),
+                spm=clip_file, reward=clip_file, pickscore=clip_file)
+    given = {name: getattr(config, name, "") for name in find}
+    if hasattr(config, "judge") and not config.spm:
+        given["spm"] = judge_source(config.model, config.preset, config.judge)
+    if config.model.endswith(".safetensors") and os.path.exists(config.model):
+        given["tokenizer"] = config.tokenizer or NAMES[preset_of(config.model)]
+    for name in filter(given.get, find):
         with option(name):
-            if name == "model":
-                find_model(given[name])
-            elif name == "tokenizer":
-                _tokenizer(fetch(given[name], ["tokenizer*/*"]) / "tokenizer")
-            elif name in ("vae", "decoder"):
-                weight_file(fetch_part(given[name], name))
-            else:
-                clip_file(given[name])
+            find[name](given[name])
 
 
 @contextmanager
@@ -266,20 +257,17 @@ def read_config(cls, path: Path):
 
 
 def check_depth(config) -> None:
-    """ValueError for more than MOST_LAYERS layers: building them would take hours, or the memory.
+    """ValueError for more than MOST_LAYERS layers, which would take hours or all memory to build.
 
     They are what the fields that count layers, blocks and levels amount to.
     """
-    for value in vars(config).values():
-        if is_dataclass(value):
-            check_depth(value)
-    counts = {name: value for name, value in vars(config).items() if "layers" in name
-              or name == "blocks"}
-    levels = len(getattr(config, "block_out_channels", "1"))
-    layers = levels * math.prod(v if isinstance(v, int) else sum(v) for v in counts.values())
-    if layers > MOST_LAYERS:
-        raise ValueError(f"{', '.join(f'{k}={v!r}' for k, v in counts.items())} at {levels} levels "
-                         f"make {layers:,} layers; no such network has more than {MOST_LAYERS:,}")
+    for part in filter(is_dataclass, (config, *vars(config).values())):
+        counts = {k: v for k, v in vars(part).items() if "layers" in k or k == "blocks"}
+        levels = len(getattr(part, "block_out_channels", "1"))
+        layers = levels * math.prod(v if isinstance(v, int) else sum(v) for v in counts.values())
+        if layers > MOST_LAYERS:
+            raise ValueError(f"{', '.join(f'{k}={v!r}' for k, v in counts.items())} at {levels} "
+                             f"levels: {layers:,} layers, no such network has {MOST_LAYERS:,}")
 
 
 def build(cls, config, path: Path):
@@ -362,8 +350,7 @@ def load_tiny_decoder(source: str, pipe: Pipeline,
     else, or speak of other latents or pictures than `pipe`.
     """
     path = fetch_part(TAESD[pipe.is_sdxl] if source == "taesd" else source)
-    official = TinyDecoderConfig()
-    decoder, file = _planned(TinyDecoder, TinyDecoderConfig, path, official)
+    decoder, file = _planned(TinyDecoder, TinyDecoderConfig, path, TinyDecoderConfig())
     for what, ours, theirs in (
             ("channels in a latent", decoder.config.latent_channels, pipe.unet.config.in_channels),
             ("pixels a side per latent position", decoder.factor, pipe.vae.factor)):
@@ -463,15 +450,12 @@ def marked_prediction(path: Path, weights: dict[str, torch.Tensor]) -> str:
 
     By a tensor (`v_pred`), its header (`modelspec`), or the `.yaml` beside it, as A1111 has it.
     """
-    header = read_header(path)
-    said = "v" if "v_pred" in weights else (
-        header.get("modelspec.prediction_type") or header.get("modelspec.predict_key"))
-    beside = path.with_suffix(".yaml")
-    if not said and beside.is_file():
-        lines = beside.read_text(encoding="utf-8", errors="replace")
-        found = re.search(r"^\s*parameterization:\s*['\"]?(\w+)", lines, re.MULTILINE)
-        said = found and found[1]
-    return {None: "epsilon", "": "epsilon", "eps": "epsilon", "v": "v_prediction"}.get(said, said)
+    header, beside = read_header(path), path.with_suffix(".yaml")
+    lines = beside.read_text("utf-8", "replace") if beside.is_file() else ""
+    found = re.search(r"^\s*parameterization:\s*['\"]?(\w+)", lines, re.MULTILINE)
+    said = ("v" if "v_pred" in weights else header.get("modelspec.prediction_type")
+            or header.get("modelspec.predict_key") or (found[1] if found else "eps"))
+    return dict(eps="epsilon", v="v_prediction").get(said, said)
 
 
 def _single_file(path: Path, dtype: torch.dtype, device: torch.device, tokenizer: str,
@@ -540,8 +524,8 @@ def _folder(source: str, root: Path, dtype: torch.dtype, device: torch.device,
                     device=device)
     _check_fit(pipe, source)
     for n, (clip, file) in zip(names, texts):
-        _fill(clip, file, dtype, device, f"text_encoder{n}")
-    _fill(unet, unet_file, dtype, device, "unet")
+        load_strict(clip, clean(read_weights(file, f"text_encoder{n}")), file, dtype, device)
+    load_strict(unet, clean(read_weights(unet_file, "unet")), unet_file, dtype, device)
     _fill_vae(vae, read_weights(vae_file, "vae"), vae_file,
               vae_dtype(vae.config, unet.config, dtype), device)
     return pipe
@@ -567,7 +551,8 @@ def load_pipeline(source: str = "tiny", dtype: torch.dtype = torch.float32,
     if NAMES.get(source, source).endswith(SINGLE):
         pipe = _single_file(root, dtype, device, tokenizer, prediction_type, own_vae=not vae)
         if unet:
-            pipe.unet = _fill(*_planned(UNet, UNetConfig, other["unet"]), dtype, device, "unet")
+            pipe.unet, file = _planned(UNet, UNetConfig, other["unet"])
+            load_strict(pipe.unet, clean(read_weights(file, "unet")), file, dtype, device)
         if vae:
             own = SINGLE_PARTS["sdxl" if pipe.is_sdxl else "sd15"][0]
             pipe.vae, file = _planned(VAE, VAEConfig, other["vae"], own)

@@ -30,7 +30,6 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors import safe_open
 from safetensors.torch import save_file
 
 import loading
@@ -44,6 +43,7 @@ from weights import (
     is_sdxl,
     load_strict,
     original_module_names,
+    read_header,
     read_json,
     read_weights,
     rename,
@@ -393,12 +393,9 @@ def open_model(options: argparse.Namespace) -> tuple[UNet, Path, dict[str, torch
     return loading.build(UNet, config, root), root, weights
 
 
-def read_header(path: Path) -> dict[str, str]:
+def kept_header(path: Path) -> dict[str, str]:
     """What a .safetensors file says of itself, but for hashes of its weights; others nothing."""
-    if path.suffix != ".safetensors":
-        return {}
-    with safe_open(path, "pt") as file:
-        return {key: v for key, v in (file.metadata() or {}).items() if "hash" not in key}
+    return {key: v for key, v in read_header(path).items() if "hash" not in key}
 
 
 def save(weights: dict[str, torch.Tensor], target: Path, header: dict[str, str]) -> None:
@@ -458,7 +455,7 @@ def merge_into_model(options: argparse.Namespace) -> None:
         for key, value in unet.state_dict().items():
             place = ORIGINAL + names[key]
             whole[place] = value.view_as(whole[place])
-        save(whole, options.target, read_header(root))
+        save(whole, options.target, kept_header(root))
         beside = root.with_suffix(".yaml")              # A1111's: it may say v-prediction
         if beside.is_file() and not options.target.with_suffix(".yaml").exists():
             shutil.copy(beside, options.target.with_suffix(".yaml"))
@@ -490,7 +487,7 @@ def write_folder(unet: UNet, root: Path, target: Path, file: Path) -> None:
                 index["requires_safety_checker"] = False
             write_json(temporary / "model_index.json", index)
             name = f"unet/diffusion_pytorch_model{variant}.safetensors"
-            save(unet.state_dict(), temporary / name, read_header(file))
+            save(unet.state_dict(), temporary / name, kept_header(file))
             os.replace(temporary, target)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)

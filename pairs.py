@@ -116,9 +116,9 @@ def square(picture: Path | bytes | dict, side: int, place: str = "") -> torch.Te
         box = (*(begin * size / whole), *((begin + side) * size / whole))
         image = to_rgb(image).resize((side, side), Image.Resampling.BICUBIC, box)
     except Exception as error:          # PIL's many decoders raise what they like
+        why = str(error).partition(" <_io")[0] or type(error).__name__      # not where in memory
         raise UnreadablePicture(f"{place or picture}: not a readable picture "
-                                f"({(str(error) or type(error).__name__).splitlines()[0]})"
-                                ) from None
+                                f"({why.splitlines()[0]})") from None
     return torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1)
 
 

@@ -51,6 +51,11 @@ def read_json(path: Path) -> dict:
         raise InputError(f"{path}: not valid JSON ({error})") from None
 
 
+def main_process() -> bool:
+    """Is this, of the processes that torchrun started, the one that speaks?"""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def read_header(path: Path) -> dict[str, str]:
     """What a safetensors file says of itself; nothing for others, and for damaged ones."""
     if path.suffix == ".safetensors":
@@ -71,7 +76,7 @@ def read_weights(path: Path, part: str = "") -> dict[str, torch.Tensor]:
         raise InputError(f"{path}: no such weight file")
     if path.suffix == ".json":
         return _read_shards(path, part)
-    if part and os.environ.get("RANK", "0") == "0":
+    if part and main_process():
         print(f"loading {part}, {path.stat().st_size / 1e9:.2f} GB", flush=True)
     header = read_header(path)
     try:

@@ -5,18 +5,22 @@
     python benchmarks/bench.py --sides official eager   # without compiling
     python benchmarks/bench.py --model sd15 --parts     # a round's parts, each timed alone
     python benchmarks/bench.py --settings all           # instead: this program's settings compared
+    python benchmarks/bench.py --model sd15 --lead NAME # instead: one of leads.py's, off and on
 
 Sides:
     official    diffusers' UNet with peft's LoRA, a second UNet as reference, four forwards a pair;
                 diffusers' VAE, a whole pool at a time; on a CPU fp32, on a GPU fp16, the policy
-                under autocast as accelerate puts it, the judge in fp32 with TF32
-    eager       this program
+                under autocast with a gradient scaler as accelerate puts it, the judge in fp32
+                with TF32. Needs requirements-dev.txt; left out, in one line, without
+    eager       this program, its decoder and judge in the official precision as well
     compiled    this program with --compile
     taesd       the same with --decoder taesd, random weights in its layout; SD-1.5 and SDXL only
 All walk down the same number of trajectories with the same batches, decode and score the same
 candidates with one SPM, and train on every pair. First both recipes' losses on the same pairs and
-weights are compared. --settings measures peak memory and speed, with any --model. Needs
-requirements-dev.txt. Writes benchmarks/results/bench_MODEL_DEVICE.json, or parts_..., settings_...
+weights are compared. --settings measures peak memory and speed, with any --model. --lead gives each
+of our sides a twin to which the lead was applied: LEADS in leads.py names functions that apply one
+to a pipeline, in place, before anything is compiled; a docstring's first line says what it does.
+Writes benchmarks/results/bench_MODEL_DEVICE.json, or parts_..., settings_...
 """
 import contextlib
 import copy
@@ -29,15 +33,15 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
-import diffusers
-import peft
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -45,22 +49,25 @@ import ddim
 import lora
 from calls import Calls
 from clip_spm import CLIP, clip_h, preprocess_decoded
-from conftest import sd15_shaped, sdxl_shaped
 from diffusion import (
     Conditioning, decode, encode_empty, encode_prompts, guided_noise, judge_features, negative,
 )
 from finetune import LOW, Trainer, Turn, compiled_sizes, loss_scaler
-from loading import DTYPES, TINY, Pipeline, load_clip, load_pipeline
+from loading import DTYPES, SINGLE_UNETS, TINY, Pipeline, load_clip, load_pipeline
 from observers import Faults
 from prompt_sets import read_prompts
 from spo_train import (
     PRESETS, Batch, Judge, Pairs, SPOConfig, Steps, collect, pair_log_ratios, pool_groups,
     sample_pools, spo_loss, take, train_on_pairs,
 )
-from test_unet import SD15_FULL, SDXL_FULL
 from training import Processes, generator, opt, parse_options, profiled, run_script, write_json
-from unet import UNet, UNetConfig, compile_blocks
+from unet import UNet, compile_blocks
 from vae import VAE, TinyDecoder, TinyDecoderConfig, VAEConfig
+
+try:
+    from leads import LEADS
+except ModuleNotFoundError:
+    LEADS: dict[str, Callable[[Pipeline], None]] = {}
 
 PHASES = ("sampling", "decoding", "scoring", "training")
 SIDES = ("official", "eager", "compiled", "taesd")
@@ -82,6 +89,11 @@ class BenchConfig:
     repeats: int = opt(3, "rounds of each side, of which the median counts", least=1)
     profile: bool = opt(False, "in a folder beside the JSON file, what one more round, compiled if "
                         "that is a side, spends its time on")
+    lead: str = opt("", "this program without and with one of leads.py's: "
+                    f"{', '.join(LEADS) or 'there are none yet'}", ("", *LEADS))
+    decoder_dtype: str = opt("fp16", "our VAE's at full size (O: fp16)", tuple(DTYPES))
+    judge_dtype: str = opt("fp32", "our judge's at full size (O: fp32, its products in TF32)",
+                           tuple(DTYPES))
     out: str = opt("", "the JSON file; empty: benchmarks/results/bench_MODEL_DEVICE.json, or "
                    "parts_..., settings_...")
 
@@ -119,15 +131,16 @@ def tiny_task(device: torch.device) -> Task:
     return Task(pipe, clip, cond, encode_empty(pipe), text, config)
 
 
-def full_task(model: str, device: torch.device) -> Task:
+def full_task(model: str, device: torch.device, given: BenchConfig) -> Task:
     """SD-1.5 or SDXL at full size; random weights and conditioning cost what real ones cost."""
     config = SPOConfig(**PRESETS[model] | dict(model=model))
     torch.manual_seed(0)
     with torch.device(device):
         torch.set_default_dtype(torch.bfloat16)
-        unet, vae = UNet(UNetConfig.from_json(full_unet(model))), VAE(VAEConfig())
+        unet, vae = UNet(SINGLE_UNETS[model]), VAE(VAEConfig())
         clip = CLIP(clip_h(step_aware=True))
         torch.set_default_dtype(torch.float32)
+    vae, clip = vae.to(DTYPES[given.decoder_dtype]), clip.to(DTYPES[given.judge_dtype])
     for module in (unet, vae, clip):
         module.requires_grad_(False).eval()
     betas = torch.linspace(0.00085 ** 0.5, 0.012 ** 0.5, 1000).square()
@@ -144,14 +157,10 @@ def full_task(model: str, device: torch.device) -> Task:
     return Task(pipe, clip, cond, empty[:1], text, config)
 
 
-def full_unet(model: str) -> dict:
-    """The official UNet's config.json."""
-    return sd15_shaped(**SD15_FULL) if model == "sd15" else sdxl_shaped(**SDXL_FULL)
-
-
-def load_task(model: str, prompts: int, device: torch.device, **changes) -> Task:
+def load_task(given: BenchConfig, prompts: int, device: torch.device, **changes) -> Task:
     """A model with its LoRA, `prompts` prompts, its settings with `changes`; every pair counts."""
-    task = tiny_task(device) if model == "tiny" else full_task(model, device)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True  # as in training
+    task = tiny_task(device) if given.model == "tiny" else full_task(given.model, device, given)
     config = replace(task.config, threshold=-1.0, **changes)
     lora.add(task.pipe.unet, config.rank)
     task.pipe.unet.checkpointing = config.checkpointing
@@ -169,6 +178,7 @@ def official_module(cls, config: dict, ours: UNet | VAE, dtype: torch.dtype) -> 
 
 def add_official_lora(unet: torch.nn.Module, ours: UNet, rank: int) -> None:
     """Give diffusers' UNet a LoRA by peft, in fp32, with the numbers of our UNet's."""
+    import peft
     unet.add_adapter(peft.LoraConfig(
         r=rank, lora_alpha=rank, target_modules=list(lora.TARGETS)
     ))
@@ -200,6 +210,7 @@ class Official:
     """The official recipe, diffusers and peft, with the very weights of `task` and of its LoRA."""
 
     def __init__(self, task: Task, unet_json: dict, vae_json: dict):
+        import diffusers
         self.task, self.config, pipe = task, task.config, task.pipe
         self.dtype = torch.float16 if pipe.device.type == "cuda" else torch.float32
         policy, reference = (
@@ -213,6 +224,7 @@ class Official:
         add_official_lora(policy, pipe.unet, self.config.rank)
         self.parameters = [p for p in policy.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-6)
+        self.scaler = torch.amp.GradScaler(enabled=self.dtype == torch.float16)
 
     def side(self) -> Side:
         """The recipe as one of the sides."""
@@ -257,9 +269,11 @@ class Official:
             with pipe.calls.phase("training"):
                 for part in batch.split(config.train_batch):
                     steps = take(pairs, part.tolist(), pipe, self.task.empty)
-                    (self.loss_of(steps).sum() / len(batch)).backward()
+                    self.scaler.scale(self.loss_of(steps).sum() / len(batch)).backward()
+                self.scaler.unscale_(self.optimizer)
                 torch.nn.utils.clip_grad_norm_(self.parameters, config.clip_norm)
-                self.optimizer.step()
+                self.scaler.step(self.optimizer)
+                self.scaler.update()
                 self.optimizer.zero_grad(set_to_none=True)
 
 
@@ -351,18 +365,18 @@ def wait(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
-def measure(model: str, changes: dict, prompts: int, repeats: int) -> tuple[int, float] | None:
+def measure(given: BenchConfig, changes: dict, prompts: int) -> tuple[int, float] | None:
     """Rounds of one setting, alone in a process: (peak bytes, seconds a prompt); None if too large.
 
     The peak is the card's, or else the process's.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    task = load_task(model, prompts, device, **changes)
+    task = load_task(given, prompts, device, **changes)
     side = our_side(task, compiled=False)
     try:
         seconds = [
             seconds_of(lambda: one_round(task, side, seed), device)
-            for seed in range(repeats + 1)
+            for seed in range(given.repeats + 1)
         ]
     except torch.cuda.OutOfMemoryError:
         return None
@@ -387,7 +401,7 @@ def compare_settings(given: BenchConfig, prompts: int, head: dict, path: Path) -
     head["settings"] = {}
     for name, changes in [rows[k] for k in rows if k in given.settings or "all" in given.settings]:
         with multiprocessing.get_context("spawn").Pool(1) as process:
-            found = process.apply(measure, (given.model, changes, prompts, given.repeats))
+            found = process.apply(measure, (given, changes, prompts))
         peak, seconds = found or (None, None)
         head["settings"][name] = dict(changes, peak_bytes=peak, seconds_per_prompt=seconds)
         cells = f"{peak / 1e9:.2f} GB | {seconds:.3f}" if found else "does not fit | "
@@ -423,13 +437,21 @@ def build_sides(task: Task, given: BenchConfig) -> tuple[dict[str, Side], TinyDe
     with torch.no_grad():       # policy and reference apart, or there would be nothing to compare
         for layer in lora.layers(pipe.unet).values():
             layer.lora_B.weight.normal_(std=0.01)
-    sides, small = {}, None
-    if "official" in given.sides:
+    sides, small, tasks = {}, None, {"": task}
+    missing = [name for name in ("diffusers", "peft") if not find_spec(name)]
+    if "official" in given.sides and missing:
+        print(f"official: needs {' and '.join(missing)} (requirements-dev.txt); left out",
+              flush=True)
+    elif "official" in given.sides:
         sides["official"] = Official(task, *official_configs(given.model)).side()
-    compile_blocks(pipe.unet)                                       # the eager side goes around it
+    if given.lead:
+        tasks[f" {given.lead}"] = replace(task, pipe=copy.deepcopy(pipe))
+        LEADS[given.lead](tasks[f" {given.lead}"].pipe)
+    for one in tasks.values():
+        compile_blocks(one.pipe.unet)                               # the eager side goes around it
     for name in ("eager", "compiled"):
         if name in given.sides:
-            sides[name] = our_side(task, name == "compiled")
+            sides |= {name + lead: our_side(one, name == "compiled") for lead, one in tasks.items()}
     if "taesd" in given.sides and given.model == "tiny":
         print("taesd: knows the latents of SD-1.5 and SDXL, not those of tiny; left out",
               flush=True)
@@ -447,7 +469,7 @@ def official_configs(model: str) -> list[dict]:
         files = [TINY / part / "config.json" for part in ("unet", "vae")]
         configs = [json.loads(file.read_text()) for file in files]
         return [{k: v for k, v in c.items() if not k.startswith("_")} for c in configs]
-    return [full_unet(model), dict(
+    return [asdict(SINGLE_UNETS[model]), dict(
         block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4,
         down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
     )]
@@ -487,17 +509,18 @@ def bytes_of(side: Side) -> int:
 
 @contextlib.contextmanager
 def alone(pipe: Pipeline, side: Side, sides: dict[str, Side]) -> Iterator[int]:
-    """Only this side's networks are on the card, in their layout, and run as they should.
+    """This side's networks are on the card, in their layout, and run as they should.
 
-    Yields what was allocated before.
+    Beside the official side's, which are many, they are there alone. Yields what was allocated
+    before.
     """
     cuda = pipe.device.type == "cuda"
-    for other in sides.values():                    # whoever rests, rests elsewhere
+    for other in sides.values() if "official" in sides else ():     # who rests, rests elsewhere
         for module in other.modules:
             module.to(pipe.device if module in side.modules else "cpu")
     if cuda and side.compiled is not None:
         layout = torch.channels_last if side.compiled else torch.contiguous_format
-        for module in (pipe.unet, pipe.vae):
+        for module in (side.pipe.unet, side.pipe.vae):
             module.to(memory_format=layout)
     gc.collect()
     if cuda:
@@ -691,15 +714,13 @@ def measurements(
 def compare_sides(given: BenchConfig, prompts: int, head: dict, path: Path) -> None:
     """Build the sides, check that they agree, take turns, and write down what is known."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    task = load_task(
-        given.model, prompts, device, sample_batch=prompts, prompts_per_round=prompts
-    )
+    task = load_task(given, prompts, device, sample_batch=prompts, prompts_per_round=prompts)
     sides, small = build_sides(task, given)
     difference = loss_difference(task, sides) if {"official", "eager"} <= set(sides) else None
     cost = costs(task, small)
     top = ceiling(device, DTYPES["bf16" if device.type == "cuda" else "fp32"])
+    head |= {name: version(name) for name in ("diffusers", "peft") if "official" in sides}
     head |= dict(
-        diffusers=diffusers.__version__, peft=peft.__version__,
         k=task.config.k, j=task.config.j, train_batch=task.config.train_batch,
         ceiling_tflops=top, loss_difference=difference, **cost,
     )
@@ -719,8 +740,6 @@ def main() -> None:
     """Compare what the command line asks for."""
     given = parse_options(BenchConfig, {}, description=__doc__)
     cuda = torch.cuda.is_available()
-    # As in training, here and there.
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     prompts = given.prompts or {"tiny": 16, "sd15": 10, "sdxl": 2}[given.model]
     kind = "settings" if given.settings else "parts" if given.parts else "bench"
     path = ROOT / f"benchmarks/results/{kind}_{given.model}_{'gpu' if cuda else 'cpu'}.json"

@@ -190,8 +190,8 @@ def together(script: str, *words: object, processes: int = 2, adam: object = tor
 
 def call(script: str, *words: object) -> str:
     """Run a script's main in this process, which spares the imports; returns what it printed. Mistakes are raised."""
-    out = io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(io.StringIO()), main_of(script, *words, "--device", "cpu") as main:
+    out, device = io.StringIO(), () if "cuda" in words else ("--device", "cpu")       # the last one counts
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(io.StringIO()), main_of(script, *words, *device) as main:
         main()
     return out.getvalue()
 

@@ -125,7 +125,8 @@ def test_evaluation_end_to_end(kind, trained, tmp_path, small, pickscore):
     assert report["scores"]["spo"]["pickscore"] != report["scores"]["base"]["pickscore"]
     text = (out / "results.md").read_text()
     assert text.startswith("| model | aesthetics | win rate | pickscore | win rate |") and "| spo |" in text and "guidance_scale 5.0" in said
-    assert (out / "grid.png").is_file()
+    with Image.open(out / "grid.png") as grid:                  # two rows of six pictures, labelled
+        assert grid.width == 64 + 6 * 20 + 4 and grid.height > 2 * 20 + 4
 
 
 def test_pictures_are_drawn_once(kind, trained, tmp_path):
