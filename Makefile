@@ -23,7 +23,7 @@ $(VENV)/.dev: $(VENV)/.runtime requirements-dev.txt
 demo: $(VENV)/.runtime
 	$(PY) spo_train.py --out $(OUT)
 	$(PY) evaluate.py --trace "three blue squares" --lora spo=$(OUT) --out $(OUT)/evaluation
-	$(PY) evaluate.py --lora base= spo=$(OUT) --logs spo=$(OUT) --out $(OUT)/evaluation
+	$(PY) evaluate.py --lora base= spo=$(OUT) --curves spo=$(OUT) --out $(OUT)/evaluation
 
 test: $(VENV)/.dev
 	$(PY) -m ruff check .

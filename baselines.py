@@ -20,6 +20,7 @@ changes: when the preference is asked for.
 Shapes: N pairs or slots, S steps, C H W latent.
 """
 import dataclasses
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -41,11 +42,30 @@ from finetune import (
     prepare_policy,
     training_prompts,
 )
-from loading import Pipeline
+from loading import Pipeline, resolve
 from observers import report, sound_scores
-from pairs import Pairs, encode_pairs, load_pairs, readable, stack_pictures, world_pairs
+from pairs import (
+    Pairs,
+    encode_pairs,
+    list_unreadable,
+    load_pairs,
+    read_or_leave,
+    readable,
+    stack_pictures,
+    too_many_unreadable,
+    unpainted_pairs,
+)
 from spo_train import SPOConfig, pick, prepare, sample_round, train_on_pairs
-from training import Processes, Run, generator, opt, parse_options, run_script, start_processes
+from training import (
+    Processes,
+    Run,
+    fingerprint,
+    generator,
+    opt,
+    parse_options,
+    run_script,
+    start_processes,
+)
 from weights import InputError
 
 METHODS = {         # where each starts from unless the preset or the command line says otherwise
@@ -81,6 +101,8 @@ class BaselineConfig(RunConfig):
     pairs: str = opt("", "offline: folder with pairs.jsonl or Parquet, a .parquet file or a hub "
                      "data set; empty: the tiny world's")
     count: int = opt(44_000, "offline, tiny: size of the world's set of pairs", least=1)
+    max_unreadable: float = opt(0.01, "offline: share of the pairs read so far whose pictures may "
+                                "be damaged; they are skipped and listed", least=0, most=1)
     beta: float = opt(0.0, "strength of regularization (D: d3po 0.1, diffusion-dpo 5000, mapo "
                       "0.1); 0: the method's own", least=0)
 
@@ -224,11 +246,12 @@ def noised_pairs(trainer: Trainer, rows: list[int], images: torch.Tensor,
     return latents, noise, upload(t, pipe.device).expand(-1, 2).flatten()
 
 
-def offline_values(trainer: Trainer, data: Pairs, rows: list[int],
+def offline_values(trainer: Trainer, data: Pairs, rows: list[int], got: list[torch.Tensor | str],
                    epoch: int) -> list[torch.Tensor]:
-    """Some pairs of pictures, by their numbers: the loss [N], then what is only logged."""
+    """Some pairs, by their numbers, and what `readable` got of them: the loss [N], then what is
+    only logged."""
     pipe, config = trainer.pipe, trainer.config
-    images, seen = stack_pictures([readable(data, i) for i in rows], pipe.side(config.resolution))
+    images, seen = stack_pictures(got, pipe.side(config.resolution))
     latents, noise, t = noised_pairs(trainer, rows, images, epoch)
     captions = [data.captions[i] for i in rows]
     cond = encode_prompts(pipe, captions, config.resolution or None).repeat(2)
@@ -252,26 +275,32 @@ def offline_values(trainer: Trainer, data: Pairs, rows: list[int],
     return list(torch.stack(values) * upload(seen, pipe.device))
 
 
-def offline_round(trainer: Trainer, data: Pairs, used: list[int], turn: Turn) -> dict:
-    """Each of the round's indices (into `used`) is a pair, noised at one random timestep."""
+def offline_round(trainer: Trainer, data: Pairs, used: list[int], turn: Turn) -> tuple[dict, dict]:
+    """Each of the round's indices (into `used`) is a pair, noised at one random timestep.
+
+    Returns what is logged, and why pairs cannot be read.
+    """
     def place_of(place: int) -> str:
         return f"the pair of caption {turn.texts[place]!r}"
 
-    slots = list(range(len(turn.indices)))
+    slots, broken = list(range(len(turn.indices))), {}
     names = ("loss", "margin", "accuracy", "error_win", "error_lose")
     for minibatch in trainer.minibatches(slots, names, turn, place_of):
         for part in minibatch:
             rows = [used[turn.indices[place]] for place in part]
-            loss, *logged = offline_values(trainer, data, rows, turn.epoch)
+            got = [readable(data, i) for i in rows]
+            broken |= {why: why for why in got if isinstance(why, str)}
+            loss, *logged = offline_values(trainer, data, rows, got, turn.epoch)
             minibatch.backward(loss, logged)
         minibatch.step()
-    return trainer.totals.means() | dict(pairs=len(slots))
+    return trainer.totals.means() | dict(pairs=len(slots)), trainer.processes.union(broken)
 
 
 def train_online(config: BaselineConfig, run: Run, processes: Processes,
                  prompts: list[str]) -> None:
     """DDPO or D3PO, from prompts."""
     walk = d3po_as_spo(config)
+    resolve(config)                                 # its judge is --reward
     pipe, judge, observers = prepare(walk, processes)
     with Trainer(config, run, pipe, prompts, judge.clip, config.method) as trainer:
         for turn in trainer.turns():
@@ -295,18 +324,30 @@ def train_offline(config: BaselineConfig, run: Run, processes: Processes) -> Non
                          "Parquet file of preference pairs")
     pipe = prepare_policy(config, processes)
     pipe.calls.sizes = compiled_sizes(config, processes.world, 1, 2)
-    if config.pairs:
-        data = load_pairs(config.pairs, pipe.side(config.resolution))
-    else:
-        data = world_pairs(config.count, config.seed)
+    side = pipe.side(config.resolution)
+    read = (functools.partial(load_pairs, config.pairs, side) if config.pairs
+            else functools.partial(unpainted_pairs, config.count, config.seed))
+    data = read_or_leave(processes, read)
     labels = data.label.tolist()
     used = [i for i, label in enumerate(labels) if label != 0.5]            # a tie has no winner
     if not used:
         raise InputError(f"{config.pairs}: every pair is a tie")
-    captions = [data.captions[i] for i in used]
-    with Trainer(config, run, pipe, captions, None, config.method) as trainer:
+    captions, listed = [data.captions[i] for i in used], run.folder / "unreadable.txt"
+    known = fingerprint([str(labels[i]) for i in used])
+    with Trainer(config, run, pipe, captions, None, config.method, pair_labels=known) as trainer:
+        before = listed.read_text(encoding="utf-8") if trainer.begin and listed.exists() else ""
+        unreadable = {why: why for why in before.splitlines()}
         for turn in trainer.turns():
-            trainer.end(turn, offline_round(trainer, data, used, turn) | dict(score=None))
+            stats, broken = offline_round(trainer, data, used, turn)
+            if broken:
+                unreadable = list_unreadable(unreadable, broken, run)
+            trainer.end(turn, stats | dict(score=None, unreadable=len(unreadable)))
+            spoilt = too_many_unreadable(
+                unreadable, (turn.step + 1) * config.prompts_per_round, len(used),
+                config.max_unreadable, run.folder)
+            if spoilt:
+                trainer.save()
+                raise spoilt
 
 
 def main() -> None:
@@ -319,7 +360,7 @@ def main() -> None:
     spo_train.check(d3po_as_spo(config))
     offline = config.method in OFFLINE
     prompts = [] if offline else training_prompts(config)
-    run = Run(config.out, config, processes, FREE)
+    run = Run(config.out, config, processes, (*FREE, "max_unreadable"))
     if offline:
         train_offline(config, run, processes)
     else:

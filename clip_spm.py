@@ -37,13 +37,21 @@ class TowerConfig:
     layer_norm_eps: float = 1e-5
     vocab_size: int = 49408                 # text only
     max_position_embeddings: int = 77       # text only
+    eos_token_id: int | None = None         # text only; None: the largest id ends a prompt
     image_size: int = 224                   # vision only
     patch_size: int = 32                    # vision only
 
     @classmethod
     def from_json(cls, config: dict, **defaults) -> "TowerConfig":
-        """Keep the known fields of a `config.json`."""
+        """Keep the known fields of a `config.json`.
+
+        An end token of 2 is a mistake in old files, OpenAI's too: as in transformers it says
+        nothing.
+        """
         config = defaults | config
+        end = config.pop("eos_token_id", None)
+        if type(end) is int and end > 2:
+            config["eos_token_id"] = end
         if config.get("hidden_act", "quick_gelu") not in ACTIVATIONS:
             raise ValueError(f"CLIP config: hidden_act={config['hidden_act']!r} "
                              f"is none of {sorted(ACTIVATIONS)}")
@@ -182,6 +190,7 @@ class TextTower(nn.Module):
 
     def __init__(self, config: TowerConfig):
         super().__init__()
+        self.end = config.eos_token_id
         self.embeddings = TextEmbeddings(config)
         self.encoder = Encoder(config)
         self.final_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
@@ -196,7 +205,10 @@ class TextTower(nn.Module):
         for layer in self.encoder.layers:
             penultimate, x = x, layer(x, causal=True)
         last = self.final_layer_norm(x)
-        # The end token has the largest id: argmax finds its first place, padding or not.
+        # The end token's first place, padding or not. It has the largest id, unless tokens were
+        # added after it; then the configuration tells it.
+        if self.end is not None:
+            ids = ids.masked_fill(ids == self.end, torch.iinfo(ids.dtype).max)
         return penultimate, last, last[torch.arange(len(ids), device=ids.device), ids.argmax(dim=1)]
 
 

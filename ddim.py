@@ -8,9 +8,15 @@ Shapes: N samples, C H W latent. Timesteps are integers 0..999; alphas_cumprod[t
 to 0.0047. `alpha` below is always alphas_cumprod at some t.
 """
 import functools
+import re
 from dataclasses import dataclass
 
 import torch
+
+# Options of schedulers that make the noise another one, or the pictures.
+FIXED = dict(trained_betas=False, rescale_betas_zero_snr=False, clip_sample=False,
+             thresholding=False, use_flow_sigmas=False, timestep_type="discrete",
+             snr_shift_scale=1.0)
 
 
 @dataclass(frozen=True)
@@ -29,13 +35,18 @@ class Schedule:
         SPO walks "leading". What configurations of other samplers leave out (steps_offset,
         set_alpha_to_one) is as in the official files.
         """
-        own = config.get("_class_name", "DDIMScheduler") == "DDIMScheduler"     # with its defaults
+        name = str(config.get("_class_name", "DDIMScheduler"))
+        own = name == "DDIMScheduler"           # with its defaults
+        betas = own or any(key.startswith("beta") for key in config)
+        if re.search("Flow|EDM", name) or not betas:
+            raise ValueError(f"scheduler config: _class_name={name!r} is another noise process "
+                             "(a flow, EDM) than that of SD-1.5 and SDXL, which has betas")
         prediction = config.get("prediction_type", "epsilon")
         if prediction not in ("epsilon", "v_prediction"):
             raise ValueError(f"scheduler config: prediction_type={prediction!r} is not supported")
-        for key in ("trained_betas", "rescale_betas_zero_snr", "clip_sample", "thresholding"):
-            if config.get(key) not in (None, False):
-                raise ValueError(f"scheduler config: {key} is not supported")
+        for key, usual in FIXED.items():
+            if config.get(key, usual) not in (None, usual):
+                raise ValueError(f"scheduler config: {key}={config[key]!r} is not supported")
         offset = config.get("steps_offset", 0 if own else 1)
         if offset not in (0, 1):
             raise ValueError(f"scheduler config: steps_offset={offset!r} is neither 0 nor 1")

@@ -4,15 +4,21 @@
 
 Shapes: N samples, C H W latent, L tokens, D width of the conditioning, P width of the pooled text.
 """
+import functools
+import sys
+import textwrap
+from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
+from tqdm import tqdm
 
 import ddim
 from clip_spm import CLIP
 from loading import Pipeline
+from weights import main_process
 
 
 @dataclass
@@ -60,6 +66,7 @@ def encode_prompts(pipe: Pipeline, prompts: list[str],
     side by side, the second's projected end token as `pooled`, and (side, side, 0, 0, side, side)
     as `time_ids`.
     """
+    prompts = [repaired(prompt) for prompt in prompts]
     embeds = []
     pooled = None
     for tokenizer, encoder in zip(pipe.tokenizers, pipe.text_encoders):
@@ -75,6 +82,30 @@ def encode_prompts(pipe: Pipeline, prompts: list[str],
         cond.time_ids = torch.tensor([[side, side, 0, 0, side, side]] * len(prompts),
                                      dtype=torch.float32, device=pipe.device)
     return cond
+
+
+def repaired(prompt: str) -> str:
+    """A prompt as the official code's slow tokenizers have it: by ftfy, if that is installed.
+
+    Curly quotes, full-width signs and HTML entities become plain. Judges read what was written.
+    """
+    if prompt.isascii() and prompt.isprintable() and "&" not in prompt:
+        return prompt                   # ftfy changes nothing here
+    try:
+        from ftfy import fix_text
+    except ImportError:
+        _miss_ftfy()
+        return prompt
+    return fix_text(prompt)
+
+
+@functools.cache
+def _miss_ftfy() -> None:
+    """Say it once."""
+    if main_process():
+        tqdm.write("warning: prompts with curly quotes, full-width signs or HTML entities get "
+                   "other tokens than in the official code, which repairs them; pip install ftfy",
+                   file=sys.stderr)
 
 
 def tokenize(tokenizer, texts: list[str], clip: CLIP) -> torch.Tensor:
@@ -176,11 +207,37 @@ def to_pil(images: torch.Tensor) -> list[Image.Image]:
     return [Image.fromarray(picture.numpy()) for picture in pixels]
 
 
-def grid(images: torch.Tensor, columns: int, gap: int = 4) -> Image.Image:
-    """Pictures [N, 3, H, W] in [0, 1] side by side on white, row by row."""
-    width, height = images.shape[3] + gap, images.shape[2] + gap
-    canvas = Image.new("RGB", (columns * width + gap, -(-len(images) // columns) * height + gap),
-                       "white")
+def label(text: str, width: int, size: int) -> Image.Image:
+    """A text, black on white, `width` pixels wide, at most six lines of letters `size` high."""
+    font = ImageFont.load_default(size)
+    lines = textwrap.wrap(text, max(1, int(width / font.getlength("n"))), max_lines=6,
+                          placeholder="…") or [""]
+    out = Image.new("RGB", (width, round(1.4 * size) * len(lines)), "white")
+    for i, line in enumerate(lines):
+        ImageDraw.Draw(out).text((0, round(1.4 * size) * i), line, "black", font)
+    return out
+
+
+def grid(images: torch.Tensor, columns: int, gap: int = 4, names: Sequence[str] = (),
+         captions: Sequence[str] = ()) -> Image.Image:
+    """Pictures [N, 3, H, W] in [0, 1] side by side on white, row by row.
+
+    `names`: of the rows, at their left. `captions`: of the first pictures, above them.
+    """
+    height, width = images.shape[2:]
+    size = max(10, width // 28)
+    left = gap + (max(64, width // 4) if names else 0)
+    heads = [label(caption, width, size) for caption in captions]
+    tops, bottom = [], gap
+    for begin in range(0, len(images), columns):
+        tops.append(bottom + max((h.height for h in heads[begin:begin + columns]), default=0))
+        bottom = tops[-1] + height + gap
+    canvas = Image.new("RGB", (left + columns * (width + gap), bottom), "white")
+    for name, top in zip(names, tops):
+        canvas.paste(label(name, left - 2 * gap, size), (gap, top))
     for i, image in enumerate(to_pil(images)):
-        canvas.paste(image, (gap + i % columns * width, gap + i // columns * height))
+        x, y = left + i % columns * (width + gap), tops[i // columns]
+        canvas.paste(image, (x, y))
+        if i < len(heads):
+            canvas.paste(heads[i], (x, y - heads[i].height))
     return canvas

@@ -1,7 +1,7 @@
 """Generate, score and compare: a row per model, same prompts and seeds (paper, section 5).
 
     python evaluate.py --lora base= spo=runs/spo                    # tiny, on its held-out prompts
-    python evaluate.py --model sdxl --lora base= spo=spo.safetensors \\
+    python evaluate.py --model sdxl --lora base= half=spo.safetensors@0.5 spo=spo.safetensors \\
         --prompts prompts.txt --metrics pickscore
     python evaluate.py --model sdxl --lora base= dpo=mhdang/dpo-sdxl-text2image-v1 spo=FILE \\
         --prompts pickapic --metrics pickscore hpsv2
@@ -9,13 +9,14 @@
     python evaluate.py --model sdxl --prompts geneval=evaluation_metadata.jsonl \\
         --images_per_prompt 4 --steps 50 --metrics geneval
     python evaluate.py --prompt "a red circle" --lora spo=runs/spo  # pictures only
-    python evaluate.py --lora base= spo=runs/spo --logs spo=runs/spo# with learning curves
+    python evaluate.py --lora base= spo=runs/spo --curves spo=runs/spo  # and curves
     python evaluate.py --lora base= spo=runs/spo --study study.html # and a page for raters
     python evaluate.py --tally votes-*.json                         # what they said
     python evaluate.py --trace "two squares" --lora spo=runs/spo    # one SPO trajectory, drawn
 
 The defaults are the paper's protocol (DDIM, 20 steps, guidance 5); it is written into every result.
 """
+import datetime
 import hashlib
 import os
 import re
@@ -43,16 +44,27 @@ from diffusion import (
     to_pil,
 )
 from finetune import ModelConfig, load_model
-from loading import DTYPES, SDXL_VAE, TINY, Pipeline, first_tokenizer
-from metrics import WITH_TOKENIZER, Metric, load_metric, metric_sources, rgb
+from loading import (
+    DTYPES,
+    SDXL_VAE,
+    TINY,
+    Pipeline,
+    check_schedule,
+    clip_file,
+    first_tokenizer,
+    judge_source,
+    option,
+)
+from metrics import WITH_TOKENIZER, Metric, find_metric, load_metric, metric_sources, rgb
 from observers import Trace
-from prompt_sets import PromptSet, checked_prompt, prompt_set
-from report import draw_trace, read_logs, write_report
+from prompt_sets import PromptSet, checked_prompt, drawn, join_sets
+from report import SHOWN, draw_trace, read_logs, write_report
 from study import tally, write_study
 from training import (
     Processes,
     fingerprint,
     generator,
+    lock,
     opt,
     parse_options,
     run_script,
@@ -80,14 +92,15 @@ class EvaluateConfig(ModelConfig):
     model: str = opt("", "tiny, sd15, sdxl, a folder or hub id in the diffusers layout, or a "
                          "single-file checkpoint; empty: tiny, or with --images no model, the "
                          "official PickScore and CLIP tokenizer")
-    lora: tuple[str, ...] = opt(("base=",), "candidates as name=SOURCE: a LoRA (file or run "
-                                            "folder), a whole UNet (file, folder or hub id), or "
+    lora: tuple[str, ...] = opt(("base=",), "candidates as name=SOURCE: a LoRA (file, or folder "
+                                            "of a run or peft adapter; SOURCE@0.7 for its "
+                                            "strength), a whole UNet (file, folder or hub id), or "
                                             "nothing for the base model")
     images: str = opt("", "score pictures made elsewhere, FOLDER/NAME/*.png in the order of the "
                           "prompts, instead of drawing")
-    prompts: str = opt(str(TINY / "held_out_prompts.txt"),
-                       "pickapic, hpsv2, parti, geneval=FILE, or a file: .txt, .json, .jsonl, "
-                       ".tsv, .parquet")
+    prompts: tuple[str, ...] = opt((), "one or several of pickapic, hpsv2, parti, geneval=FILE, or "
+                                       "a file: .txt, .json, .jsonl, .csv, .tsv, .parquet; with :N "
+                                       "behind it N of that, drawn by the seed")
     metrics: tuple[str, ...] = opt(("pickscore",),
                                    "what to score by: name or name=SOURCE, see metrics.py")
     out: str = opt("runs/evaluate",
@@ -95,8 +108,8 @@ class EvaluateConfig(ModelConfig):
     images_per_prompt: int = opt(1, "pictures of each prompt", least=1)
     export_geneval: str = opt("", "also lay the pictures out in this folder as GenEval's own "
                                   "scorer wants them, NAME/00000/samples/")
-    logs: tuple[str, ...] = opt((), "name=RUNFOLDER of training runs whose learning curves "
-                                    "the report shows")
+    curves: tuple[str, ...] = opt((), "name=RUNFOLDER of training runs whose learning curves "
+                                      "the report shows", old="logs")
     report_rows: int = opt(200, "pictures of each model in the report, evenly spaced in the list",
                            least=0)
     study: str = opt("", "also write a page for a human study here: the first two candidates "
@@ -104,7 +117,7 @@ class EvaluateConfig(ModelConfig):
     study_pairs: int = opt(300, "pairs of pictures in it, drawn by the seed (P: 300); 0: all",
                            least=0)
     tally: tuple[str, ...] = opt((), "only add up the votes that study pages exported, votes*.json")
-    limit: int = opt(0, "only the first so many prompts; 0: all", least=0)
+    limit: int = opt(0, "only the first so many prompts of each set; 0: all", least=0)
     seed: int = opt(0, "picture i of every model starts from seed + i", least=0)
     steps: int = opt(20, "DDIM steps (P: 20; 50 for GenEval)", least=1, most=999)
     guidance_scale: float = opt(5.0, "classifier-free guidance (P: 5)")
@@ -122,16 +135,16 @@ class EvaluateConfig(ModelConfig):
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")           # of pictures made elsewhere
 PRESETS = {
     "tiny": dict(metrics=("aesthetics", "alignment", "pickscore"), guidance_scale=3.0, dtype="fp32",
-                 batch=64),
-    "sd15": dict(prompts="prompts.txt"),
-    "sdxl": dict(prompts="prompts.txt", vae=SDXL_VAE),
+                 batch=64, prompts=(str(TINY / "held_out_prompts.txt"),)),
+    "sdxl": dict(vae=SDXL_VAE),
 }
+TILE = 512              # most pixels a side of a picture in grid.png
 
 
 # The candidates
 
 def candidates(config: EvaluateConfig) -> dict[str, str]:
-    """Name -> weight file, or "" for the base."""
+    """Name -> weight file, or "" for the base; a LoRA's strength stays behind it, FILE@0.7."""
     out = {}
     for word in config.lora:
         name, equals, source = word.partition("=")
@@ -139,15 +152,24 @@ def candidates(config: EvaluateConfig) -> dict[str, str]:
                 or len(os.fsencode(name)) > 100):
             raise InputError(f"--lora {word}: write name=FILE, each name once and of at most 100 "
                              "letters (base= for the model as it is)")
-        out[name] = str(candidate_file(source)) if source else ""
+        file, _ = strength(source)
+        with option("lora"):
+            out[name] = str(candidate_file(file)) + source.removeprefix(file) if source else ""
     return out
+
+
+def strength(source: str) -> tuple[str, float]:
+    """FILE@0.7 -> FILE, 0.7; a source without strength, or whose own name has the @, -> it, 1."""
+    match = re.fullmatch(r"(.+)@(-?\d*\.?\d+)", source)
+    return (match[1], float(match[2])) if match and not os.path.exists(source) else (source, 1.0)
 
 
 def candidate_file(source: str) -> Path:
     """A weight file as it is; a folder or hub id stands for the UNet or the LoRA in it."""
     path = fetch(source, ["unet/*.safetensors*", "diffusion_pytorch_model*.safetensors*",
-                          "pytorch_lora_weights.safetensors"])
-    if (path / "unet").is_dir():
+                          "pytorch_lora_weights.safetensors", "unet/adapter_config.json",
+                          "scheduler/*"])
+    if (path / "unet").is_dir() and not (path / "unet/adapter_config.json").is_file():
         return weight_file(path / "unet")
     if any(path.glob("diffusion_pytorch_model*")):
         return weight_file(path)
@@ -158,25 +180,31 @@ def wear(pipe: Pipeline, source: str) -> None:
     """Give the pipeline a candidate: its own UNet (""), that with a LoRA file, or another UNet."""
     pipe.unet = vars(pipe).setdefault("own_unet", pipe.unet)
     lora.remove(pipe.unet)
-    weights = read_weights(Path(source)) if source else {}
+    file, scale = strength(source)
+    weights = read_weights(Path(file)) if file else {}
     if "conv_in.weight" in weights:
+        if scale != 1:
+            raise InputError(f"{source}: a whole UNet, which has no strength; leave out the @")
+        for folder in Path(file).resolve().parents[:2]:
+            check_schedule(folder, pipe)
         own = next(pipe.unet.parameters())
         with torch.device("meta"):
             unet = UNet(pipe.unet.config)
         pipe.unet = load_strict(unet, clean(weights), source, own.dtype, own.device)
     elif source:
         try:
-            lora.load(pipe.unet, weights, source)
+            lora.load(pipe.unet, weights, file, scale)
         except ValueError as error:
             raise InputError(str(error)) from None
 
 
 # The pictures
 
-def load_images(paths: list[Path]) -> torch.Tensor:
-    """Picture files -> [N, 3, H, W] in [0, 1], all scaled to the first one's H, W."""
-    images = [Image.open(p).convert("RGB") for p in paths]
-    return torch.cat([rgb(image.resize(images[0].size)) for image in images]) / 255
+def load_images(paths: list[Path], most: int = TILE) -> torch.Tensor:
+    """Picture files -> [N, 3, H, W] in [0, 1], all of the first one's H, W, at most `most`."""
+    first = open_image(paths[0])
+    first.thumbnail((most, most))
+    return torch.cat([rgb(open_image(p).convert("RGB").resize(first.size)) for p in paths]) / 255
 
 
 def find_images(folder: str, count: int) -> dict[str, list[Path]]:
@@ -187,7 +215,8 @@ def find_images(folder: str, count: int) -> dict[str, list[Path]]:
     if not os.path.isdir(folder):
         raise InputError(f"--images {folder}: no such folder")
     homes = sorted(Path(folder).iterdir(), key=lambda p: (p.name != "base", p.name))
-    files = {home.name: sorted((p for p in home.iterdir() if p.suffix.lower() in SUFFIXES),
+    files = {home.name: sorted((p for p in home.iterdir()
+                                if p.suffix.lower() in SUFFIXES and p.is_file()),
                                key=lambda p: [int(part) if i % 2 else part for i, part in
                                               enumerate(re.split(r"(\d+)", p.name))])
              for home in homes if home.is_dir()}
@@ -352,10 +381,6 @@ def compare(scores: list[float], first: list[float], resamples: int = 2000, each
 
 # The tables
 
-# metric -> (factor, decimals), (1, 3) for others; GenEval's shares are given in per cent
-SHOWN = {"geneval": (100, 2)}
-
-
 def table(results: dict[str, dict[str, dict]], metrics: list[str]) -> str:
     """Markdown: one row per model; win rates are against the first.
 
@@ -397,10 +422,11 @@ def group_tables(by_group: dict[str, dict[str, dict[str, float]]]) -> str:
 
 
 def weight_files(source: str) -> list[Path]:
-    """A candidate's weight file, with its shards if it is their index; none for the base."""
+    """A candidate's files: its weights, shards if they are an index, peft's configuration."""
     shards = read_json(source)["weight_map"].values() if source.endswith(".json") else []
-    return [Path(source).parent / name for name in (Path(source).name, *sorted(set(shards)))
-            if source]
+    names = (Path(source).name, *sorted(set(shards)), "adapter_config.json")
+    files = [Path(source).parent / name for name in names]
+    return [file for file in files if source and file.is_file()]
 
 
 def digest(paths: list[Path]) -> str:
@@ -412,12 +438,19 @@ def digest(paths: list[Path]) -> str:
     return total.hexdigest()
 
 
+def worn_by(source: str) -> str:
+    """By what a candidate's pictures are known: its files' contents, and its strength."""
+    file, scale = strength(source)
+    return digest(weight_files(file)) + (f"@{scale}" if scale != 1 else "")
+
+
 def claim(folder: Path, identity: dict, processes: Processes) -> None:
     """Make the folder this evaluation's; refuse one whose pictures something else has drawn."""
     path = folder / "protocol.json"
     with processes.agreed():
         if processes.main:
-            old = read_json(path) if os.path.exists(path) else identity
+            # As long as nothing was drawn, a command may be corrected.
+            old = read_json(path) if os.path.exists(path) and any(folder.glob("*/")) else identity
             if not isinstance(worn := old.get("lora"), dict):
                 raise InputError(f"{path}: not the protocol of an evaluation; choose another --out")
             changed = [k for k in identity if k != "lora" and identity[k] != old.get(k)]
@@ -496,17 +529,59 @@ def check(config: EvaluateConfig, sources: dict) -> None:
                          "give a second one, --lora base= spo=FILE")
 
 
+def find_all(config: EvaluateConfig, sources: dict) -> tuple[PromptSet | None, dict, dict]:
+    """(prompts, candidates, pictures made elsewhere): all that is named, before anything is loaded.
+
+    Loading takes a minute, and a mistake can be told at once. Without metrics (`sources` as check
+    has them) only --prompt or --trace is drawn.
+    """
+    if config.trace:
+        with option("spm"):
+            clip_file(config.spm or judge_source(config.model, "", "spm"))
+    if not sources:
+        return None, candidates(config), {}
+    if not config.prompts:
+        raise InputError("--prompts: name pickapic, hpsv2, parti, geneval=FILE, or a file "
+                         "(only tiny brings its own)")
+    with option("prompts"):
+        chosen = join_sets(config.prompts, config.limit, config.seed)
+    if "geneval" in sources or config.export_geneval:
+        if len(chosen.rows) < len(chosen.prompts):
+            raise InputError("geneval: wants its own prompts alone, "
+                             "--prompts geneval=evaluation_metadata.jsonl")
+        geneval.check_rows(chosen.rows)
+    if config.images:
+        return chosen, {}, find_images(config.images,
+                                       len(chosen.prompts) * config.images_per_prompt)
+    return chosen, candidates(config), {}
+
+
+def lone_tokenizer(config: EvaluateConfig, sources: dict):
+    """What reads the prompts of pictures made elsewhere; None if no metric needs it."""
+    needy = [name for name in sources if name in WITH_TOKENIZER
+             and not (name.startswith("hpsv2") and sources[name][1])]
+    if not needy:
+        return None
+    try:
+        return first_tokenizer(config.model, config.tokenizer)
+    except InputError as error:
+        raise InputError(f"--metrics {needy[0]}: reads prompts by the tokenizer of --model or "
+                         f"--tokenizer FOLDER, else the official one; {error}") from None
+
+
 def describe(config: EvaluateConfig, chosen: PromptSet, pipe: Pipeline | None) -> dict:
     """The protocol, as every result states it; without a pipeline, of pictures made elsewhere."""
-    drawn = dict(images=config.images)
+    made = dict(images=config.images)
     if pipe:
-        drawn = dict(model=config.model, sampler=f"DDIM, eta {config.eta}", steps=config.steps,
-                     guidance_scale=config.guidance_scale, resolution=pipe.side(config.resolution),
-                     dtype=config.dtype, seed=config.seed,
-                     negative="zeros" if pipe.zero_negative else "encoded",
-                     prediction_type=pipe.schedule.prediction_type,
-                     tokenizer=config.tokenizer or "its own", vae=config.vae or "its own")
-    return drawn | dict(prompts=len(chosen.prompts), images_per_prompt=config.images_per_prompt,
+        made = dict(model=config.model, sampler=f"DDIM, eta {config.eta}", steps=config.steps,
+                    guidance_scale=config.guidance_scale, resolution=pipe.side(config.resolution),
+                    dtype=config.dtype, seed=config.seed,
+                    negative="zeros" if pipe.zero_negative else "encoded",
+                    prediction_type=pipe.schedule.prediction_type,
+                    tokenizer=config.tokenizer or "its own", vae=config.vae or "its own")
+    if [*config.prompts] != [drawn(word)[0] for word in config.prompts[:1]]:
+        made["prompt_sets"] = f"{', '.join(config.prompts)} (:N drawn by seed {config.seed})"
+    return made | dict(prompts=len(chosen.prompts), images_per_prompt=config.images_per_prompt,
                         prompts_sha256=hashlib.sha256(
                             "\n".join(chosen.prompts).encode()).hexdigest())
 
@@ -527,18 +602,20 @@ def write_results(config: EvaluateConfig, protocol: dict, chosen: PromptSet,
                       for m in formulas} for name, row in scores.items()}
     by_group = {name: {m: group_means(row[m], groups) for m in formulas}
                 for name, row in scores.items()} if groups else {}
-    write_json(folder / "results.json", dict(protocol=protocol, metrics=formulas, results=results,
-                                             groups=by_group, scores=scores))
+    found = dict(protocol=protocol, metrics=formulas, results=results, groups=by_group,
+                 scores=scores)
+    write_json(folder / "results.json", found)
     text = "\n".join([
         table(results, list(formulas)), group_tables(by_group) if groups else "",
         ", ".join(f"{k} {v}" for k, v in protocol.items()),
         *(f"- {m}: {formula}" for m, formula in formulas.items()), ""])
-    write_atomic(folder / "results.md", lambda p: p.write_text(text))
+    write_atomic(folder / "results.md", lambda p: p.write_text(text, encoding="utf-8"))
     columns = min(12, len(prompts))             # same prompt and seed below each other
     save_png(folder / "grid.png", grid(
-        load_images([path for paths in files.values() for path in paths[:columns]]), columns))
-    write_report(folder / "report.html", text, protocol | formulas, files, prompts, scores, logs,
-                 config.report_rows)
+        load_images([path for paths in files.values() for path in paths[:columns]]), columns,
+        names=list(files), captions=prompts[:columns]))
+    write_report(folder / "report.html", found, files, prompts, logs, config.report_rows,
+                 datetime.date.today().isoformat())
     if config.study:
         write_study(Path(config.study), files, prompts, config.study_pairs, config.seed)
         print(f"study page: {config.study}; raters send back votes-*.json, for --tally")
@@ -572,25 +649,23 @@ def main() -> None:
         config = parse_options(EvaluateConfig, PRESETS, ["--model", "tiny", *sys.argv[1:]], __doc__)
     if config.tally:
         return print(tally(config.tally))
-    logs = read_logs(config.logs)
+    logs = read_logs(config.curves)
     processes = start_processes(config.device or None)
-    sources = dict(metric_sources(word) for word in config.metrics
+    sources = dict(metric_sources(word, config.model) for word in config.metrics
                    if not config.trace and not config.prompt)
     check(config, sources)
+    chosen, models, files = find_all(config, sources)
+    tokenizer = lone_tokenizer(config, sources) if config.images else None
+    for name, places in sources.items():
+        find_metric(name, places)
     folder = Path(config.out)
-    pipe, models, tokenizer = None, {}, None
-    if config.images and sources.keys() & WITH_TOKENIZER:
-        tokenizer = first_tokenizer(config.model, config.tokenizer)
-    elif not config.images:
-        models = candidates(config)
-        pipe = load_model(config, processes)
-        tokenizer = pipe.tokenizers[0]
+    with processes.agreed():
+        if processes.main:
+            lock(folder)
+    pipe = None if config.images else load_model(config, processes)
+    tokenizer = pipe.tokenizers[0] if pipe else tokenizer
     if config.trace or config.prompt:
         return (draw_trajectories if config.trace else draw_prompt)(pipe, models, config, folder)
-    chosen = prompt_set(config.prompts, config.limit)
-    if ("geneval" in sources or config.export_geneval) and not chosen.rows:
-        raise InputError("geneval: wants its own prompts, "
-                         "--prompts geneval=evaluation_metadata.jsonl")
 
     def load(word: str) -> Metric:
         if word.partition("=")[0] == "geneval":
@@ -600,12 +675,11 @@ def main() -> None:
     prompts = [p for p in chosen.prompts for _ in range(config.images_per_prompt)]
     protocol = describe(config, chosen, pipe)
     if config.images:
-        files = find_images(config.images, len(prompts))
         claim(folder, dict(protocol, lora={}), processes)
     else:
         base = fingerprint(*pipe.identity)
         claim(folder, dict(protocol, base=base, lora={
-            name: digest(weight_files(source)) for name, source in models.items()}), processes)
+            name: worn_by(source) for name, source in models.items()}), processes)
         todo = undrawn(models, len(prompts), processes, folder / "images")
         if any(todo.values()):
             rehearse(pipe, models, config.metrics, load, prompts[0], pipe.side(config.resolution))

@@ -15,17 +15,26 @@ Shapes: N slots, a slot being whatever a method learns from: a step of a pair, a
 import dataclasses
 import functools
 import math
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
 import lora
 from calls import Calls
-from diffusion import encode_empty, generate, grid
-from loading import DTYPES, NEGATIVE, Pipeline, load_pipeline, load_tiny_decoder
+from diffusion import encode_empty, generate, grid, repaired
+from loading import (
+    DTYPES,
+    NAMES,
+    NEGATIVE,
+    Pipeline,
+    load_pipeline,
+    load_tiny_decoder,
+    option,
+    resolve,
+)
 from prompt_sets import read_prompts
 from training import (
     TOO_MANY,
@@ -38,11 +47,12 @@ from training import (
     opt,
     parse_options,
     permutation,
+    restore_optimizer,
     warn,
     write_atomic,
 )
 from unet import compile_blocks
-from weights import InputError
+from weights import InputError, hub_id
 
 
 @dataclass
@@ -54,9 +64,9 @@ class ModelConfig:
     seed: int = opt(0, "every random number of the run is keyed by it", least=0)
     device: str = opt("", "cpu or cuda; empty: a GPU if there is one")
     dtype: str = opt("bf16", "of the frozen weights; what is trained is fp32", tuple(DTYPES))
-    vae: str = opt("", "another VAE, folder or hub id; empty: the model's own (sdxl: one that is "
-                   "safe in fp16)")
-    prediction_type: str = opt("", "of single files; empty: epsilon, or as the folder says",
+    vae: str = opt("", "another VAE: folder, hub id or file; empty: the model's own (sdxl: one "
+                   "that is safe in fp16)")
+    prediction_type: str = opt("", "empty: as the folder or file says, else epsilon",
                                ("", "epsilon", "v_prediction"))
     negative: str = opt("", "guidance's other side: zeros, or the empty prompt encoded; empty: as "
                         "the model was trained", ("", "zeros", "encoded"))
@@ -151,13 +161,18 @@ def fit_memory(config: RunConfig, presets: dict[str, dict], device: torch.device
 def training_prompts(config: RunConfig) -> list[str]:
     """The prompts to train on; InputError where none are named."""
     if not config.prompts:
+        with option("model"):           # of a mistyped path nobody knows the prompts
+            if not os.path.exists(config.model):
+                hub_id(NAMES.get(config.model, config.model))
         raise InputError("--prompts: name a file of training prompts, e.g. SPO's own "
                          "4k_training_prompts.json (only tiny brings its own)")
     return read_prompts(config.prompts, config.sample_prompts, config.seed)
 
 
 def load_model(config: ModelConfig, processes: Processes) -> Pipeline:
-    """The model that the options name."""
+    """The model that the options name, after a look at all other sources that they name."""
+    with processes.agreed():
+        resolve(config)
     pipe = load_pipeline(
         config.model, DTYPES[config.dtype], processes.device, vae=config.vae or None,
         prediction_type=config.prediction_type, tokenizer=config.tokenizer,
@@ -231,10 +246,9 @@ def overflowed(scaler: torch.amp.GradScaler, loss: float) -> bool:
 def save_lora(pipe: Pipeline, folder: Path) -> None:
     """The LoRA for diffusers (`load_lora_weights(folder)`) and as kohya's (ComfyUI, A1111)."""
     weights = lora.state(pipe.unet)
-    both = dict(pytorch_lora_weights=weights, lora_kohya=lora.to_kohya(weights))
-    for name, tensors in both.items():
-        write = functools.partial(save_file, tensors, metadata={"format": "pt"})
-        write_atomic(folder / f"{name}.safetensors", write)
+    lora.save(weights, folder / "pytorch_lora_weights.safetensors", {})
+    lora.save(lora.to_kohya(weights), folder / "lora_kohya.safetensors",
+              lora.kohya_header(weights, pipe.unet, Path(pipe.name).name))
 
 
 def draw_samples(pipe: Pipeline, prompts: list[str], config: RunConfig, path: Path) -> None:
@@ -245,7 +259,7 @@ def draw_samples(pipe: Pipeline, prompts: list[str], config: RunConfig, path: Pa
         images = generate(
             pipe, some, list(range(len(some))), batch, steps=config.steps,
             guidance_scale=config.guidance_scale, resolution=config.resolution or None)
-    write_atomic(path, functools.partial(grid(images, 8).save, format="PNG"))
+    write_atomic(path, functools.partial(grid(images, 8, captions=some).save, format="PNG"))
 
 
 def copied(weights: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -255,8 +269,10 @@ def copied(weights: list[torch.Tensor]) -> list[torch.Tensor]:
 
 @torch.no_grad()
 def put(weights: list[torch.Tensor], values: list[torch.Tensor]) -> None:
-    """Put values into the weights."""
+    """Put values into the weights; ValueError where they have other shapes or types."""
     for p, value in zip(weights, values, strict=True):
+        if (p.shape, p.dtype) != (value.shape, value.dtype):
+            raise ValueError(f"{value.dtype} {list(value.shape)} for weights {list(p.shape)}")
         p.copy_(value)
 
 
@@ -279,10 +295,11 @@ class Trainer:
     """A LoRA in training: rounds of prompts, minibatches, checkpoints; resumes and stops."""
 
     def __init__(self, config: RunConfig, run: Run, pipe: Pipeline, prompts: list[str],
-                 judge: torch.nn.Module | None = None, name: str = "spo"):
+                 judge: torch.nn.Module | None = None, name: str = "spo", **identity: str):
         self.config, self.run, self.processes = config, run, run.processes
         self.pipe, self.prompts = pipe, prompts
-        self.empty = encode_empty(pipe)
+        # Without a judge nothing is drawn, so nothing is guided.
+        self.empty = encode_empty(pipe) if judge else None
         self.rounds_per_epoch = -(-len(prompts) // config.prompts_per_round)
         total = min(config.rounds or math.inf, config.epochs * self.rounds_per_epoch)
         self.rounds = Rounds(run, total, "round", config, pipe.calls, name)
@@ -293,19 +310,24 @@ class Trainer:
         self.totals = Totals(())
         self.scaler = loss_scaler(config, pipe.device)
         state = run.resume(
-            prompts=fingerprint(prompts), base_model=fingerprint(*pipe.identity),
-            judge_model=fingerprint(*[judge] if judge else []))
+            prompts=fingerprint([repaired(p) for p in prompts]),
+            base_model=fingerprint(*pipe.identity),
+            judge_model=fingerprint(*[judge] if judge else []), **identity)
         if state:
-            put(self.weights, state["lora"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.scaler.load_state_dict(state.get("scaler") or self.scaler.state_dict())
-            self.rounds.restore(state)
+            with run.restoring():
+                put(self.weights, state["lora"])
+                restore_optimizer(self.optimizer, state["optimizer"])
+                self.scaler.load_state_dict(state.get("scaler") or self.scaler.state_dict())
+                self.rounds.restore(state)
         self.rounds.announce(
             f"{len(prompts)} prompts, {total} rounds of {config.prompts_per_round}, LoRA of "
             f"{sum(p.numel() for p in self.weights):,} parameters, {self.processes.world} x "
             f"{pipe.device}, starting at round {self.rounds.done}")
-        self.begin = self.rounds.done
-        self.before = self.good = copied(self.weights)      # good: it drew finite pictures
+        self.before = self.good = self.copy()               # good: it drew finite pictures
+
+    def copy(self) -> list[torch.Tensor]:
+        """The LoRA as it is now; the main process alone keeps any, SDXL's has 0.37 GB."""
+        return copied(self.weights) if self.processes.main else []
 
     def __enter__(self) -> "Trainer":
         return self
@@ -313,7 +335,7 @@ class Trainer:
     def __exit__(self, kind, error, trace) -> None:
         """A signal during work that may be dropped: save what is done, and leave."""
         if kind is Stopped:
-            if self.rounds.done > self.begin:
+            if self.rounds.done > self.rounds.saved:        # else its score would be lost
                 self.save()
             self.rounds.leave()
         if kind is None and self.processes.main:
@@ -321,12 +343,14 @@ class Trainer:
 
     def turns(self) -> Iterator[Turn]:
         """The rounds, each with its share of the epoch's shuffled prompts."""
+        if self.rounds.done:                    # it may have been killed right after a checkpoint
+            self.draw_samples_due(again=False)
         for step in self.rounds:
             epoch, place = divmod(step, self.rounds_per_epoch)
             order = permutation(len(self.prompts), self.config.seed, "order", epoch)
             first = place * self.config.prompts_per_round
             indices = order[first:first + self.config.prompts_per_round]
-            self.before, self.pipe.calls.evaluations = copied(self.weights), 0
+            self.before, self.pipe.calls.evaluations = self.copy(), 0
             yield Turn(step, epoch, place, indices, [self.prompts[i] for i in indices])
 
     def minibatches(self, slots: list[int], names: tuple[str, ...], turn: Turn,
@@ -363,13 +387,18 @@ class Trainer:
             self.give_up()
         if rounds.due or rounds.ending:
             self.save()
-        last = rounds.done == rounds.total
-        if self.processes.main and is_due(rounds.done, config.grid_every, last):
-            path = self.run.folder / f"samples-{rounds.done:05d}.png"
-            draw_samples(pipe, self.prompts, config, path)
-        self.processes.barrier()
-        if rounds.ending and not last:
+        self.draw_samples_due()
+        if rounds.ending and rounds.done < rounds.total:
             rounds.leave()
+
+    def draw_samples_due(self, again: bool = True) -> None:
+        """Draw samples if they are due after this round; `again`: though they are there already."""
+        rounds, last = self.rounds, self.rounds.done == self.rounds.total
+        path = self.run.folder / f"samples-{rounds.done:05d}.png"
+        wanted = self.processes.main and is_due(rounds.done, self.config.grid_every, last)
+        if wanted and (again or not path.exists()):
+            draw_samples(self.pipe, self.prompts, self.config, path)
+        self.processes.barrier()
 
     def save(self) -> None:
         """LoRA files, then the checkpoint: whoever is killed in between writes them again."""
@@ -378,13 +407,14 @@ class Trainer:
             save_lora(self.pipe, self.run.folder)
             if self.run.is_best(score):
                 save_lora(self.pipe, self.run.folder / "best")
-        self.rounds.save(score, lora=copied(self.weights), optimizer=self.optimizer.state_dict(),
+        weights = [p.detach() for p in self.weights]
+        self.rounds.save(score, lora=weights, optimizer=self.optimizer.state_dict(),
                          scaler=self.scaler.state_dict())
 
     def give_up(self) -> None:
         """Leave the last good LoRA behind, and say so."""
-        put(self.weights, self.good)
         if self.processes.main:
+            put(self.weights, self.good)
             save_lora(self.pipe, self.run.folder)
         raise InputError(
             f"round {self.rounds.done}: {TOO_MANY} optimizer steps in a row, or rounds, were not "

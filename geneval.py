@@ -12,7 +12,6 @@ The metadata, one object a line: tag, prompt, include [{class, count, color?, po
 Shapes: Q queries, D width of CLIP's vectors, h w a mask's side in the network, H W the picture's.
 """
 import functools
-import hashlib
 import json
 import os
 import shutil
@@ -26,8 +25,8 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 
 from clip_spm import CLIP
-from loading import load_clip
-from metrics import Metric, picture_vectors, preprocess_bytes, rgb, text_vectors
+from loading import check_vocabulary, load_clip
+from metrics import DETECTOR, Metric, picture_vectors, preprocess_bytes, rgb, text_vectors
 from training import fingerprint, write_atomic
 from weights import InputError, fetch
 
@@ -57,6 +56,19 @@ class Found:
 
 
 # The rules: pure functions on detections
+
+def check_rows(rows: list[dict]) -> None:
+    """InputError for what the detector cannot tell: all pictures of it would count as wrong."""
+    for row in rows:
+        for want in row.get("include", []) + row.get("exclude", []):
+            known = {"class": want["class"] in CLASSES, "count": want["count"] <= MOST,
+                     "color": want.get("color", COLOURS[0]) in COLOURS}
+            for name in [name for name, sound in known.items() if not sound]:
+                raise InputError(f"geneval: the metadata of {row['prompt']!r} ask for the {name} "
+                                 f"{want[name]!r}, which the detector cannot tell")
+    if len({row["prompt"] for row in rows}) < len(rows):
+        raise InputError("geneval: the metadata have a prompt twice, and may ask for two things")
+
 
 def keep(found: list[Found], tag: str) -> dict[str, list[Found]]:
     """Class -> its objects above the tag's threshold, best first."""
@@ -151,11 +163,11 @@ def detect(model, image: Image.Image, device: torch.device) -> list[Found]:
 def load_detector(source: str, device: torch.device):
     """transformers' Mask2Former from a folder or hub id, 80 classes, every weight present."""
     from transformers import Mask2FormerForUniversalSegmentation
-    folder = fetch(source, ["config.json", "model.safetensors", "pytorch_model.bin"])
+    folder = fetch(source, DETECTOR)
     try:
         model, info = Mask2FormerForUniversalSegmentation.from_pretrained(
             folder, dtype=torch.float32, output_loading_info=True)
-    except (OSError, ValueError, RuntimeError) as error:
+    except (ImportError, OSError, ValueError, RuntimeError) as error:
         raise InputError(f"{folder}: no Mask2Former in transformers' layout "
                          f"({str(error).splitlines()[0][:120]})") from None
     if info["missing_keys"] or model.config.num_labels != len(CLASSES):
@@ -168,6 +180,7 @@ def load_detector(source: str, device: torch.device):
 
 def colour_words(clip: CLIP, tokenizer, name: str) -> torch.Tensor:
     """Unit text vectors [10, D] of COLOURS for a class: three templates, averaged, normalised."""
+    check_vocabulary(tokenizer, clip.config.text.vocab_size, "the metric's CLIP")
     texts = [f"a photo of a {what}" for c in COLOURS
              for what in (f"{c} {name}", f"{c}-colored {name}", f"{c} object")]
     return F.normalize(text_vectors(clip, tokenizer, texts).unflatten(0, (-1, 3)).mean(1), dim=-1)
@@ -211,7 +224,7 @@ def geneval(source: str, clip_source: str, rows: list[dict], tokenizer,
         "geneval", f"GenEval's rules, detector {source} (not the original's weights), "
                    f"colours {clip_source}",
         lambda images, prompts: torch.tensor([float(right(i, p)) for i, p in zip(images, prompts)]),
-        f"{fingerprint(model, clip)} {hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:12]}")
+        fingerprint(model, clip, tokenizer, rows))
 
 
 def export(rows: list[dict], pictures: list[Path], folder: Path) -> None:

@@ -4,6 +4,9 @@
 
 SD-1.5, SDXL and the embedded tiny model take the same path; only their configuration files differ.
 """
+import math
+import os
+import re
 from contextlib import contextmanager
 from dataclasses import dataclass, field, is_dataclass, replace
 from pathlib import Path
@@ -32,6 +35,7 @@ from weights import (
     original_unet_name,
     original_vae_name,
     preset_of,
+    read_header,
     read_json,
     read_weights,
     rename,
@@ -53,6 +57,7 @@ SPMS = {"sd15": f"{SPM_HOME}/sd-v1-5_step-aware_preference_model.bin",      # fo
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 NEGATIVE = {"": None, "zeros": True, "encoded": False}  # --negative -> zero_negative
 
+SINGLE = (".safetensors", ".ckpt")      # how single-file checkpoints end
 PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
 FILES = ["model_index.json", "scheduler/*", "tokenizer/*", "tokenizer_2/*",
          *(f"{part}/config.json" for part in PARTS)]        # of a folder, besides weights
@@ -72,8 +77,8 @@ SINGLE_PARTS = {"sd15": (VAEConfig(), TEXT_L),
                 "sdxl": (VAEConfig(scaling_factor=0.13025, force_upcast=True), TEXT_L, TEXT_G)}
 SCHEDULER = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
                  set_alpha_to_one=False, steps_offset=1)
-SPARE = ("first_stage_model.loss.", "first_stage_model.model_ema.",
-         "cond_stage_model.transformer.text_projection.")   # left in a file by training
+SPARE = "cond_stage_model.transformer.text_projection."     # left in a file by training
+MOST_LAYERS = 1000      # of a network; SD-1.5 and SDXL have less than a tenth
 
 
 @dataclass
@@ -137,18 +142,26 @@ def laid_out(vae: VAE) -> VAE:
     return vae
 
 
-def _component(cls, config_cls, folder: Path, dtype: torch.dtype, device: torch.device,
-               unet: UNet | None = None):
-    """One network from its folder: config.json gives the shape, the weight file the numbers.
+def _planned(cls, config_cls, path: Path, own=None):
+    """A network of its configuration's shape, without numbers yet, and its weight file.
 
-    A VAE's dtype depends on its `unet`.
+    `path`: a folder or weight file. The configuration is the `config.json` beside the weights; if
+    there is none, or it speaks of something else than the file, it is `own`.
     """
-    config = read_config(config_cls, folder / "config.json")
-    module = build(cls, config, folder / "config.json")
-    path = weight_file(folder)
-    kind = vae_dtype(config, unet.config, dtype) if cls is VAE else dtype
-    load_strict(module, clean(read_weights(path)), path, kind, device)
-    return laid_out(module) if cls is VAE else module
+    file = weight_file(path)
+    beside = file.parent / "config.json"
+    if own and not (beside.is_file() and (path.is_dir() or "latent_channels" in read_json(beside))):
+        return build(cls, own, file), file
+    return build(cls, read_config(config_cls, beside), beside), file
+
+
+def _fill_vae(vae: VAE, weights: dict, file: Path, dtype: torch.dtype, device: torch.device):
+    """Numbers for a planned VAE, in diffusers' layout or the original, alone or in a checkpoint."""
+    tensors = take(weights, "first_stage_model.") or weights
+    tensors = {k: v for k, v in tensors.items() if not k.startswith(("loss.", "model_ema."))}
+    tensors = rename(vae, tensors, lambda key: original_vae_name(
+        key, len(vae.config.block_out_channels)))
+    return laid_out(load_strict(vae, clean(tensors), file, dtype, device, weights))
 
 
 def fetch_model(source: str) -> Path:
@@ -157,11 +170,48 @@ def fetch_model(source: str) -> Path:
     return fetch_weights(source, root, [part for part in PARTS if (root / part).is_dir()])
 
 
+def find_model(source: str) -> Path:
+    """The folder or single file of a model, by name, path or hub id."""
+    name = NAMES.get(source, source)
+    return fetch(name, []) if name.endswith(SINGLE) else fetch_model(name)
+
+
 def fetch_part(source: str, part: str = "") -> Path:
     """The folder of one network: `part` of a whole model, or all of a folder or hub id."""
     root = fetch(source, [f"{part}/config.json", "config.json"])
     part = part if (root / part).is_dir() else ""
     return fetch_weights(source, root, [part]) / part
+
+
+@contextmanager
+def option(name: str):
+    """What goes wrong inside is told with the option that named the source."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"--{name} {error}") from None
+
+
+def resolve(config) -> None:
+    """Fetch, or find, all that a run's options name, before the first weight is read.
+
+    Reading SDXL takes a minute, after which nobody wants to hear of a mistyped path. Options that
+    `config` lacks count as empty. Raises InputError that names the option.
+    """
+    find = dict(model=find_model,
+                tokenizer=lambda source: _tokenizer(fetch(source, ["tokenizer*/*"]) / "tokenizer"),
+                vae=lambda source: weight_file(fetch_part(source, "vae")),
+                decoder=lambda source: weight_file(fetch_part(
+                    TAESD[config.preset == "sdxl"] if source == "taesd" else source)),
+                spm=clip_file, reward=clip_file, pickscore=clip_file)
+    given = {name: getattr(config, name, "") for name in find}
+    if hasattr(config, "judge") and not config.spm:
+        given["spm"] = judge_source(config.model, config.preset, config.judge)
+    if config.model.endswith(".safetensors") and os.path.exists(config.model):
+        given["tokenizer"] = config.tokenizer or NAMES[preset_of(config.model)]
+    for name in filter(given.get, find):
+        with option(name):
+            find[name](given[name])
 
 
 @contextmanager
@@ -202,7 +252,22 @@ def read_config(cls, path: Path):
             value = getattr(config, name)
             if not fits(value, kind):
                 raise ValueError(f"{name}={value!r} is no value for this network")
+        check_depth(config)
     return config
+
+
+def check_depth(config) -> None:
+    """ValueError for more than MOST_LAYERS layers, which would take hours or all memory to build.
+
+    They are what the fields that count layers, blocks and levels amount to.
+    """
+    for part in filter(is_dataclass, (config, *vars(config).values())):
+        counts = {k: v for k, v in vars(part).items() if "layers" in k or k == "blocks"}
+        levels = len(getattr(part, "block_out_channels", "1"))
+        layers = levels * math.prod(v if isinstance(v, int) else sum(v) for v in counts.values())
+        if layers > MOST_LAYERS:
+            raise ValueError(f"{', '.join(f'{k}={v!r}' for k, v in counts.items())} at {levels} "
+                             f"levels: {layers:,} layers, no such network has {MOST_LAYERS:,}")
 
 
 def build(cls, config, path: Path):
@@ -211,30 +276,52 @@ def build(cls, config, path: Path):
         return cls(config)
 
 
-def load_clip(source: str, dtype: torch.dtype = torch.float32,
-              device: torch.device | str = "cpu", config: CLIPConfig | None = None) -> CLIP:
-    """A two-tower CLIP (PickScore, or an SPM if the file has adaLN weights).
-
-    From a folder, hub id or weight file. The configuration is the `config.json` beside the weights,
-    or `config` where there is none (official SPM files).
-    """
+def clip_file(source: str) -> Path:
+    """The weight file of a CLIP: itself, or in a folder, hub id or run folder of spm_train.py."""
     if source.rstrip("/") == SPM_HOME and not Path(source).exists():
         raise InputError(f"{source}: holds two models of 5.2 GB; "
                          f"say which: {' or '.join(SPMS.values())}")
     path = fetch_part(source)
-    file = path if path.is_file() else find_weights(path)
-    if file is None:
-        spms = sorted(path.glob("*step-aware_preference_model.bin"))
-        if len(spms) > 1:
-            raise InputError(f"{source}: holds several models; "
-                             f"say which: {', '.join(map(str, spms))}")
-        file = spms[0] if spms else weight_file(path)       # which is an InputError
-    weights = clean(read_weights(file))
-    step_aware = any("adaLN_modulation" in key for key in weights)
+    if path.is_file():
+        return path
+    spms = sorted(path.glob("*step-aware_preference_model.bin"))
+    file = find_weights(path) or find_weights(path / "spm")
+    if file is None and len(spms) > 1:
+        raise InputError(f"{source}: holds several models; say which: {', '.join(map(str, spms))}")
+    return file or (spms[0] if spms else weight_file(path))     # which is an InputError
+
+
+def load_clip(source: str, dtype: torch.dtype = torch.float32,
+              device: torch.device | str = "cpu", config: CLIPConfig | None = None,
+              step_aware: bool | None = None) -> CLIP:
+    """A two-tower CLIP (PickScore, or an SPM if the file has adaLN weights).
+
+    From a folder, hub id or weight file. The configuration is the `config.json` beside the weights,
+    or `config` where there is none (official SPM files). InputError for a text encoder and, if
+    `step_aware` says which is wanted, for an SPM in PickScore's place or the reverse.
+    """
+    file = clip_file(source)
+    weights = clean(read_weights(file, source))
+    knows = any("adaLN_modulation" in key for key in weights)
     beside = file.parent / "config.json"
     config = read_config(CLIPConfig, beside) if beside.is_file() else config or clip_h()
-    clip = build(CLIP, replace(config, step_aware=step_aware), beside)
+    if config.vision is None:
+        raise InputError(f"{source}: a text encoder, without eyes; a CLIP that sees pictures is "
+                         "wanted, as PickScore or an SPM")
+    if step_aware not in (None, knows):
+        raise InputError(f"{source}: is {'an SPM, which is' if knows else 'not'} step-aware; "
+                         f"{'an SPM' if step_aware else 'PickScore or another CLIP'} is wanted")
+    clip = build(CLIP, replace(config, step_aware=knows), beside)
     return load_strict(clip, weights, file, dtype, device)
+
+
+def load_judging(named: str, source: str, dtype: torch.dtype, pipe: Pipeline,
+                 step_aware: bool) -> CLIP:
+    """A CLIP to judge the pictures of `pipe`, whose words it must know; `named` by this option."""
+    with option(named):
+        clip = load_clip(source, dtype, pipe.device, step_aware=step_aware)
+        check_vocabulary(pipe.tokenizers[0], clip.config.text.vocab_size, source)
+    return clip
 
 
 def judge_source(model: str, preset: str, judge: str) -> str:
@@ -263,27 +350,32 @@ def load_tiny_decoder(source: str, pipe: Pipeline,
     else, or speak of other latents or pictures than `pipe`.
     """
     path = fetch_part(TAESD[pipe.is_sdxl] if source == "taesd" else source)
-    file = path if path.is_file() else weight_file(path)
-    beside = file.parent / "config.json"
-    config = read_config(TinyDecoderConfig, beside) if beside.is_file() else TinyDecoderConfig()
-    decoder = build(TinyDecoder, config, beside)
+    decoder, file = _planned(TinyDecoder, TinyDecoderConfig, path, TinyDecoderConfig())
     for what, ours, theirs in (
-            ("channels in a latent", config.latent_channels, pipe.unet.config.in_channels),
+            ("channels in a latent", decoder.config.latent_channels, pipe.unet.config.in_channels),
             ("pixels a side per latent position", decoder.factor, pipe.vae.factor)):
         if ours != theirs:
             raise InputError(
                 f"{source}: a decoder with {ours} {what}, but {pipe.name} has {theirs}")
-    load_strict(decoder, original_tiny_decoder(read_weights(file)), file, dtype, pipe.device)
+    weights = original_tiny_decoder(read_weights(file, "decoder"))
+    load_strict(decoder, weights, file, dtype, pipe.device)
     return decoder.to(memory_format=torch.channels_last)
 
 
 def _tokenizer(folder: Path):
     """A CLIP tokenizer from its folder."""
     from transformers import CLIPTokenizer
-    if not (folder / "tokenizer_config.json").is_file():
+    names = [path.name for path in folder.glob("*")]
+    if "tokenizer_config.json" not in names or "tokenizer.json" not in names and not (
+            "vocab.json" in names and "merges.txt" in names):
         raise InputError(f"{folder}: no tokenizer (tokenizer_config.json, vocab.json, merges.txt)")
+    return read_tokenizer(CLIPTokenizer, folder)
+
+
+def read_tokenizer(cls, folder: Path):
+    """A tokenizer of one of transformers' classes; InputError where its files are broken."""
     try:
-        tokenizer = CLIPTokenizer.from_pretrained(folder)
+        tokenizer = cls.from_pretrained(folder)
         tokenizer(["a word"])
     except Exception as error:      # its readers, in two languages, raise anything
         raise InputError(f"{folder}: broken tokenizer "
@@ -291,12 +383,57 @@ def _tokenizer(folder: Path):
     return tokenizer
 
 
+def _tokenizers(root: Path, encoders: list[CLIP]) -> list:
+    """A model's tokenizers, each held against its text encoder."""
+    tokenizers = [_tokenizer(root / f"tokenizer{n}") for n, _ in zip(("", "_2"), encoders)]
+    for tokenizer, encoder in zip(tokenizers, encoders):
+        check_vocabulary(tokenizer, encoder.config.text.vocab_size, "its text encoder")
+    return tokenizers
+
+
+def check_vocabulary(tokenizer, size: int, network: str) -> None:
+    """InputError unless a tokenizer's ids are those that a network has `size` embeddings for.
+
+    A few embeddings may lie idle: of added tokens that this tokenizer lacks, BERT's in ImageReward.
+    `network` names it in the message.
+    """
+    ids = set(tokenizer.get_vocab().values())
+    if len(ids) <= len(set(tokenizer.all_special_ids)):
+        raise InputError(f"{tokenizer.name_or_path}: the tokenizer knows no words, only "
+                         f"{len(ids)} special tokens; its vocabulary is missing")
+    if max(ids) >= size or len(ids) < size - size // 100 - 2:
+        raise InputError(f"{tokenizer.name_or_path}: the tokenizer has {len(ids)} tokens, "
+                         f"{network} {size}: they belong to different models")
+
+
+def read_schedule(folder: Path, **changes) -> ddim.Schedule:
+    """The noise schedule of a model's folder, some fields of its configuration changed."""
+    path = folder / "scheduler/scheduler_config.json"
+    with blaming(path):
+        return ddim.Schedule.from_json(read_json(path) | changes)
+
+
+def check_schedule(folder: Path, pipe: "Pipeline") -> None:
+    """InputError where the scheduler in `folder`, if there is one, means other noise than `pipe`'s.
+
+    For the folder of a UNet that is to take the place of the pipeline's own.
+    """
+    if not (folder / "scheduler/scheduler_config.json").is_file():
+        return
+    ours, theirs = pipe.schedule, read_schedule(folder)
+    same = torch.equal(ours.alphas_cumprod, theirs.alphas_cumprod)
+    if not same or ours.prediction_type != theirs.prediction_type:
+        raise InputError(f"{folder}: made for {theirs.prediction_type} and "
+                         f"{'the same' if same else 'other'} betas, {pipe.name} for "
+                         f"{ours.prediction_type}; evaluate it as a --model of its own")
+
+
 def first_tokenizer(source: str, tokenizer: str = ""):
     """The first tokenizer of a model (as load_pipeline takes it, "" for none) alone.
 
     CLIP-H and CLIP-L share it.
     """
-    single = not source or source.endswith((".safetensors", ".ckpt"))
+    single = not source or source.endswith(SINGLE)
     home = (tokenizer or NAMES["sd15"]) if single else NAMES.get(source, source)
     return _tokenizer(fetch(home, ["tokenizer/*"]) / "tokenizer")
 
@@ -308,6 +445,19 @@ def original_names(unet: UNet) -> dict[str, str]:
             for key in unet.state_dict()}
 
 
+def marked_prediction(path: Path, weights: dict[str, torch.Tensor]) -> str:
+    """What a single file says that its UNet predicts: epsilon where it says nothing.
+
+    By a tensor (`v_pred`), its header (`modelspec`), or the `.yaml` beside it, as A1111 has it.
+    """
+    header, beside = read_header(path), path.with_suffix(".yaml")
+    lines = beside.read_text("utf-8", "replace") if beside.is_file() else ""
+    found = re.search(r"^\s*parameterization:\s*['\"]?(\w+)", lines, re.MULTILINE)
+    said = ("v" if "v_pred" in weights else header.get("modelspec.prediction_type")
+            or header.get("modelspec.predict_key") or (found[1] if found else "eps"))
+    return dict(eps="epsilon", v="v_prediction").get(said, said)
+
+
 def _single_file(path: Path, dtype: torch.dtype, device: torch.device, tokenizer: str,
                  prediction_type: str, shapes: tuple = (), own_vae: bool = True) -> Pipeline:
     """A checkpoint in the original layout: SD-1.5 (`cond_stage_model`) or SDXL (`conditioner`).
@@ -316,26 +466,31 @@ def _single_file(path: Path, dtype: torch.dtype, device: torch.device, tokenizer
     text encoders). Without `own_vae` its VAE, if it has one, is passed over, and the pipeline has
     none yet.
     """
-    weights = {k: v for k, v in read_weights(path).items() if not k.startswith(SPARE)}
+    weights = {k: v for k, v in read_weights(path, path.name).items() if not k.startswith(SPARE)}
     if not any(key.startswith("model.diffusion_model.") for key in weights):
         raise InputError(f"{path}: no model.diffusion_model.* tensors; not a Stable Diffusion "
                          "checkpoint in the original layout; "
                          f"the file looks like {layout(weights)}")
     if own_vae and not any(key.startswith("first_stage_model.") for key in weights):
         raise InputError(f"{path}: has no VAE (first_stage_model.*); give one with --vae")
+    foreign = [key for key in weights if key.startswith(("edm_", "ztsnr"))]
+    if foreign:
+        raise InputError(f"{path}: trained with another noise process (EDM, or a zero-terminal-SNR "
+                         f"schedule), not supported; the file says so by {foreign[0]}")
+    with blaming(path):
+        schedule = ddim.Schedule.from_json(dict(
+            SCHEDULER, prediction_type=prediction_type or marked_prediction(path, weights)))
     kind = "sdxl" if is_sdxl(weights) else "sd15"
     of_unet, of_vae, *of_texts = shapes or (SINGLE_UNETS[kind], *SINGLE_PARTS[kind])
     with torch.device("meta"):
         unet, vae, encoders = UNet(of_unet), VAE(of_vae), [CLIP(config) for config in of_texts]
 
-    def load(module, tensors, dtype=dtype):
+    def load(module, tensors):
         return load_strict(module, clean(tensors), path, dtype, device, weights)
 
     load(unet, rename(unet, take(weights, "model.diffusion_model."), original_names(unet).get))
     if own_vae:
-        tensors = rename(vae, take(weights, "first_stage_model."), lambda key: original_vae_name(
-            key, len(of_vae.block_out_channels)))
-        laid_out(load(vae, tensors, vae_dtype(of_vae, of_unet, dtype)))
+        _fill_vae(vae, weights, path, vae_dtype(of_vae, of_unet, dtype), device)
     if kind == "sdxl":
         load(encoders[0], take(weights, "conditioner.embedders.0.transformer."))
         second = from_open_clip(take(weights, "conditioner.embedders.1.model."))
@@ -343,31 +498,37 @@ def _single_file(path: Path, dtype: torch.dtype, device: torch.device, tokenizer
         load(encoders[1], second)
     else:
         load(encoders[0], take(weights, "cond_stage_model.transformer."))
-    home = fetch(tokenizer or NAMES[kind], ["tokenizer*/*"])
-    tokenizers = [_tokenizer(home / f"tokenizer{n}") for n in ("", "_2")[:len(encoders)]]
-    if "ztsnr" in weights:
-        raise InputError(f"{path}: trained with a zero-terminal-SNR schedule, not supported")
-    # Some files carry a marker.
-    prediction_type = prediction_type or ("v_prediction" if "v_pred" in weights else "epsilon")
-    schedule = ddim.Schedule.from_json(dict(SCHEDULER, prediction_type=prediction_type))
+    tokenizers = _tokenizers(fetch(tokenizer or NAMES[kind], ["tokenizer*/*"]), encoders)
     return Pipeline(str(path), tokenizers, encoders, unet, vae if own_vae else None, schedule,
                     zero_negative=kind == "sdxl", device=device)
 
 
-def _folder(source: str, root: Path, dtype: torch.dtype, device: torch.device) -> Pipeline:
-    """A checkpoint in the diffusers layout."""
+def _folder(source: str, root: Path, dtype: torch.dtype, device: torch.device,
+            prediction_type: str, other: dict[str, Path]) -> Pipeline:
+    """A checkpoint in the diffusers layout; `other`: where its UNet or VAE is instead.
+
+    All parts are planned, and held against each other, before the numbers of one are read.
+    """
     index = read_json(root / "model_index.json")
-    scheduler = root / "scheduler/scheduler_config.json"
-    with blaming(scheduler):
-        schedule = ddim.Schedule.from_json(read_json(scheduler))
+    said = dict(prediction_type=prediction_type) if prediction_type else {}
+    schedule = read_schedule(root, **said)
     names = ("", "_2") if "text_encoder_2" in index else ("",)
-    tokenizers = [_tokenizer(root / f"tokenizer{n}") for n in names]
-    encoders = [_component(CLIP, CLIPConfig, root / f"text_encoder{n}", dtype, device)
-                for n in names]
-    unet = _component(UNet, UNetConfig, root / "unet", dtype, device)
-    vae = _component(VAE, VAEConfig, root / "vae", dtype, device, unet)
+    texts = [_planned(CLIP, CLIPConfig, root / f"text_encoder{n}") for n in names]
+    unet, unet_file = _planned(UNet, UNetConfig, other.get("unet", root / "unet"))
+    vae, vae_file = _planned(VAE, VAEConfig, root / "vae")
+    if "vae" in other:
+        vae, vae_file = _planned(VAE, VAEConfig, other["vae"], vae.config)
     zero = index.get("force_zeros_for_empty_prompt", len(names) > 1)        # diffusers' default
-    return Pipeline(source, tokenizers, encoders, unet, vae, schedule, bool(zero), device=device)
+    encoders = [clip for clip, _ in texts]
+    pipe = Pipeline(source, _tokenizers(root, encoders), encoders, unet, vae, schedule, bool(zero),
+                    device=device)
+    _check_fit(pipe, source)
+    for n, (clip, file) in zip(names, texts):
+        load_strict(clip, clean(read_weights(file, f"text_encoder{n}")), file, dtype, device)
+    load_strict(unet, clean(read_weights(unet_file, "unet")), unet_file, dtype, device)
+    _fill_vae(vae, read_weights(vae_file, "vae"), vae_file,
+              vae_dtype(vae.config, unet.config, dtype), device)
+    return pipe
 
 
 def load_pipeline(source: str = "tiny", dtype: torch.dtype = torch.float32,
@@ -377,28 +538,31 @@ def load_pipeline(source: str = "tiny", dtype: torch.dtype = torch.float32,
     """Load a model by name (`tiny`, `sd15`, `sdxl`), folder, hub id or single-file checkpoint.
 
     Folders and hub repositories are in the diffusers layout. `unet` and `vae` replace those parts
-    by the ones of another folder or hub id (a full fine-tune; SDXL's fp16-safe VAE).
-    `prediction_type` (epsilon, v_prediction) and `tokenizer` (a folder or hub id with `tokenizer/`)
-    are for single files, which carry neither. `zero_negative` says whether guidance's other side is
-    all zero (None: as the model was trained). SDXL's stock VAE stays fp32 (`force_upcast`). Raises
-    InputError where a file is missing or does not fit.
+    by the ones of another folder, hub id or file (a full fine-tune; SDXL's fp16-safe VAE).
+    `prediction_type` (epsilon, v_prediction) wins over what the model says. `tokenizer` (a folder
+    or hub id with `tokenizer/`) is for single files, which carry none. `zero_negative` says whether
+    guidance's other side is all zero (None: as the model was trained). SDXL's stock VAE stays fp32
+    (`force_upcast`). Raises InputError where a file is missing or does not fit.
     """
     device = torch.device(device)
-    name = NAMES.get(source, source)
-    if name.endswith((".safetensors", ".ckpt")):
-        pipe = _single_file(fetch(name, []), dtype, device, tokenizer, prediction_type,
-                            own_vae=not vae)
+    root = find_model(source)
+    other = {part: fetch_part(place, part) for part, place in (("unet", unet), ("vae", vae))
+             if place}
+    if NAMES.get(source, source).endswith(SINGLE):
+        pipe = _single_file(root, dtype, device, tokenizer, prediction_type, own_vae=not vae)
+        if unet:
+            pipe.unet, file = _planned(UNet, UNetConfig, other["unet"])
+            load_strict(pipe.unet, clean(read_weights(file, "unet")), file, dtype, device)
+        if vae:
+            own = SINGLE_PARTS["sdxl" if pipe.is_sdxl else "sd15"][0]
+            pipe.vae, file = _planned(VAE, VAEConfig, other["vae"], own)
+            _fill_vae(pipe.vae, read_weights(file, "vae"), file,
+                      vae_dtype(pipe.vae.config, pipe.unet.config, dtype), device)
+        _check_fit(pipe, source)
     else:
-        pipe = _folder(source, fetch_model(name), dtype, device)
-        if prediction_type:
-            pipe.schedule = replace(pipe.schedule, prediction_type=prediction_type)
+        pipe = _folder(source, root, dtype, device, prediction_type, other)
     if zero_negative is not None:
         pipe.zero_negative = zero_negative
-    if unet:
-        pipe.unet = _component(UNet, UNetConfig, fetch_part(unet, "unet"), dtype, device)
-    if vae:
-        pipe.vae = _component(VAE, VAEConfig, fetch_part(vae, "vae"), dtype, device, pipe.unet)
-    _check_fit(pipe, source)
     return pipe
 
 

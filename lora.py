@@ -6,11 +6,12 @@ to_k, to_v and to_out.0.
 
     python lora.py convert IN OUT.safetensors --model sdxl --format diffusers|kohya
     python lora.py merge IN OUT_FOLDER --model sdxl                 # a checkpoint, the LoRA inside
-    python lora.py merge IN OUT.safetensors --model MY.safetensors
-                                                # IN: a LoRA file or the folder of a run
+    python lora.py merge IN OUT.safetensors --model MY.safetensors --scale 0.7
+                                                # IN: a LoRA file, or the folder of a run or adapter
 
 Files in four formats are read; the first and the last are written:
-    A  diffusers, peft  unet.<module>.lora_A.weight / lora_B.weight
+    A  diffusers, peft  unet.<module>.lora_A.weight / lora_B.weight; peft's own (adapter_model):
+                        base_model.model.<module>..., the strength in adapter_config.json
     B  official SPO     unet.<module>.lora.down.weight / lora.up.weight
     C  old diffusers    unet.<attention>.processor.to_q_lora.down.weight / up
     D  kohya (ComfyUI,  lora_unet_<module>.lora_down.weight / lora_up.weight / alpha; dots of the
@@ -19,6 +20,7 @@ Files in four formats are read; the first and the last are written:
 """
 import argparse
 import contextlib
+import json
 import math
 import os
 import re
@@ -34,12 +36,14 @@ import loading
 from training import refuse, run_script, write_atomic, write_json, writing
 from unet import UNet, UNetConfig
 from weights import (
+    PEFT,
     InputError,
     clean,
     fetch,
     is_sdxl,
     load_strict,
     original_module_names,
+    read_header,
     read_json,
     read_weights,
     rename,
@@ -49,39 +53,55 @@ from weights import (
 
 ORIGINAL = "model.diffusion_model."      # where the UNet is in a single-file checkpoint
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
+LORA_NAMES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors", "adapter_model.bin")
 SIDES = {"lora_A.weight": "A", "lora.down.weight": "A", "lora_down.weight": "A",
          "lora_B.weight": "B", "lora.up.weight": "B", "lora_up.weight": "B"}
 
 
-class LoRALinear(nn.Linear):
+class LoRALinear(nn.Module):
     """A frozen linear map with a trainable low-rank term, in fp32 beside a weight of any dtype.
 
     It takes over the weight of the map that it replaces, so the base parameter keeps its name, and
     its own are `<module>.lora_A.weight` [rank, in], `<module>.lora_B.weight` [out, rank]: peft's.
+    Over a convolution, A is one with its kernel and B a 1x1 one, as peft and kohya have them.
     """
 
-    def __init__(self, base: nn.Linear, rank: int, alpha: float,
+    def __init__(self, base: nn.Linear | nn.Conv2d, rank: int, alpha: float,
                  generator: torch.Generator | None = None):
-        nn.Module.__init__(self)
-        self.in_features, self.out_features = base.in_features, base.out_features
+        super().__init__()
         self.weight, self.bias = base.weight, base.bias
+        self.base = (base,)             # in a tuple: no submodule, whose names would change
         kind = dict(bias=False, device=base.weight.device, dtype=torch.float32)
-        self.lora_A = nn.Linear(base.in_features, rank, **kind)
-        self.lora_B = nn.Linear(rank, base.out_features, **kind)
+        outer, inner = base.weight.shape[:2]
+        if isinstance(base, nn.Conv2d):
+            self.lora_A = nn.Conv2d(inner, rank, base.kernel_size, base.stride, base.padding,
+                                    **kind)
+            self.lora_B = nn.Conv2d(rank, outer, 1, **kind)
+        else:
+            self.lora_A = nn.Linear(inner, rank, **kind)
+            self.lora_B = nn.Linear(rank, outer, **kind)
         with torch.no_grad():           # drawn on the CPU: the same start on every device
-            start = torch.randn(rank, base.in_features, generator=generator)
+            start = torch.randn(self.lora_A.weight.shape, generator=generator)
             self.lora_A.weight.copy_(start / rank)
             self.lora_B.weight.zero_()
         self.rank, self.alpha, self.scaling = rank, alpha, alpha / rank
         self.enabled = True
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = F.linear(x, self.weight, self.bias)
+        y = _apply(self.lora_A, x, self.weight, self.bias)
         if not self.enabled:
             return y
         # Never merged into a bf16 weight: rounding would eat a small update.
-        low = F.linear(x, self.lora_A.weight.to(x.dtype))
-        return y + self.scaling * F.linear(low, self.lora_B.weight.to(x.dtype))
+        low = _apply(self.lora_A, x, self.lora_A.weight.to(x.dtype))
+        return y + self.scaling * _apply(self.lora_B, low, self.lora_B.weight.to(x.dtype))
+
+
+def _apply(like: nn.Linear | nn.Conv2d, x: torch.Tensor, weight: torch.Tensor,
+           bias: torch.Tensor | None = None) -> torch.Tensor:
+    """What `like` would do with another weight."""
+    if isinstance(like, nn.Conv2d):
+        return F.conv2d(x, weight, bias, like.stride, like.padding)
+    return F.linear(x, weight, bias)
 
 
 def layers(model: nn.Module) -> dict[str, LoRALinear]:
@@ -99,15 +119,16 @@ def add(model: nn.Module, rank: int, alpha: float | None = None,
         targets: tuple[str, ...] = TARGETS, seed: int = 0) -> list[nn.Parameter]:
     """Freeze `model` and put LoRA on every linear map whose name ends in a target.
 
-    Returns the new parameters. Raises ValueError if nothing matches.
+    Returns the new parameters. Raises ValueError for a target that matches nothing.
     """
     model.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
-    found = [name for name, module in model.named_modules()
-             if isinstance(module, nn.Linear) and not isinstance(module, LoRALinear)
-             and any(f".{name}".endswith(f".{target}") for target in targets)]
-    if not found:
-        raise ValueError(f"no linear layer matches the LoRA targets {', '.join(targets)}")
+    maps = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    for target in targets:
+        if not any(f".{name}".endswith(f".{target}") for name in maps):
+            raise ValueError(f"no linear layer's name ends in {target!r}")
+    found = [name for name in maps
+             if any(f".{name}".endswith(f".{target}") for target in targets)]
     for name in found:
         base = model.get_submodule(name)
         _replace(model, name, LoRALinear(base, rank, rank if alpha is None else alpha, generator))
@@ -123,8 +144,7 @@ def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
 def remove(model: nn.Module) -> None:
     """Take all LoRA layers off again; the base model is what it was."""
     for name, layer in layers(model).items():
-        with torch.device("meta"):
-            base = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None)
+        base, = layer.base
         base.weight, base.bias = layer.weight, layer.bias
         _replace(model, name, base)
 
@@ -163,13 +183,30 @@ def to_kohya(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return out
 
 
+def kohya_header(weights: dict[str, torch.Tensor], unet: UNet, base: str) -> dict[str, str]:
+    """What user interfaces show of a file in kohya's format: name, base model, rank.
+
+    `weights`: in diffusers' format (A); `base`: the model's name. The keys are sd-scripts' and
+    those of https://github.com/Stability-AI/ModelSpec. No date: the same LoRA, the same bytes.
+    """
+    xl = unet.config.addition_embed_type == "text_time"
+    ranks = {len(value) for key, value in weights.items() if ".lora_A." in key}
+    rank = str(ranks.pop()) if len(ranks) == 1 else "Dynamic"           # sd-scripts' word
+    return {"ss_network_module": "networks.lora", "ss_network_dim": rank, "ss_network_alpha": rank,
+            "ss_base_model_version": "sdxl_base_v1-0" if xl else "sd_v1", "ss_v2": "False",
+            "ss_sd_model_name": base, "modelspec.sai_model_spec": "1.0.0",
+            "modelspec.architecture": f"stable-diffusion-{'xl-v1-base' if xl else 'v1'}/lora",
+            "modelspec.implementation": "diffusers",
+            "modelspec.title": f"{base}, preference LoRA of rank {rank}"}
+
+
 def normalise(weights: dict[str, torch.Tensor], modules: list[str],
               source: str = "LoRA") -> dict[str, torch.Tensor]:
-    """Any of the formats A to D -> A, alpha folded into B. `modules`: the model's linear layers.
+    """Any of the formats A to D -> A, alpha folded into B. `modules`: the model's layers.
 
     Raises ValueError for files that other programs would load as a silent no-op (no `unet.` prefix,
-    raw peft names), for text-encoder or convolution LoRAs, for modules that the model does not
-    have, and for tensors that are no sound matrices.
+    raw peft names), for text-encoder LoRAs, for modules that the model does not have, and for
+    tensors that are no sound matrices.
     """
     names = dict(zip(modules, modules)) | original_module_names(modules)
     by_kohya = {name.replace(".", "_"): module for name, module in names.items()}
@@ -188,11 +225,12 @@ def normalise(weights: dict[str, torch.Tensor], modules: list[str],
         if value.ndim not in (2, 4) or not value.is_floating_point():
             raise ValueError(f"{where} is no matrix of weights: {value.dtype}, "
                              f"shape {tuple(value.shape)}")
-        out[f"unet.{module}.lora_{SIDES[part]}.weight"] = value.flatten(1)
+        name = f"unet.{module}.lora_{SIDES[part]}.weight"
+        if name in out:
+            raise ValueError(f"{where} is there twice, under two names or for two adapters; "
+                             "keep one of them")
+        out[name] = value
     for module in sorted({key[5:].rpartition(".lora_")[0] for key in out} | alphas.keys()):
-        if module not in modules:
-            raise ValueError(f"{source}: layer {module!r} does not exist in this model; "
-                             "the LoRA is for another one")
         for side in "AB":
             if f"unet.{module}.lora_{side}.weight" not in out:
                 raise ValueError(f"{source}: layer {module!r} lacks its lora_{side} weight; "
@@ -206,63 +244,90 @@ def normalise(weights: dict[str, torch.Tensor], modules: list[str],
 
 
 def _place(key: str, by_kohya: dict[str, str], source: str) -> tuple[str, str]:
-    """The module that a key of any of the formats A to D is about, and the rest of the key."""
-    if key.startswith(("base_model.model.", "transformer_blocks", "down_blocks", "mid_block",
-                       "up_blocks")):
+    """The module that a key of any of the formats A to D is about, and the rest of the key.
+
+    Dots count as underscores. What wraps modules (torch.compile, DDP) or names a peft adapter
+    (`lora_A.default.weight`) is left out.
+    """
+    plain = re.sub(r"(?:^|(?<=[._]))(?:(?:_orig_mod|module)[._])+", "", key)
+    if plain.startswith((PEFT, f"unet.{PEFT}")):
+        raise ValueError(f"{source}: key {key!r} has peft's prefix; how strong the LoRA is stands "
+                         "in the adapter_config.json that peft saves beside it: put it there")
+    if plain.startswith(("transformer_blocks", "down_blocks", "mid_block", "up_blocks")):
         raise ValueError(f"{source}: key {key!r} has no `unet.` prefix; diffusers would load this "
                          "file as a no-op. Rename its keys to `unet.<module>.lora_A.weight` and "
-                         "`.lora_B.weight`")
-    if key.startswith(("text_encoder", "lora_te")):
+                         "`.lora_B.weight`, and add `unet.<module>.alpha` if that is not the rank")
+    if plain.startswith(("text_encoder", "lora_te")):
         raise ValueError(f"{source}: key {key!r} belongs to a text encoder; "
-                         "only UNet attention LoRAs are supported")
-    if key.startswith("lora_unet_"):
-        name, _, part = key.removeprefix("lora_unet_").partition(".")
-        if name not in by_kohya:
-            raise ValueError(f"{source}: {key!r} is for a layer that this model does not have; "
-                             "the file belongs to another model or another LoRA target set")
-        return by_kohya[name], part
-    modern = re.sub(r"\.processor\.(to_[qkv]|to_out)_lora\.",
-                    lambda m: f".{m[1]}{'.0' if m[1] == 'to_out' else ''}.lora.", key)
-    match = re.fullmatch(r"unet\.(.+?)\.(lora_[AB]\.weight|lora\.(?:down|up)\.weight|alpha)",
-                         modern)
+                         "only LoRAs of the UNet are supported")
+    plain = re.sub(r"\.processor\.(to_[qkv]|to_out)_lora\.",
+                   lambda m: f".{m[1]}{'.0' if m[1] == 'to_out' else ''}.lora.", plain)
+    match = re.fullmatch(r"(?:lora_unet[._]|unet\.|(?:model\.)?diffusion_model\.)"
+                         r"(.+?)\.(lora[._].+|[^.]+)", plain)
     if match is None:
         raise ValueError(f"{source}: cannot make sense of key {key!r}; "
                          "expected diffusers or kohya LoRA names")
-    return match.groups()
+    module = by_kohya.get(match[1].replace(".", "_"))
+    if module is None:
+        raise ValueError(f"{source}: {key!r} is for a layer that this model does not have; "
+                         "the file belongs to another model or another LoRA target set")
+    return module, re.sub(r"^(lora_[AB])\.[^.]+\.weight$", r"\1.weight", match[2])
 
 
-def load(model: nn.Module, weights: dict[str, torch.Tensor], source: str = "LoRA") -> None:
-    """Put a LoRA file (formats A to D) on `model`, replacing any LoRA that it has.
+def fitted(model: nn.Module, weights: dict[str, torch.Tensor], source: str = "LoRA",
+           scale: float = 1.0) -> dict[str, torch.Tensor]:
+    """A LoRA file (formats A to D) -> A, `scale` times as strong, in the shapes of these layers.
 
-    Raises ValueError on any mismatch, before the model is touched.
+    Raises ValueError on any mismatch.
     """
+    if not math.isfinite(scale):
+        raise ValueError(f"{source}: {scale} is no strength of a LoRA")
     modules = {name: module for name, module in model.named_modules()
-               if isinstance(module, nn.Linear) and not name.endswith((".lora_A", ".lora_B"))}
-    weights = normalise(weights, list(modules), source)
-    pairs = {key[5:-len(".lora_A.weight")]: (value, weights[key.replace(".lora_A.", ".lora_B.")])
-             for key, value in weights.items() if key.endswith(".lora_A.weight")}
-    for name, (a, b) in pairs.items():
-        needed = (len(a), modules[name].in_features), (modules[name].out_features, len(a))
-        if (a.shape, b.shape) != needed:
+               if isinstance(module, (nn.Linear, nn.Conv2d, LoRALinear))
+               and not name.endswith((".lora_A", ".lora_B"))}
+    out = normalise(weights, list(modules), source)
+    for key in [key for key in out if ".lora_A." in key]:
+        other = key.replace(".lora_A.", ".lora_B.")
+        name, a, b = key[5:-len(".lora_A.weight")], out[key], out[other]
+        outer, *inner = modules[name].weight.shape
+        needed = (len(a), math.prod(inner)), (outer, len(a))
+        if (a.flatten(1).shape, b.flatten(1).shape) != needed:
             raise ValueError(f"{source}: layer {name!r} has shapes {tuple(a.shape)}, "
                              f"{tuple(b.shape)}, this model needs {needed[0]}, {needed[1]}; "
                              "the LoRA is for another model")
+        b = b if scale == 1 else b.float() * scale
+        out[key] = a.reshape(-1, *inner)
+        out[other] = b.reshape(outer, -1, *[1] * (len(inner) - 1))
+    return out
+
+
+def load(model: nn.Module, weights: dict[str, torch.Tensor], source: str = "LoRA",
+         scale: float = 1.0) -> None:
+    """Put a LoRA file (formats A to D) on `model`, replacing any LoRA that it has.
+
+    `scale`: its strength, 0 for none. Raises ValueError on any mismatch, before the model is
+    touched.
+    """
+    weights = fitted(model, weights, source, scale)
     remove(model)
     model.requires_grad_(False)
-    for name, (a, b) in pairs.items():
-        layer = LoRALinear(model.get_submodule(name), rank=len(a), alpha=len(a))
-        _replace(model, name, layer)
-        with torch.no_grad():
-            layer.lora_A.weight.copy_(a)
-            layer.lora_B.weight.copy_(b)
+    for key, a in weights.items():
+        name, found, _ = key[5:].partition(".lora_A.")
+        if found:
+            layer = LoRALinear(model.get_submodule(name), rank=len(a), alpha=len(a))
+            _replace(model, name, layer)
+            with torch.no_grad():
+                layer.lora_A.weight.copy_(a)
+                layer.lora_B.weight.copy_(weights[key.replace(".lora_A.", ".lora_B.")])
 
 
 @torch.no_grad()
 def merge(model: nn.Module) -> None:
     """Add every LoRA term to its base weight (computed in fp32) and take the LoRA layers off."""
     for layer in layers(model).values():
-        delta = layer.scaling * (layer.lora_B.weight @ layer.lora_A.weight)
-        layer.weight.copy_((layer.weight.float() + delta).to(layer.weight.dtype))
+        delta = layer.scaling * (layer.lora_B.weight.flatten(1) @ layer.lora_A.weight.flatten(1))
+        merged = layer.weight.float() + delta.view_as(layer.weight)
+        layer.weight.data = merged.to(layer.weight.dtype)       # its old storage may be shared
     remove(model)
 
 
@@ -271,20 +336,20 @@ def norm(model: nn.Module) -> float:
     """Frobenius norm of all low-rank terms: how far the policy's weights are from the base's."""
     square = 0.0
     for layer in layers(model).values():        # |B A|^2 is the sum of (A A^T) * (B^T B)
-        a, b = layer.lora_A.weight, layer.lora_B.weight
+        a, b = layer.lora_A.weight.flatten(1), layer.lora_B.weight.flatten(1)
         square += ((a @ a.T) * (b.T @ b)).sum() * layer.scaling ** 2
     return math.sqrt(max(float(square), 0.0))
 
 
 def file_in(source: str, folder: Path) -> Path:
-    """The LoRA in a folder: pytorch_lora_weights.safetensors, or else the only .safetensors file.
+    """The LoRA in a folder: one of LORA_NAMES, or else the only .safetensors file.
 
     Official ones have names of their own.
     """
-    path = folder / "pytorch_lora_weights.safetensors"
-    if path.is_file():
-        return path
-    files = sorted(fetch(source, ["*.safetensors"]).glob("*.safetensors"))
+    if (folder / "unet/adapter_config.json").is_file():         # peft's example for diffusion
+        folder = folder / "unet"
+    files = [folder / name for name in LORA_NAMES if (folder / name).is_file()][:1] or sorted(
+        fetch(source, ["*.safetensors", "adapter_config.json"]).glob("*.safetensors"))
     if len(files) != 1:
         names = ", ".join(file.name for file in files) or "no .safetensors file"
         raise InputError(f"{source}: holds {names}; say which with {source}/FILE")
@@ -297,13 +362,16 @@ def parse() -> argparse.Namespace:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("action", choices=("convert", "merge"))
     parser.add_argument("source", type=Path,
-                        help="a LoRA file in one of the formats A to D, or the folder of a run")
+                        help="a LoRA file in one of the formats A to D, or the folder of a run "
+                        "or of a peft adapter")
     parser.add_argument("target", type=Path, help="convert: the file to write; merge: the folder "
                         "to write, or the file if the model is one")
     parser.add_argument("--model", default="tiny", help="the model that the LoRA belongs to: "
                         "tiny, sd15, sdxl, folder, hub id, single file")
     parser.add_argument("--format", choices=("diffusers", "kohya"), default="diffusers",
                         help="convert: what to write")
+    parser.add_argument("--scale", type=float, default=1.0,
+                        help="how strong the LoRA is written or merged")
     parser.error = refuse
     return parser.parse_args()
 
@@ -325,10 +393,32 @@ def open_model(options: argparse.Namespace) -> tuple[UNet, Path, dict[str, torch
     return loading.build(UNet, config, root), root, weights
 
 
-def save(weights: dict[str, torch.Tensor], target: Path) -> None:
-    """Write a .safetensors file."""
-    weights = {key: value.contiguous() for key, value in weights.items()}
-    write_atomic(target, lambda path: save_file(weights, path, metadata={"format": "pt"}))
+def kept_header(path: Path) -> dict[str, str]:
+    """What a .safetensors file says of itself, but for hashes of its weights; others nothing."""
+    return {key: v for key, v in read_header(path).items() if "hash" not in key}
+
+
+def save(weights: dict[str, torch.Tensor], target: Path, header: dict[str, str]) -> None:
+    """Write a .safetensors file, the same bytes each time.
+
+    Tensors that share memory (tied weights) become two. The library leaves the order of the header
+    to chance; here it is sorted.
+    """
+    owner = {value.untyped_storage().data_ptr(): key for key, value in weights.items()}
+    out = {key: value.contiguous() if owner[value.untyped_storage().data_ptr()] == key else
+           value.clone().contiguous() for key, value in weights.items()}
+
+    def write(path: Path) -> None:
+        save_file(out, path, metadata=header | {"format": "pt"})
+        with open(path, "rb+") as file:
+            size = int.from_bytes(file.read(8), "little")
+            head = json.loads(file.read(size))
+            head["__metadata__"] = dict(sorted(head["__metadata__"].items()))
+            text = json.dumps(head, separators=(",", ":"), ensure_ascii=False)
+            file.seek(8)
+            file.write(text.encode().ljust(size))
+
+    write_atomic(target, write)
 
 
 def read_lora(path: Path) -> tuple[dict[str, torch.Tensor], str]:
@@ -341,9 +431,10 @@ def convert(options: argparse.Namespace) -> None:
     """Write the LoRA in another format; the model says which layers there are."""
     unet, _, _ = open_model(options)
     weights, source = read_lora(options.source)
-    modules = [name for name, module in unet.named_modules() if isinstance(module, nn.Linear)]
-    out = normalise(weights, modules, source)
-    save(to_kohya(out) if options.format == "kohya" else out, options.target)
+    out = fitted(unet, weights, source, options.scale)
+    header = kohya_header(out, unet, Path(options.model).name)
+    kohya = options.format == "kohya"
+    save(to_kohya(out) if kohya else out, options.target, header if kohya else {})
     print(f"{options.target}: {len(out) // 2} layers, {options.format} format")
 
 
@@ -357,36 +448,49 @@ def merge_into_model(options: argparse.Namespace) -> None:
     else:
         file = weight_file(root / "unet")
         load_strict(unet, clean(read_weights(file)), file)
-    load(unet, weights, source)
+    load(unet, weights, source, options.scale)
     count = len(layers(unet))
     merge(unet)
     if whole:
         for key, value in unet.state_dict().items():
             place = ORIGINAL + names[key]
             whole[place] = value.view_as(whole[place])
-        save(whole, options.target)
+        save(whole, options.target, kept_header(root))
+        beside = root.with_suffix(".yaml")              # A1111's: it may say v-prediction
+        if beside.is_file() and not options.target.with_suffix(".yaml").exists():
+            shutil.copy(beside, options.target.with_suffix(".yaml"))
     else:
-        write_folder(unet, root, options.target)
+        write_folder(unet, root, options.target, file)
     print(f"{options.target}: {options.model} with {count} LoRA layers merged")
 
 
-def write_folder(unet: UNet, root: Path, target: Path) -> None:
-    """A model's folder in the diffusers layout with another UNet of the same shape."""
-    with writing(target):
-        for part in ("tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2", "scheduler",
-                     "vae"):
-            if (root / part).is_dir():
-                shutil.copytree(root / part, target / part)
-        (target / "unet").mkdir()
-        shutil.copy(root / "unet/config.json", target / "unet")
+def write_folder(unet: UNet, root: Path, target: Path, file: Path) -> None:
+    """A model's folder in the diffusers layout with another UNet of the same shape, in all or not.
+
+    `file`: its UNet's weights; the new ones get the same variant (.fp16) and header.
+    """
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    variant = ".fp16" if ".fp16." in file.name else ""
     index = read_json(root / "model_index.json")
-    for part, value in index.items():       # diffusers would look for parts that are not copied
-        if isinstance(value, list) and not (target / part).is_dir():
-            index[part] = [None, None]
-    if "safety_checker" in index:
-        index["requires_safety_checker"] = False
-    write_json(target / "model_index.json", index)
-    save(unet.state_dict(), target / "unet/diffusion_pytorch_model.safetensors")
+    with writing(target):
+        try:
+            (temporary / "unet").mkdir(parents=True)
+            shutil.copy(root / "unet/config.json", temporary / "unet")
+            for part in ("tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2", "scheduler",
+                         "vae"):
+                if (root / part).is_dir():
+                    shutil.copytree(root / part, temporary / part)
+            for part, value in index.items():   # diffusers would look for parts that are not copied
+                if isinstance(value, list) and not (temporary / part).is_dir():
+                    index[part] = [None, None]
+            if "safety_checker" in index:
+                index["requires_safety_checker"] = False
+            write_json(temporary / "model_index.json", index)
+            name = f"unet/diffusion_pytorch_model{variant}.safetensors"
+            save(unet.state_dict(), temporary / name, kept_header(file))
+            os.replace(temporary, target)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def command_line() -> None:

@@ -21,10 +21,13 @@ Shapes: N pictures, a list of PIL pictures; S a tower's side, L tokens, D width 
 """
 import hashlib
 import html
+import importlib.util
 import math
 import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import zip_longest
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -32,7 +35,7 @@ import torch.nn as nn
 from PIL import Image
 
 from clip_spm import CLIP, MEAN, STD, CLIPConfig, clip_h, preprocess_pil
-from loading import TINY, load_clip
+from loading import TINY, check_vocabulary, clip_file, load_clip, option, read_tokenizer
 from training import fingerprint
 from weights import (
     InputError,
@@ -56,7 +59,11 @@ SOURCES = {         # where each metric's weights live, and what else it needs
     "aesthetic-v1": ("", CLIP_L),
     "geneval": ("facebook/mask2former-swin-small-coco-instance", CLIP_L),
 }
-HPS_FILES = {"hpsv2.0": "07cb0d20", "hpsv2": "c57a38fb"}      # how the files' SHA-256 begins
+# How the SHA-256 of the official files begins. Others may fit as well, and mean something else.
+OFFICIAL = {"hpsv2.0": "07cb0d20", "hpsv2": "c57a38fb", "aesthetic-v2": "21dd590f",
+            "aesthetic-v1": "2cd4e60f"}
+UNKNOWN = " (not the official file)"
+OWN = str(TINY / "pickscore")
 WITH_TOKENIZER = {"pickscore", "hpsv2", "hpsv2.0", "geneval"}   # of the model in question
 
 
@@ -69,8 +76,8 @@ class Metric:
     weights: str = ""
 
 
-def metric_sources(word: str) -> tuple[str, list[str]]:
-    """`name` or `name=SOURCE[,SECOND]` -> (name, sources), defaults filled in.
+def metric_sources(word: str, model: str = "") -> tuple[str, list[str]]:
+    """`name` or `name=SOURCE[,SECOND]` -> (name, sources), defaults filled in: tiny has its own.
 
     Raises InputError for an unknown name or too many sources.
     """
@@ -82,11 +89,45 @@ def metric_sources(word: str) -> tuple[str, list[str]]:
         raise InputError(f"--metrics {word}: {name} takes {len(SOURCES[name]) or 'no'} "
                          f"source{'s' * (len(SOURCES[name]) != 1)}")
     sources = [*given, *SOURCES[name][len(given):]]
+    if word == "pickscore" and preset_of(model) == "tiny":
+        sources = [OWN]
     if name == "aesthetic-v1" and not sources[0]:
         raise InputError("aesthetic-v1: its head is not on the hub; get sa_0_4_vit_l_14_linear.pth "
                          "from the GitHub repository LAION-AI/aesthetic-predictor and write "
                          "--metrics aesthetic-v1=FILE")
     return name, sources
+
+
+# Finding what they name
+
+WORDS = ["vocab.json", "merges.txt", "vocab.txt", "tokenizer*.json"]        # a tokenizer's files
+DETECTOR = ["config.json", "model.safetensors", "pytorch_model.bin"]
+PATTERNS = {            # what is fetched of a metric's first SOURCES; the others are CLIPs
+    "hpsv2": ([], WORDS), "hpsv2.0": ([], WORDS), "imagereward": ([], WORDS),
+    "aesthetic-v2": ([],), "aesthetic-v1": ([],), "geneval": (DETECTOR,)}
+
+
+def find_metric(name: str, sources: list[str]) -> None:
+    """Find, or fetch, what a metric is made of, before anything is loaded; else InputError."""
+    if name == "geneval" and importlib.util.find_spec("scipy") is None:
+        raise InputError("--metrics geneval: its detector needs scipy; pip install scipy")
+    with option("metrics"):
+        for source, patterns in zip_longest(sources, PATTERNS.get(name, ())):
+            if patterns is None:
+                clip_file(source)
+            elif source:
+                fetch(source, patterns)
+
+
+def is_official(file: Path, name: str) -> bool:
+    """Is this a metric's official file? InputError where it is that of another one."""
+    with open(file, "rb") as handle:
+        digest = hashlib.file_digest(handle, "sha256").hexdigest()
+    whose = next((n for n, begin in OFFICIAL.items() if digest.startswith(begin)), "")
+    if whose not in ("", name):
+        raise InputError(f"{file}: these are the weights of another metric, "
+                         f"write --metrics {whose}={file}")
+    return whose == name
 
 
 # What is done to a picture and to a prompt
@@ -162,10 +203,7 @@ def picture_vectors(clip: CLIP, prepare: Callable, images: list[Image.Image]) ->
 
 @torch.no_grad()
 def text_vectors(clip: CLIP, tokenizer, prompts: list[str]) -> torch.Tensor:
-    """Prompts -> CLIP's unit vectors [N, D]; InputError where the tokenizer is another model's."""
-    if len(tokenizer) != clip.config.text.vocab_size:
-        raise InputError(f"the tokenizer has {len(tokenizer)} tokens, the metric's CLIP "
-                         f"{clip.config.text.vocab_size}: they belong to different models")
+    """Prompts -> CLIP's unit vectors [N, D]."""
     ids = tokenizer(prompts, padding="max_length", truncation=True, return_tensors="pt",
                     max_length=clip.config.text.max_position_embeddings).input_ids
     return clip.text_features(ids.to(clip.logit_scale.device))
@@ -201,15 +239,18 @@ def world_metric(name: str) -> Metric:
 
 def pickscore(source: str, tokenizer, device: torch.device) -> Metric:
     """PickScore from a folder or hub id; prompts are tokenized as they are, as in its own code."""
-    clip = load_clip(source, torch.float32, device)
+    clip = load_clip(source, torch.float32, device, step_aware=False)
+    check_vocabulary(tokenizer, clip.config.text.vocab_size, "the metric's CLIP")
 
     @torch.no_grad()
     def score(images: list[Image.Image], prompts: list[str]) -> torch.Tensor:
         return clip.score(picture_vectors(clip, preprocess_pil, images),
                           text_vectors(clip, tokenizer, prompts)).cpu()
 
-    return Metric("pickscore", f"PickScore v1: exp(logit scale) x cosine, {source}", score,
-                  fingerprint(clip))
+    what = "the tiny model's PickScore" if source == OWN else "PickScore v1"
+    told = source.replace(str(TINY.parent), "tiny")
+    return Metric("pickscore", f"{what}: exp(logit scale) x cosine, {told}", score,
+                  fingerprint(clip, tokenizer))
 
 
 def hpsv2(name: str, source: str, tokenizer, device: torch.device,
@@ -220,21 +261,18 @@ def hpsv2(name: str, source: str, tokenizer, device: torch.device,
     and their numbers do not compare.
     """
     file = fetch(source, [])
-    other = "hpsv2" if name == "hpsv2.0" else "hpsv2.0"
-    with open(file, "rb") as handle:
-        if hashlib.file_digest(handle, "sha256").hexdigest().startswith(HPS_FILES[other]):
-            raise InputError(f"{source}: these are the weights of the other version, "
-                             f"write --metrics {other}={source}")
     with torch.device("meta"):
         clip = CLIP(config or clip_h())
     load_strict(clip, from_open_clip(read_weights(file)), file, torch.float32, device)
+    told = "" if is_official(file, name) else UNKNOWN
+    check_vocabulary(tokenizer, clip.config.text.vocab_size, "the metric's CLIP")
 
     def score(images: list[Image.Image], prompts: list[str]) -> torch.Tensor:
         read = text_vectors(clip, tokenizer, [open_clip_text(p) for p in prompts])
         return 100 * (picture_vectors(clip, preprocess_floats, images) * read).sum(-1).cpu()
 
-    return Metric(name, f"HPS {'v2.0' if name == 'hpsv2.0' else 'v2.1'}: 100 x cosine, {source}",
-                  score, fingerprint(clip))
+    return Metric(name, f"HPS {'v2.0' if name == 'hpsv2.0' else 'v2.1'}: 100 x cosine, "
+                        f"{source}{told}", score, fingerprint(clip, tokenizer))
 
 
 def head() -> nn.Sequential:
@@ -248,12 +286,20 @@ def head() -> nn.Sequential:
 
 
 def aesthetic(name: str, source: str, clip_source: str, device: torch.device) -> Metric:
-    """LAION's aesthetic score: head file `source` on CLIP-L's picture vector, normalised first."""
+    """LAION's aesthetic score: head file `source` on CLIP-L's picture vector, normalised first.
+
+    LAION has published other heads of the same shape. InputError for those with ReLUs.
+    """
     clip, file = load_clip(clip_source, torch.float32, device), fetch(source, [])
     weights = read_weights(file)
+    if {"9.weight", "layers.9.weight"} & weights.keys():
+        raise InputError(f"{file}: a head with ReLUs, as ava+logos-l14-reluMSE.pth; V2's has none, "
+                         "sac+logos+ava1-l14-linearMSE.pth")
     what, judge = (("V1, linear", nn.Linear(768, 1)) if name == "aesthetic-v1" else
                    ("V2, sac+logos+ava1 MLP", head()))
     load_strict(judge, take(weights, "layers.") or weights, file, torch.float32, device)
+    if not is_official(file, name):
+        what = f"{what[:2]}'s shape of head, {file.name}{UNKNOWN},"
 
     @torch.no_grad()
     def score(images: list[Image.Image], prompts: list[str]) -> torch.Tensor:
@@ -326,8 +372,8 @@ def imagereward(source: str, tokenizer_source: str, device: torch.device) -> Met
     for network, part in ((vision, rename(vision, eye, blip_vision_name)), (text, bert),
                           (judge, take(weights, "mlp.layers."))):
         load_strict(network, part, file, torch.float32).to(device)
-    tokenizer = BertTokenizer.from_pretrained(
-        fetch(tokenizer_source, ["vocab.txt", "tokenizer*.json"]))
+    tokenizer = read_tokenizer(BertTokenizer, fetch(tokenizer_source, WORDS))
+    check_vocabulary(tokenizer, text.config.vocab_size, "ImageReward's BERT")
 
     @torch.no_grad()
     def score(images: list[Image.Image], prompts: list[str]) -> torch.Tensor:
@@ -342,28 +388,20 @@ def imagereward(source: str, tokenizer_source: str, device: torch.device) -> Met
 
     return Metric("imagereward",
                   f"ImageReward v1.0: (MLP - {REWARD_MEAN:.4f}) / {REWARD_STD:.4f}, {source}",
-                  score, fingerprint(vision, text, judge))
+                  score, fingerprint(vision, text, judge, tokenizer))
 
 
 def load_metric(word: str, model: str, tokenizer, device: torch.device) -> Metric:
     """A metric by name (or name=SOURCE); `tokenizer`: the first of `model`, which drew."""
-    name, sources = metric_sources(word)
+    name, sources = metric_sources(word, model)
     if name in ("aesthetics", "alignment"):
         return world_metric(name)
     if name == "pickscore":
-        own = preset_of(model) == "tiny" and "=" not in word
-        metric = pickscore(str(TINY / "pickscore") if own else sources[0], tokenizer, device)
-        if own:
-            metric.formula = (metric.formula.replace("PickScore v1", "the tiny model's PickScore")
-                              .replace(str(TINY.parent), "tiny"))
-        return metric
+        return pickscore(sources[0], tokenizer, device)
     if name.startswith("aesthetic-"):
         return aesthetic(name, *sources, device)
     if name != "imagereward" and sources[1]:
         from transformers import CLIPTokenizer
-        tokenizer = CLIPTokenizer.from_pretrained(
-            fetch(sources[1], ["vocab.json", "merges.txt", "tokenizer*.json"]))
-    metric = (imagereward(*sources, device) if name == "imagereward" else
-              hpsv2(name, sources[0], tokenizer, device))
-    metric.weights += " " + sources[1]          # the tokenizer is part of what scores
-    return metric
+        tokenizer = read_tokenizer(CLIPTokenizer, fetch(sources[1], WORDS))
+    return (imagereward(*sources, device) if name == "imagereward" else
+            hpsv2(name, sources[0], tokenizer, device))

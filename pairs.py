@@ -2,7 +2,7 @@
 
     FOLDER/pairs.jsonl   one object a line: caption, image_0, image_1, label_0, label_1 (1 / 0;
                          0.5 twice for a tie)
-    *.parquet            Pick-a-Pic's columns: caption, jpg_0, jpg_1, label_0; has_label,
+    *.parquet            Pick-a-Pic's columns: caption, jpg_0, jpg_1, label_0; label_1, has_label,
                          num_example_per_prompt if there
     world_pairs          the tiny world's own
 
@@ -10,10 +10,11 @@ Captions and labels are held in memory, pictures are not. Where pictures lie tog
 group of a Parquet file), they are used at about the same time: an epoch shuffles the groups, then
 the rows of a few groups at a time.
 """
+import contextlib
+import functools
 import io
 import json
 import os
-import shutil
 import threading
 from collections import Counter, OrderedDict
 from collections.abc import Callable
@@ -22,14 +23,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from calls import upload
 from clip_spm import to_rgb
 from loading import Pipeline
-from prompt_sets import checked_prompt
-from training import permutation
-from weights import InputError, fetch_parquet
+from prompt_sets import TRAINING, checked_prompt, parquet_files
+from training import Processes, Run, Stopped, permutation, warn, write_atomic
+from weights import InputError
 
 SMALLEST = 8            # pixels of a picture's shorter side
 WINDOW = 4096           # rows shuffled together; a process caches about two windows of pictures
@@ -47,7 +48,8 @@ class Pairs:
     UnreadablePicture.
     """
     captions: list[str]
-    label: torch.Tensor                 # [N] 1: the first is liked, 0: the second, 0.5: tie
+    label: torch.Tensor                 # [N] 1: the first is liked, 0: the second, 0.5: tie;
+                                        # nan: nobody said, or the world has not painted it yet
     weight: torch.Tensor                # [N] 1 / pairs of the same prompt
     groups: list[range]                 # rows that lie together
     pictures: Callable[[int], torch.Tensor]
@@ -88,14 +90,20 @@ def epoch_order(pairs: Pairs, used: set[int], seed: int, epoch: int) -> list[int
 
 # What every source has in common
 
-def square(picture: Path | bytes, side: int, place: str = "") -> torch.Tensor:
+def square(picture: Path | bytes | dict, side: int, place: str = "") -> torch.Tensor:
     """The middle of an encoded picture, shorter side resized to `side` -> uint8 [3, side, side].
 
-    Any mode that PIL reads: 16-bit greys keep their upper byte, transparency is put on white.
-    Raises UnreadablePicture that names the `place`, or the file.
+    Bicubic, as CLIP's own preprocessing, which the released code uses here. Any mode that PIL
+    reads: 16-bit greys keep their upper byte, transparency is put on white, EXIF turns. A dict is
+    what the library `datasets` makes of a picture. Raises UnreadablePicture that names the `place`,
+    or the file.
     """
     try:
-        image = Image.open(io.BytesIO(picture) if isinstance(picture, bytes) else picture)
+        if isinstance(picture, dict):
+            picture = picture.get("bytes")
+        image = Image.open(picture if isinstance(picture, Path) else io.BytesIO(picture))
+        with contextlib.suppress(Exception):        # damaged EXIF says nothing about the pixels
+            ImageOps.exif_transpose(image, in_place=True)
         size = np.array(image.size)
         if size.min() < SMALLEST:
             raise UnreadablePicture(f"{image.width} x {image.height} pixels")
@@ -103,14 +111,14 @@ def square(picture: Path | bytes, side: int, place: str = "") -> torch.Tensor:
             image = Image.fromarray(
                 (np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
         # Only what will be seen is resized: all of 8 x 30,000 pixels would fill the memory.
-        whole = np.maximum(side, (size * (side / size.min())).round())      # sides after resizing
+        whole = np.maximum(side, (side * size / size.min()).astype(int))    # sides after resizing
         begin = (whole - side) // 2                             # of the square in them
         box = (*(begin * size / whole), *((begin + side) * size / whole))
-        image = to_rgb(image).resize((side, side), Image.Resampling.LANCZOS, box)
+        image = to_rgb(image).resize((side, side), Image.Resampling.BICUBIC, box)
     except Exception as error:          # PIL's many decoders raise what they like
+        why = str(error).partition(" <_io")[0] or type(error).__name__      # not where in memory
         raise UnreadablePicture(f"{place or picture}: not a readable picture "
-                                f"({(str(error) or type(error).__name__).splitlines()[0]})"
-                                ) from None
+                                f"({why.splitlines()[0]})") from None
     return torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1)
 
 
@@ -121,12 +129,33 @@ def prompt_weights(captions: list[str], sizes: list[int | None]) -> torch.Tensor
     return torch.tensor([1 / n for n in sizes])
 
 
-def check_pair(caption, label, place: str) -> None:
-    """InputError that begins with its place where they cannot be a pair's."""
+def read_row(row: dict, place: str) -> tuple[str, float, float | None]:
+    """Caption, label and num_example_per_prompt (None: not known) of a pair.
+
+    The label is nan where the row has none. Raises InputError that begins with the place.
+    """
+    caption, label, other, size = (
+        row.get(name) for name in ("caption", "label_0", "label_1", "num_example_per_prompt"))
     if not isinstance(caption, str):
         raise InputError(f"{place} has a caption that is no text")
-    if not isinstance(label, int | float) or label not in (0, 0.5, 1):
+    checked_prompt(caption, place)
+    if not is_labelled(row):
+        label = torch.nan
+    elif not isinstance(label, int | float) or label not in (0, 0.5, 1):
         raise InputError(f"{place} has label_0 {label!r}; it must be 1, 0, or 0.5 for a tie")
+    elif other is not None and other != 1 - label:
+        raise InputError(f"{place} has label_0 {label!r} and label_1 {other!r}; "
+                         "their sum must be 1")
+    if size is not None and not (isinstance(size, int | float) and 1 <= size < 1e38):
+        raise InputError(f"{place} has num_example_per_prompt {size!r}; it must be 1 or more")
+    return caption, label, size
+
+
+def is_labelled(row: dict) -> bool:
+    """Has somebody compared the two pictures of a row? `has_label` says so or, without it, a label.
+    """
+    label = row.get("label_0")
+    return label is not None and row.get("has_label", label == label)           # not NaN
 
 
 # The sources
@@ -138,10 +167,24 @@ def world_pairs(count: int, seed: int) -> Pairs:
     return Pairs(captions, label, torch.ones(count), [range(count)], lambda i: images[i])
 
 
-def folder_pairs(folder: Path, side: int) -> Pairs:
+def unpainted_pairs(count: int, seed: int) -> Pairs:
+    """The same, each painted, and its label known, when its pictures are first asked for."""
+    from tiny.world import pairs_to_paint
+    captions, paint = pairs_to_paint(count, seed + 1000)
+    label = torch.full((count,), torch.nan)
+
+    @functools.cache
+    def pictures(i: int) -> torch.Tensor:
+        images, label[i:i + 1] = paint(i, i + 1)
+        return images[0]
+
+    return Pairs(captions, label, torch.ones(count), [range(count)], pictures)
+
+
+def folder_pairs(folder: Path, side: int, unlabelled: bool = False) -> Pairs:
     """A folder with pairs.jsonl. Raises InputError that names the line.
 
-    A bad picture is reported when it is read.
+    So does a line without a label, unless `unlabelled`. A bad picture is reported when it is read.
     """
     path = folder / "pairs.jsonl"
     try:
@@ -151,34 +194,32 @@ def folder_pairs(folder: Path, side: int) -> Pairs:
         raise InputError(f"{path}: cannot be read ({error})") from None
     if not rows:
         raise InputError(f"{path}: holds no pairs")
+    read = []
     for i, row in enumerate(rows):
         place = f"{path}: line {i + 1}"
         missing = [k for k in ("caption", "image_0", "image_1", "label_0")
                    if not isinstance(row, dict) or k not in row]
         if missing:
             raise InputError(f"{place} lacks {', '.join(missing)}")
-        check_pair(row["caption"], row["label_0"], place)
-        checked_prompt(row["caption"], place)
-        size = row.get("num_example_per_prompt", 1)
-        if not isinstance(size, int | float) or not size > 0:
-            raise InputError(f"{place} has num_example_per_prompt {size!r}; it must be above 0")
+        if not is_labelled(row) and not unlabelled:
+            raise InputError(f"{place} has label_0 {row['label_0']!r} and counts as unlabelled")
+        read.append(read_row(row, place))
         for name in (row["image_0"], row["image_1"]):
             if not isinstance(name, str) or Path(name).is_absolute() or ".." in Path(name).parts:
                 raise InputError(f"{place} names the picture {name!r}; "
                                  "it must be a file in this folder")
             if not os.path.isfile(folder / name):
                 raise InputError(f"{place} names {name}, which does not exist")
-    captions = [row["caption"] for row in rows]
-    weights = prompt_weights(captions, [row.get("num_example_per_prompt") for row in rows])
-    return Pairs(captions, torch.tensor([row["label_0"] for row in rows]).float(), weights,
+    captions, labels, sizes = map(list, zip(*read))
+    return Pairs(captions, torch.tensor(labels).float(), prompt_weights(captions, sizes),
                  [range(i, i + 1) for i in range(len(rows))],
                  lambda i: torch.stack([square(folder / rows[i][k], side)
                                         for k in ("image_0", "image_1")]),
                  together=captions)
 
 
-def parquet_pairs(files: list[Path], side: int) -> Pairs:
-    """Parquet files with Pick-a-Pic's columns; rows without a label are left out.
+def parquet_pairs(files: list[Path], side: int, unlabelled: bool = False) -> Pairs:
+    """Parquet files with Pick-a-Pic's columns; rows without a label stay only if `unlabelled`.
 
     Needs pyarrow, an optional extra. Every process reads all captions and labels, and whole row
     groups of pictures, but decodes only the pictures it is asked for.
@@ -200,8 +241,11 @@ def parquet_pairs(files: list[Path], side: int) -> Pairs:
                                  f"it has {', '.join(sorted(set(there)))}")
             for group in range(handles[file].num_row_groups):
                 begin = len(rows)
-                rows += [((file, group, row), *values)
-                         for row, *values in labelled_rows(handles[file], group, path)]
+                table = handles[file].read_row_group(group, [       # of which some may not be there
+                    "caption", "label_0", "label_1", "has_label", "num_example_per_prompt"])
+                rows += [((file, group, i), *read_row(row, f"{path}: row {i} of row group {group}"))
+                         for i, row in enumerate(table.to_pylist())
+                         if unlabelled or is_labelled(row)]
                 groups.append(range(begin, len(rows)))
         except (OSError, ValueError) as error:
             raise InputError(f"{path}: not a readable Parquet file "
@@ -224,19 +268,6 @@ def parquet_pairs(files: list[Path], side: int) -> Pairs:
                  pictures, together=captions)
 
 
-def labelled_rows(handle, group: int, path: Path):
-    """Yield (row, caption, label, num_example_per_prompt or None) of the rows with a label."""
-    table = handle.read_row_group(group, columns=[          # those that are there
-        "caption", "label_0", "has_label", "num_example_per_prompt"]).to_pydict()
-    labels = table["label_0"]
-    labelled = table.get("has_label", [label == label for label in labels])         # not NaN
-    sizes = table.get("num_example_per_prompt", [None] * len(labels))
-    for row, caption in enumerate(table["caption"]):
-        if labelled[row] and labels[row] is not None:
-            check_pair(caption, labels[row], f"{path}: row {row} of row group {group}")
-            yield row, caption, labels[row], sizes[row]
-
-
 @dataclass
 class RowGroups:
     """The encoded pictures of Parquet files, read by the row group; those used last are kept."""
@@ -256,18 +287,25 @@ class RowGroups:
             return table
 
 
-def load_pairs(source: str, side: int) -> Pairs:
+def load_pairs(source: str, side: int, unlabelled: bool = False, splits: tuple = TRAINING) -> Pairs:
     """A folder (pairs.jsonl or Parquet files), a Parquet file, or a hub data set of such files.
 
-    A data set is `owner/name[/file.parquet]`. Pictures are cut to squares of `side` pixels. Raises
-    InputError where something is missing or malformed.
+    A data set is `owner/name[/file.parquet]`; of several splits, the first of `splits` is read.
+    Pictures are cut to squares of `side` pixels. Pairs that nobody labelled are left out, or stay
+    if `unlabelled`. Raises InputError where something is missing or malformed.
     """
-    path = fetch_parquet(source)
-    single = path.suffix == ".parquet" and path.is_file()
-    files = [path] if single else sorted(path.rglob("*.parquet"))
-    if files and not (path / "pairs.jsonl").exists():       # of several splits, the training one
-        return parquet_pairs([f for f in files if f.name.startswith("train")] or files, side)
-    return folder_pairs(path, side)
+    if os.path.exists(os.path.join(source, "pairs.jsonl")):
+        return folder_pairs(Path(source), side, unlabelled)
+    return parquet_pairs(parquet_files(source, splits), side, unlabelled)
+
+
+def read_or_leave(processes: Processes, read: Callable[[], Pairs]) -> Pairs:
+    """What `read` gives. A signal meanwhile ends the process at once: nothing is done yet."""
+    try:
+        with processes.droppable():
+            return read()
+    except Stopped:
+        raise SystemExit(128 + (processes.stop or 15)) from None        # 15: SIGTERM
 
 
 def readable(pairs: Pairs, i: int) -> torch.Tensor | str:
@@ -289,6 +327,35 @@ def stack_pictures(got: list[torch.Tensor | str | None],
             torch.tensor([not isinstance(g, str) for g in got]))
 
 
+# Pictures that cannot be read
+
+def list_unreadable(known: dict, new: dict, run: Run) -> dict:
+    """{pair: why} so far and of this step -> both.
+
+    The first ten are said on stderr, all stand in unreadable.txt.
+    """
+    both = known | new
+    if run.processes.main:
+        for place, i in enumerate(sorted(new.keys() - known.keys()), len(known)):
+            if place < 10:
+                more = " (further ones: see unreadable.txt)" if place == 9 else ""
+                warn(f"{new[i]}; the pair is skipped{more}")
+        lines = "".join(f"{both[i]}\n" for i in sorted(both))
+        write_atomic(run.folder / "unreadable.txt", lambda p: p.write_text(lines, encoding="utf-8"))
+    return both
+
+
+def too_many_unreadable(known: dict, read: int, total: int, most: float,
+                        folder: Path) -> InputError | None:
+    """What ends a run if over `most` of the pairs read so far, or all the `total`, are damaged."""
+    read = min(read, total)
+    if len(known) < total and len(known) <= max(3, most * read):
+        return None
+    return InputError(
+        f"{len(known)} of the {read} pairs read so far have damaged pictures, listed in "
+        f"{folder / 'unreadable.txt'}; mend them, or allow more with --max_unreadable")
+
+
 # Their latents
 
 @torch.no_grad()
@@ -306,24 +373,30 @@ def encode_pairs(pipe: Pipeline, images: torch.Tensor) -> torch.Tensor:
 def open_latents(folder: Path, pipe: Pipeline, side: int, count: int) -> torch.Tensor:
     """What encode_pairs gives for `count` pairs, as a file that a machine's processes share.
 
-    It is zero where nothing was encoded yet. Raises InputError.
+    It is zero where nothing was encoded yet. Its space is taken at once: on a full disk, writing
+    to a mapped file kills the process. Raises InputError.
     """
     path, dtype = folder / "latents.bin", pipe.vae.quant_conv.weight.dtype
     shape = torch.Size((count, 2, 2, *pipe.latent_shape(side)))
     size = shape.numel() * dtype.itemsize
     try:
-        if path.exists() and path.stat().st_size != size:
+        path.touch()
+        before = path.stat().st_size
+        if before not in (0, size):
             raise InputError(f"{path}: holds the latents of other pairs; delete it")
-        missing = size - (path.stat().st_blocks * 512 if path.exists() else 0)
-        free = shutil.disk_usage(folder).free
-        if free < missing:
-            raise InputError(f"{path}: {size / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are "
-                             "free; leave out --cache_latents")
+        with open(path, "rb+") as file:
+            try:
+                if hasattr(os, "posix_fallocate"):              # not on macOS
+                    os.posix_fallocate(file.fileno(), 0, size)
+            except OSError:
+                file.truncate(before)
+                raise
         latents = torch.from_file(str(path), shared=True, size=shape.numel(), dtype=dtype)
         return latents.view(shape)
     except (OSError, RuntimeError) as error:
-        raise InputError(f"{path}: cannot be used as a cache "
-                         f"({str(error).splitlines()[0]})") from None
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise InputError(f"{path}: cannot be used as a cache ({reason}); {size / 1e9:.1f} GB are "
+                         "needed; leave out --cache_latents") from None
 
 
 def is_encoded(latents: torch.Tensor | None, i: int) -> bool:

@@ -6,6 +6,7 @@
     geneval    553 in 6 tags; not on the hub: geneval=evaluation_metadata.jsonl
 """
 import csv
+import io
 import json
 import os
 import re
@@ -16,6 +17,13 @@ from training import permutation
 from weights import InputError, fetch, fetch_parquet
 
 LONGEST = 10_000                        # characters of a prompt
+ENDINGS = (".txt", ".json", ".jsonl", ".csv", ".tsv")       # of files with prompts, and .parquet
+SPLIT = re.compile("(?<![a-z])(train|training|validation_unique|validation|valid|val|dev|test"
+                   "|testing|eval|evaluation)(?![a-z])")
+# The splits of a data set that may be meant, the likeliest first; "": files that name none.
+TRAINING = (("train", "training"), ("",))
+VALIDATION = (("validation_unique",), ("validation", "valid", "val"),
+              ("dev", "test", "testing", "eval", "evaluation"), ("",))
 STYLES = ("anime", "concept-art", "paintings", "photo")
 SETS = {        # name -> (hub data set or file in it, what to fetch of it, number of prompts)
     "pickapic": ("yuvalkirstain/pickapic_v1_no_images", ["*validation_unique*.parquet"], 500),
@@ -30,66 +38,113 @@ def checked_prompt(prompt: str, place: str) -> str:
     if len(prompt) > LONGEST:
         raise InputError(f"{place}, {prompt[:40]!r}..., has {len(prompt):,} characters, "
                          f"more than {LONGEST:,}; one prompt a line?")
-    if lone := re.search("[\ud800-\udfff]", prompt):
+    if lone := re.search("[\0\ud800-\udfff]", prompt):
         raise InputError(f"{place}, {prompt[:40]!r}, is no Unicode text: "
-                         f"character {lone.start() + 1} is half a surrogate pair")
+                         f"character {lone.start() + 1} is NUL or half a surrogate pair")
     return prompt
 
 
 # Any file or data set
 
 def read_prompts(source: str, sample: int = 0, seed: int = 0, distinct: bool = True) -> list[str]:
-    """Prompts from .txt (one a line), .json, .jsonl (strings, or objects with `caption`), .parquet.
+    """Prompts from .txt (one a line), .json, .jsonl (strings, or objects with `caption`), .csv,
+    .tsv (a column `caption`, `prompt` or `text`, also in capitals) or .parquet (`caption`).
 
-    Parquet (column `caption`) may also be a folder or a hub data set (`owner/name[/file.parquet]`);
-    each caption once if `distinct`. `sample` > 0 keeps that many, drawn by `seed`. Raises
-    InputError that names the file, the line and what is wrong.
+    Parquet may also be a folder or a hub data set (`owner/name[/file.parquet]`); each caption once
+    if `distinct`. `sample` > 0 keeps that many, drawn by `seed`. Raises InputError that names the
+    file, the line and what is wrong.
     """
     path = Path(source)
-    named = path.suffix in (".txt", ".json", ".jsonl") or "/" not in source
+    suffix = path.suffix.lower()
+    named = suffix in ENDINGS or "/" not in source
     # What is neither named so nor here is a hub data set, whose name may hold a dot.
-    text = path.suffix != ".parquet" and not os.path.isdir(path) and (named or os.path.exists(path))
-    prompts = _read_file(source) if text else _read_captions(source, distinct)
+    if suffix == ".parquet" or os.path.isdir(path) or not (named or os.path.exists(path)):
+        prompts = _read_captions(source, distinct)
+    elif suffix in (".csv", ".tsv"):
+        prompts = [row["prompt"] for row in read_table(path)]
+    else:
+        prompts = _read_file(source)
     if not prompts:
         raise InputError(f"{source}: holds no prompts")
     chosen = permutation(len(prompts), seed, "prompts")[:sample] if sample else range(len(prompts))
     return [checked_prompt(prompts[i], f"{source}: prompt {i + 1}") for i in chosen]
 
 
+def parquet_files(source: str, splits: tuple[tuple[str, ...], ...] = TRAINING) -> list[Path]:
+    """A Parquet file, or those files of a folder or hub data set that are of one of the `splits`.
+
+    A file's split is what its name or folder says. Raises InputError where there are none, or
+    where one of `name-00000-of-00002`, ... is missing.
+    """
+    root = (fetch_parquet(source) if splits is TRAINING
+            else fetch(source, ["*validation*.parquet"], "dataset"))
+    if root.is_file():
+        return [root]
+    files = [file for file in sorted(root.rglob("*")) if file.suffix.lower() == ".parquet"]
+    found = [SPLIT.search(str(file.relative_to(root)).lower()) for file in files]
+    for names in splits:
+        chosen = [f for f, split in zip(files, found) if (split[1] if split else "") in names]
+        if chosen:
+            _check_parts(chosen)
+            return chosen
+    raise InputError(f"{source}: holds no Parquet files of the {splits[0][0]} split (nor, for "
+                     "pairs, a pairs.jsonl); name the file that is meant")
+
+
+def _check_parts(files: list[Path]) -> None:
+    """InputError if one of `name-00000-of-00002.parquet`, `name-00001-of-00002.parquet` lacks."""
+    parts: dict[tuple[str, str], set[int]] = {}
+    for file in files:
+        if part := re.match(r"(.+-)(\d+)-of-(\d+)", file.name):
+            parts.setdefault((str(file.parent / part[1]), part[3]), set()).add(int(part[2]))
+    for (name, count), there in parts.items():
+        if len(there) < int(count):
+            lacking = next(i for i in range(int(count) in there, int(count)) if i not in there)
+            raise InputError(f"{name}{lacking:0{len(count)}}-of-{count}: this part of the data set "
+                             "is missing; fetch it, or name single files")
+
+
 def _read_captions(source: str, distinct: bool) -> list[str]:
     """The captions of Parquet files, in order; only the training split's where there is one."""
-    path = fetch_parquet(source)
     try:
         import pyarrow.parquet as pq
     except ImportError:
         raise InputError(f"{source}: reading Parquet needs pyarrow; pip install pyarrow") from None
-    files = [path] if path.is_file() else sorted(path.rglob("*.parquet"))
     captions: list[str] = []
-    for file in [f for f in files if f.name.startswith("train")] or files:
+    for file in parquet_files(source):
         try:
             column = pq.read_table(file, columns=["caption"])["caption"]
             captions += [c.strip() for c in column.to_pylist() if c and c.strip()]
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, AttributeError) as error:
             raise InputError(f"{file}: no readable Parquet file with a column `caption` "
                              f"({str(error).splitlines()[0]})") from None
     return list(dict.fromkeys(captions)) if distinct else captions
 
 
+def _read_text(path: Path) -> str:
+    """A file's text; InputError where it is not UTF-8, or its ending is none of ours."""
+    if path.suffix.lower() not in ENDINGS and os.path.exists(path):
+        raise InputError(f"{path}: prompts are read from {', '.join(ENDINGS)} and .parquet; give "
+                         "the file the ending that it should have, or convert it")
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 (byte {error.start}); "
+                         "save the prompts as UTF-8") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+
+
 def _read_file(source: str) -> list[str]:
     """The prompts of a text or JSON file, in order, blank ones left out."""
-    suffix = Path(source).suffix
+    text = _read_text(Path(source))
+    rows = text.split("\n")             # not splitlines: JSON strings may hold U+2028 and its kin
+    suffix = Path(source).suffix.lower()
     try:
-        text = Path(source).read_text(encoding="utf-8-sig")
-        rows = text.split("\n")         # not splitlines: JSON strings may hold U+2028 and its kin
         if suffix == ".json":
             rows = json.loads(text)
         elif suffix == ".jsonl":
             rows = [json.loads(line) for line in rows if line.strip()]
-    except UnicodeDecodeError as error:
-        raise InputError(f"{source}: not UTF-8 (byte {error.start}); "
-                         "save the prompts as UTF-8") from None
-    except OSError as error:
-        raise InputError(f"{source}: cannot be read ({error.strerror})") from None
     except (RecursionError, ValueError) as error:
         raise InputError(f"{source}: not valid {suffix[1:].upper()} ({error})") from None
     if not isinstance(rows, list):
@@ -102,6 +157,26 @@ def _read_file(source: str) -> list[str]:
     return [prompt.strip() for prompt in prompts if prompt.strip()]
 
 
+def read_table(path: Path) -> list[dict[str, str]]:
+    """The rows of a .csv or .tsv, by their columns in small letters, and the prompt as `prompt`.
+
+    Quotation marks in a .tsv belong to the prompts: one of PartiPrompts begins with one.
+    """
+    tabs = dict(delimiter="\t", quoting=csv.QUOTE_NONE) if path.suffix.lower() == ".tsv" else {}
+    try:
+        lines = list(csv.reader(io.StringIO(_read_text(path), newline="\n"), **tabs))
+    except csv.Error as error:
+        raise InputError(f"{path}: cannot be read ({error})") from None
+    names = [name.strip().lower() for name in lines[0]] if lines else []
+    column = next((name for name in ("caption", "prompt", "text") if name in names), None)
+    rows = [dict(zip(names, line)) for line in lines[1:]]
+    rows = [row | dict(prompt=row[column].strip()) for row in rows if row.get(column, "").strip()]
+    if not rows:
+        raise InputError(f"{path}: needs a header line with the column Prompt, caption or text, "
+                         "and prompts below it")
+    return rows
+
+
 # The field's sets
 
 @dataclass
@@ -112,23 +187,11 @@ class PromptSet:
     rows: list[dict] = field(default_factory=list)
 
 
-def read_tsv(path: Path) -> list[dict]:
-    """PartiPrompts' columns. Quotation marks belong to the prompts: one begins with one."""
-    try:
-        rows = list(csv.DictReader(path.read_text(encoding="utf-8-sig").split("\n"),
-                                   delimiter="\t", quoting=csv.QUOTE_NONE))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"{path}: cannot be read ({error})") from None
-    if not rows or not rows[0].get("Prompt"):
-        raise InputError(f"{path}: a .tsv of prompts needs a header line with the column Prompt")
-    return [row for row in rows if (row["Prompt"] or "").strip()]
-
-
 def read_geneval(path: Path) -> list[dict]:
     """GenEval's metadata, one object a line; InputError that names a line which is none."""
     try:
         lines = [(number, line) for number, line in enumerate(
-            path.read_text(encoding="utf-8").split("\n"), 1) if line.strip()]
+            path.read_text(encoding="utf-8-sig").split("\n"), 1) if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: not a readable file of GenEval's metadata, "
                          f"evaluation_metadata.jsonl ({error})") from None
@@ -136,22 +199,33 @@ def read_geneval(path: Path) -> list[dict]:
     for number, line in lines:
         try:
             row = json.loads(line)
-            wants = row.get("include", []) + row.get("exclude", [])
+            wants = [*enumerate(row.get("include", [])), *((0, w) for w in row.get("exclude", []))]
             if not (isinstance(row["tag"], str) and row["prompt"].strip() and wants
-                    and all(w["class"] and w["count"] > 0 for w in wants)):
+                    and all(_can_be_wanted(want, before) for before, want in wants)):
                 raise ValueError("incomplete")
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise InputError(f"{path}: line {number} is no GenEval metadata "
-                             "(tag, prompt, include)") from None
+                             "(tag, prompt, include: each with class and count, its position "
+                             "to one before it)") from None
         rows.append(row)
     return rows
+
+
+def _can_be_wanted(want: dict, before: int) -> bool:
+    """Is this an entry of `include` that `before` others precede, or (0) one of `exclude`?"""
+    places = [str([relation, other]) for relation in ("left of", "right of", "above", "below")
+              for other in range(before)]
+    return (("position" not in want or str(want["position"]) in places)
+            and want["class"] != "" and isinstance(want["class"], str)
+            and isinstance(want.get("color", ""), str)
+            and isinstance(want["count"], int) and want["count"] > 0)
 
 
 def prompt_set(word: str, limit: int = 0) -> PromptSet:
     """The first `limit` prompts (0: all) of a set in SETS, of `name=SOURCE`, or of a file.
 
-    SOURCE is a copy of the set; files are as read_prompts has them, or .tsv. Raises InputError
-    where the prompts cannot be had or a named set has not as many as it should.
+    SOURCE is a copy of the set; files are as read_prompts has them. Raises InputError where the
+    prompts cannot be had or a named set has not as many as it should.
     """
     name, _, source = word.partition("=")
     if name not in SETS:
@@ -170,10 +244,10 @@ def prompt_set(word: str, limit: int = 0) -> PromptSet:
     if name == "geneval":
         rows = read_geneval(path)
         found = PromptSet([r["prompt"] for r in rows], [r["tag"] for r in rows], rows)
-    elif path.suffix == ".tsv":
-        rows = read_tsv(path)
-        found = PromptSet([r["Prompt"].strip() for r in rows],
-                          [r["Category"] for r in rows] if rows[0].get("Category") else [])
+    elif path.suffix.lower() in (".csv", ".tsv"):
+        rows = read_table(path)
+        found = PromptSet([r["prompt"] for r in rows],
+                          [r.get("category", "") for r in rows] if "category" in rows[0] else [])
     elif name == "hpsv2":
         home = path / "benchmark" if (path / "benchmark").is_dir() else path
         styles = {style: read_prompts(str(home / f"{style}.json")) for style in STYLES}
@@ -181,7 +255,7 @@ def prompt_set(word: str, limit: int = 0) -> PromptSet:
                           [s for s in STYLES for _ in styles[s]])
     else:
         if name == "pickapic" and path.is_dir():
-            path = next(iter(sorted(path.rglob("*validation_unique*.parquet"))), path)
+            path = parquet_files(str(path), VALIDATION)[0]
         found = PromptSet(read_prompts(str(path), distinct=not name))
     if name and len(found.prompts) != SETS[name][2]:
         raise InputError(f"{source}: {name} has {SETS[name][2]} prompts, "
@@ -189,3 +263,35 @@ def prompt_set(word: str, limit: int = 0) -> PromptSet:
     for i, prompt in enumerate(found.prompts):
         checked_prompt(prompt, f"{source}: prompt {i + 1}")
     return PromptSet(*(part[:limit or None] for part in (found.prompts, found.groups, found.rows)))
+
+
+def drawn(word: str) -> tuple[str, int]:
+    """`parti:100` -> parti, 100; what has no number, or is a file whose name ends so -> it, 0."""
+    match = re.fullmatch(r"(.+):([1-9]\d*)", word)
+    if not match or os.path.exists(word.partition("=")[2] or word):
+        return word, 0
+    return match[1], int(match[2])
+
+
+def join_sets(words: tuple[str, ...], limit: int = 0, seed: int = 0) -> PromptSet:
+    """The prompts of one or several sets in one list; words as prompt_set and `drawn` have them.
+
+    Of `word:N` N prompts are drawn by `seed` and keep their order. `limit` (0: none) is of each
+    set. Of several sets, groups begin with the set's name. Raises InputError for more prompts than
+    there are.
+    """
+    joined = PromptSet([])
+    for word in words:
+        source, number = drawn(word)
+        found = prompt_set(source)
+        count, groups = len(found.prompts), found.groups
+        if number > count:
+            raise InputError(f"{word}: {source} has only {count} prompts")
+        some = sorted(permutation(count, seed, "prompts")[:number or None])[:limit or None]
+        if len(words) > 1:
+            groups = [f"{source.partition('=')[0]} {group}".strip()
+                      for group in groups or [""] * count]
+        joined.prompts += [found.prompts[i] for i in some]
+        joined.groups += [groups[i] for i in some if groups]
+        joined.rows += [found.rows[i] for i in some if found.rows]
+    return joined

@@ -34,19 +34,23 @@ from diffusion import (
     tokenize,
 )
 from finetune import TrainConfig, load_model, loss_scaler, overflowed
-from loading import DTYPES, SDXL_VAE, TINY, Pipeline, load_clip
+from loading import DTYPES, SDXL_VAE, TINY, Pipeline, load_judging
 from pairs import (
     Pairs,
     encode_cached,
     epoch_order,
     hold_out,
     is_encoded,
+    list_unreadable,
     load_pairs,
     open_latents,
+    read_or_leave,
     readable,
     stack_pictures,
+    too_many_unreadable,
     world_pairs,
 )
+from prompt_sets import VALIDATION
 from training import (
     TOO_MANY,
     Processes,
@@ -96,8 +100,11 @@ class SPMConfig(TrainConfig):
     batch: int = opt(64, "global batch of pairs per optimizer step (O: 4 x 16)", least=1)
     micro_batch: int = opt(16, "pairs in one forward and backward of one process", least=1)
     count: int = opt(8000, "tiny: size of the training set of pairs", least=1)
-    validation: int = opt(512, "pairs held back for the table of accuracies, with all pairs of "
-                          "the same caption", least=0)
+    validation: int | str = opt(512, "the pairs of the table of accuracies: so many, held back "
+                                "with all pairs of the same caption, or a source of their own, as "
+                                "for --pairs (O: Pick-a-Pic's validation_unique)", least=0)
+    ties: str = opt("skip", "in that table ties are left out, or count half (O: half, with human "
+                    "labels)", ("skip", "half"))
     max_unreadable: float = opt(0.01, "share of the pairs read so far whose pictures may be "
                                 "damaged; they are skipped and listed", least=0, most=1)
     step_blind: bool = opt(False, "also train a twin without the timestep, on the same inputs "
@@ -117,7 +124,7 @@ PRESETS = {
     "sdxl": dict(vae=SDXL_VAE, lr=1e-6, steps=7000, labels="pickscore", micro_batch=4),
 }
 FREE = ("out", "preset", "device", "micro_batch", "cache_latents", "compile", "profile",
-        "save_every", "max_unreadable")
+        "save_every", "max_unreadable", "ties")
 
 
 # What a judge sees of a pair, and what it says
@@ -291,22 +298,6 @@ def report_fault(step: int, models: dict[str, CLIP], found: Found, main: bool) -
         warn(f"step {step}: {faults[0]}; optimizer step skipped")
 
 
-def list_unreadable(known: dict[int, str], new: dict[int, str], run: Run) -> dict[int, str]:
-    """{pair: why} so far and of this step -> both.
-
-    The first ten are said on stderr, all stand in unreadable.txt.
-    """
-    both = known | new
-    if run.processes.main:
-        for place, i in enumerate(sorted(new.keys() - known.keys()), len(known)):
-            if place < 10:
-                more = " (further ones: see unreadable.txt)" if place == 9 else ""
-                warn(f"{new[i]}; the pair is skipped{more}")
-        lines = "".join(f"{both[i]}\n" for i in sorted(both))
-        write_atomic(run.folder / "unreadable.txt", lambda p: p.write_text(lines, encoding="utf-8"))
-    return both
-
-
 # The run
 
 def save_spm(clip: CLIP, folder: Path) -> None:
@@ -367,6 +358,7 @@ class Trainer:
         self.rounds = Rounds(run, config.steps, "step", config, pipe.calls, "spm")
         state = run.resume(
             pairs=fingerprint(pairs.captions, [str(v) for v in pairs.label.tolist()]),
+            pair_weights=fingerprint(pairs.weight),
             pickscore_model=fingerprint(setting.pickscore),
             base_model=fingerprint(*pipe.identity)) or {}
         self.unreadable: dict[int, str] = state.get("unreadable", {})       # pair -> why
@@ -419,14 +411,12 @@ class Trainer:
         rounds, folder = self.rounds, self.run.folder
         shown = {k: f"{record[k]:.3f}" for k in ("loss", "accuracy") if record[k] is not None}
         rounds.end(record, "pairs", count, record["accuracy"], shown)
-        damaged, read = len(self.unreadable), min(rounds.done * self.config.batch, self.used)
-        spoilt = damaged > max(3, self.config.max_unreadable * read)
+        spoilt = too_many_unreadable(self.unreadable, rounds.done * self.config.batch, self.used,
+                                     self.config.max_unreadable, folder)
         if rounds.due or rounds.ending or spoilt or rounds.bad >= TOO_MANY:
             self.save()
         if spoilt:
-            raise InputError(
-                f"{damaged} of the {read} pairs read so far have damaged pictures, listed in "
-                f"{folder / 'unreadable.txt'}; mend them, or allow more with --max_unreadable")
+            raise spoilt
         if rounds.bad >= TOO_MANY:
             raise InputError(
                 f"step {rounds.done}: {TOO_MANY} optimizer steps in a row were not finite; the "
@@ -456,7 +446,7 @@ def accuracy_table(setting: Setting, models: dict[str, CLIP],
                    index: list[int]) -> dict[str, dict[int, list[float]]]:
     """How often each model orders the pairs `index` as labelled -> {model: {timestep: `share`}}.
 
-    Ties and unreadable pairs are left out. Every model sees the same inputs.
+    Unreadable pairs are left out, and ties, unless `--ties half`. Every model sees the same inputs.
     """
     config, pipe, pairs = setting.config, setting.pipe, setting.pairs
     hits = torch.zeros(len(models), len(REPORT_AT), len(index), device=pipe.device)
@@ -469,7 +459,8 @@ def accuracy_table(setting: Setting, models: dict[str, CLIP],
         rows = [index[place] for place in places]
         images, seen = stack_pictures([readable(pairs, i) for i in rows], setting.side)
         label = setting.labels(rows, images)
-        counted[places] = ((label != 0.5) & seen.to(pipe.device)).float()
+        tie = label == 0.5
+        counted[places] = ((~tie | (config.ties == "half")) & seen.to(pipe.device)).float()
         cond = encode_prompts(pipe, [pairs.captions[i] for i in rows], setting.side)
         moments = encode_cached(pipe, images, None, rows, seen)
         for n, t in enumerate(REPORT_AT):
@@ -481,7 +472,8 @@ def accuracy_table(setting: Setting, models: dict[str, CLIP],
                 with torch.compiler.set_stance("force_eager"):      # PickScore is not compiled
                     scores = pair_scores(pipe, clip, pixels, timestep, setting.ids[rows],
                                          torch.float32)
-                hits[m, n, places] = ((scores[:, 0] > scores[:, 1]) == (label > 0.5)).float()
+                right = ((scores[:, 0] > scores[:, 1]) == (label > 0.5)).float()
+                hits[m, n, places] = torch.where(tie, 0.5, right)
     setting.processes.sum([hits, counted])
     hits = hits[:, :, counted > 0]
     return {name: {t: share(right, first) for t, right, first in zip(REPORT_AT, row, hits[0])}
@@ -515,11 +507,12 @@ def print_table(table: dict[str, dict[int, list[float]]]) -> None:
 # How it is launched
 
 def read_pairs(config: SPMConfig, side: int) -> Pairs:
-    """The pairs that the options name."""
+    """The pairs that the options name, to train on and to hold out."""
     if config.pairs:
-        return load_pairs(config.pairs, side)
+        return load_pairs(config.pairs, side, unlabelled=config.labels == "pickscore")
     if config.preset == "tiny":
-        return world_pairs(config.count + config.validation, config.seed)
+        held = config.validation if isinstance(config.validation, int) else 0
+        return world_pairs(config.count + held, config.seed)
     raise InputError("--pairs: a folder with pairs.jsonl or Parquet files is needed (only tiny "
                      "brings its own preferences)")
 
@@ -557,10 +550,16 @@ def main() -> None:
     processes = start_processes(config.device or None)
     run = Run(config.out, config, processes, FREE)
     pipe = load_model(config, processes)
-    pickscore = load_clip(config.pickscore, torch.float32, processes.device)
-    pairs = read_pairs(config, pipe.side(config.resolution))
-    held, used = hold_out(pairs, config.validation, config.seed)
-    setting = Setting(pipe, pickscore, pairs, config, processes)
+    pickscore = load_judging("pickscore", config.pickscore, torch.float32, pipe, False)
+    side = pipe.side(config.resolution)
+    pairs = read_or_leave(processes, functools.partial(read_pairs, config, side))
+    setting = judged = Setting(pipe, pickscore, pairs, config, processes)
+    if isinstance(config.validation, int):
+        held, used = hold_out(pairs, config.validation, config.seed)
+    else:
+        others = load_pairs(config.validation, side, splits=VALIDATION)
+        judged = Setting(pipe, pickscore, others, config, processes)
+        held, used = list(range(len(others.captions))), set(range(len(pairs.captions)))
     trainer = Trainer(setting, run, len(used))
     models, rounds = trainer.models, trainer.rounds
     if config.compile:
@@ -568,7 +567,8 @@ def main() -> None:
     rounds.announce(f"{len(used)} training and {len(held)} validation pairs, {processes.world} x "
                     f"{pipe.device}, starting at step {rounds.done}")
     if config.cache_latents:
-        setting.latents = open_latents(run.folder, pipe, setting.side, len(pairs.captions))
+        with processes.agreed():
+            setting.latents = open_latents(run.folder, pipe, side, len(pairs.captions))
     coming = batches(setting, used, rounds.done)
     for step in rounds:
         epoch, batch, pictures = next(coming)
@@ -577,7 +577,7 @@ def main() -> None:
         found = backward(setting, models, batch, timesteps, pictures, step)
         stats = trainer.update(found, step)
         trainer.end(dict(step=step + 1, epoch=epoch, **stats), len(batch))
-    conclude(setting, models, held, run.folder)
+    conclude(judged, models, held, run.folder)
 
 
 if __name__ == "__main__":

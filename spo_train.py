@@ -41,7 +41,7 @@ from finetune import (
     training_prompts,
     vae_decoder,
 )
-from loading import DTYPES, SDXL_VAE, TINY, Pipeline, judge_source, load_clip
+from loading import DTYPES, SDXL_VAE, TINY, Pipeline, judge_source, load_judging
 from observers import DecoderCheck, Faults, report
 from training import Processes, Run, generator, opt, parse_options, run_script, start_processes
 from weights import InputError
@@ -59,8 +59,8 @@ class SPOConfig(RunConfig):
     t_max: int = opt(751, "pools open at timesteps up to this (P: kappa = 750, Table 8; O: from "
                      "t = 751)", least=0)
     t_min: int = opt(0, "and down to this (P Table 8)", least=0)
-    start: str = opt("random", "which candidate the trajectory goes on from (P Table 4)",
-                     ("random", "win", "lose"))
+    continue_from: str = opt("random", "which candidate the trajectory goes on from (P Table 4)",
+                             ("random", "win", "lose"), old="start")
     pair: str = opt("best-worst", "which two candidates are compared (P Table 9)",
                     ("best-worst", "random"))
     threshold: float = opt(0.3, "a pair counts if the softmax of its two scores differs by more "
@@ -216,7 +216,7 @@ def sample_pools(pipe: Pipeline, judge: Judge, batch: Batch, config: SPOConfig,
         scores = judge(x0, t_next, batch.text)
         win, lose, valid = choose_pair(scores, config.threshold, config.pair, uniform[:, 1:])
         anyone = (uniform[:, 0] * k).long().clamp(max=k - 1)            # random start, section 4.3
-        chosen = dict(random=anyone, win=win, lose=lose)[config.start]  # Table 4
+        chosen = dict(random=anyone, win=win, lose=lose)[config.continue_from]  # Table 4
         pools.append(Pool([timesteps[i] for i in group], noise, path, x0, t_next, uniform, scores,
                           win, lose, valid, chosen))
         for observe in observers:
@@ -398,10 +398,8 @@ def check(config: SPOConfig) -> None:
 def load_judge(config: SPOConfig, pipe: Pipeline) -> Judge:
     """The judge of a model's pictures; InputError if --judge and the file differ on timesteps."""
     source = config.spm or judge_source(config.model, config.preset, config.judge)
-    clip = load_clip(source, DTYPES[config.dtype], pipe.device)
-    if (config.judge == "spm") != clip.config.step_aware:
-        raise InputError(f"--judge {config.judge}: {source} is "
-                         f"{'' if clip.config.step_aware else 'not '}step-aware")
+    clip = load_judging(f"judge {config.judge}:", source, DTYPES[config.dtype], pipe,
+                        config.judge == "spm")
     features = clip.image_features
     if config.compile:
         features = torch.compile(features, dynamic=False)

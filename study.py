@@ -3,10 +3,11 @@
     python evaluate.py --lora base= spo=spo.safetensors --prompts parti --study study.html
     python evaluate.py --tally votes-*.json
 
-Send the page to the raters; it needs no network. It asks three questions of each pair. Every rater
-sees the prompts in an order, and the models on sides, of their own. Keys 1 / 2 / 3 answer (left,
-right, no difference), Backspace goes back, and what was answered survives a reload. The button
-saves votes-RATER.json.
+Send the page to the raters; it needs no network. It explains itself, says how long it takes, and
+asks three questions of each pair. Every rater sees the prompts in an order, and the models on
+sides, of their own, and is asked for SITTING pairs (as many again if they like). A tap on a picture
+answers, as do the keys 1 / 2 / 3 (A, B, no difference); Backspace goes back, and what was answered
+survives a reload. The button saves votes-RATER.json.
 """
 import hashlib
 import json
@@ -15,25 +16,48 @@ from pathlib import Path
 
 from PIL import Image
 
-from report import data_uri, embed_json
-from training import permutation, write_atomic
+from report import data_uri, write_page
+from training import permutation
 from weights import InputError, read_json
 
 QUESTIONS = {"general": "Which picture do you prefer, given the prompt?",
              "visual appeal": "Which picture is more beautiful, whatever the prompt says?",
              "prompt alignment": "Which picture fits the prompt better?"}
+SITTING = 30                # pairs that a rater is asked for before the page says thank you
+SECONDS = 6                 # that an answer takes
 STYLE = """
-:root { color-scheme: light dark; }
-body {
-  font: 16px/1.45 system-ui, sans-serif; max-width: 1100px; margin: 0 auto; padding: 1rem;
+body { max-width: 1100px; margin: 0 auto; padding: .6rem 1rem 1rem; }
+main p { margin: .4rem 0; }
+#prompt { font-size: 1.15rem; }
+#question { font-weight: 700; color: var(--accent); margin: .2rem 0 .6rem; }
+#pictures { display: grid; grid-template-columns: 1fr 1fr; gap: 1rem; }
+#pictures button { padding: 0; border: 0; background: none; position: relative; }
+#pictures img {
+  display: block; width: 100%; max-height: 64vh; object-fit: contain; border-radius: .5rem;
 }
-#pictures { display: flex; gap: 1rem; }
-#pictures img { width: 50%; min-width: 0; object-fit: contain; max-height: 60vh; }
-.small img { image-rendering: pixelated; }
-button { font: inherit; padding: .5rem 1rem; margin: 0 .5rem .5rem 0; }
-progress { width: 100%; }
-#question { font-weight: bold; }
-.quiet { opacity: .75; font-size: .9em; }
+#pictures span {
+  position: absolute; top: .5rem; left: .5rem; width: 2rem; line-height: 2rem; border-radius: 9rem;
+  background: #000a; color: #fff; font-weight: 700;
+}
+#answers {
+  position: sticky; bottom: 0; display: grid; grid-template-columns: 1fr 1fr 1fr; gap: .5rem;
+  padding: .6rem 0; background: var(--ground);
+}
+#answers button { padding: .7rem .3rem; }
+.main { background: var(--accent); color: var(--card); border: 0; padding: .7rem 1.4rem; }
+progress { width: 100%; accent-color: var(--accent); }
+#introduction, #thanks { max-width: 40rem; margin: 6vh auto; }
+#foot { display: flex; flex-wrap: wrap; gap: .5rem; align-items: center; margin: .5rem 0; }
+@media (max-width: 760px) and (orientation: portrait) {
+  body { padding: .3rem .8rem .6rem; }
+  #pictures { grid-template-columns: 1fr; gap: .4rem; margin: 0 -.8rem; }
+  #pictures img { max-height: none; border-radius: 0; }
+  #answers { margin: 0 -.8rem; padding: .5rem .8rem; }
+  #answers button { padding: .5rem .1rem; }
+  #ask header { position: sticky; top: 0; z-index: 1; background: var(--ground); }
+  #prompt { font-size: 1rem; }
+  .keys { display: none; }
+}
 """
 SCRIPT = """
 const at = name => document.getElementById(name);
@@ -42,6 +66,10 @@ const questions = Object.keys(data.questions), total = data.items.length * quest
 let state = null;
 try { state = JSON.parse(localStorage.getItem(kept)); } catch (error) { state = null; }
 state = state || { rater: Math.floor(Math.random() * 2 ** 31), votes: [] };
+// How many votes make a sitting; the next one is offered, never asked for.
+const sitting = data.sitting * questions.length;
+state.goal = Math.min(total, state.goal || sitting);
+let started = state.votes.length > 0;
 
 // A small generator of its own, so that a reload finds the same order.
 function numbers(seed) {
@@ -71,25 +99,38 @@ function next() {
   return [order[Math.floor(done / questions.length)], questions[done % questions.length]];
 }
 
+function length(votes) {
+  const minutes = Math.max(1, Math.round(votes * data.seconds / 60));
+  return votes / questions.length + " pairs, " + votes + " answers, about " + minutes +
+    (minutes == 1 ? " minute" : " minutes");
+}
+
 function show() {
-  const done = state.votes.length, over = done >= total;
-  at("bar").max = total;
+  const done = state.votes.length, over = done >= state.goal;
+  const more = Math.min(sitting, total - state.goal);
+  at("bar").max = state.goal;
   at("bar").value = done;
-  at("place").textContent = done + " of " + total;
-  at("ask").hidden = over;
-  at("thanks").hidden = !over;
+  at("place").textContent = done + " of " + state.goal;
+  at("length").textContent = length(state.goal);
+  at("introduction").hidden = started;
+  at("ask").hidden = !started || over;
+  at("thanks").hidden = !started || !over;
+  at("foot").hidden = !started;
+  at("more").hidden = more == 0;
+  at("more").textContent = "Go on: " + length(more);
   at("back").disabled = done == 0;
-  if (over) return;
+  if (!started || over) return;
   const [index, question] = next(), item = data.items[index];
   const sides = swapped[index] ? [1, 0] : [0, 1];
   at("prompt").textContent = item.prompt;
   at("question").textContent = data.questions[question];
   at("left").src = item.images[sides[0]];
   at("right").src = item.images[sides[1]];
+  if (done % questions.length == 0) scrollTo(0, 0);
 }
 
 function vote(choice) {                         // 0 left, 1 right, 2 no difference
-  if (state.votes.length >= total) return;
+  if (!started || state.votes.length >= state.goal) return;
   const [item, question] = next(), model = swapped[item] ? 1 - choice : choice;
   state.votes.push({ item, question, choice: choice == 2 ? "tie" : data.models[model] });
   keep();
@@ -116,8 +157,14 @@ function save() {
 }
 
 ["vote-left", "vote-right", "vote-tie"].forEach((name, i) => at(name).onclick = () => vote(i));
+// The second tap of a double tap is not an answer to the next question.
+["tap-left", "tap-right"].forEach((name, i) => at(name).onclick = event => {
+  if (event.detail < 2) vote(i);
+});
+at("start").onclick = () => { started = true; show(); };
+at("more").onclick = () => { state.goal = Math.min(total, state.goal + sitting); keep(); show(); };
 at("back").onclick = back;
-at("save").onclick = save;
+at("save").onclick = at("finish").onclick = save;
 const keys = { "1": 0, ArrowLeft: 0, "2": 1, ArrowRight: 1, "3": 2, ArrowDown: 2 };
 document.addEventListener("keydown", event => {
   if (event.repeat || event.ctrlKey || event.metaKey || event.altKey) return;
@@ -127,6 +174,39 @@ document.addEventListener("keydown", event => {
 keep();
 show();
 """
+BODY = """<main id="introduction">
+<h1>Which picture is better?</h1>
+<p>You will see two pictures at a time. Two programs made them from the same words. Three questions
+are asked about each pair: which you prefer, which is more beautiful, and which fits the words
+better.</p>
+<p>Tap the picture of your choice, or &#8220;no difference&#8221;. There is no right answer: the
+first impression counts.</p>
+<p><b id="length"></b>. You may stop and go on later in this browser. At the end, save your votes
+and send the file to whoever sent you this page.</p>
+<p><button id="start" class="main">Start</button></p>
+</main>
+<main id="ask" hidden>
+<header><progress id="bar" aria-label="progress"></progress>
+<p id="prompt"></p><p id="question" aria-live="polite"></p></header>
+<div id="pictures" class="SMALL">
+<button id="tap-left" aria-label="picture A is my answer"><img id="left" alt="picture A"><span
+aria-hidden="true">A</span></button>
+<button id="tap-right" aria-label="picture B is my answer"><img id="right" alt="picture B"><span
+aria-hidden="true">B</span></button></div>
+<div id="answers"><button id="vote-left">A <span class="keys quiet">1 or &#8592;</span></button>
+<button id="vote-tie">no difference <span class="keys quiet">3 or &#8595;</span></button>
+<button id="vote-right">B <span class="keys quiet">2 or &#8594;</span></button></div>
+</main>
+<main id="thanks" hidden>
+<h1>That was all, thank you!</h1>
+<p>Please save your votes and send the file to whoever sent you this page.</p>
+<p><button id="finish" class="main">Save my votes</button></p>
+<p><button id="more"></button></p>
+</main>
+<p id="foot" hidden><button id="back">back</button><button id="save">save votes</button>
+<span id="place" class="quiet"></span> <span id="note" class="quiet"></span>
+<span class="keys quiet">Backspace goes back. You may reload; your answers stay in this
+browser.</span></p>"""
 
 
 def write_study(path: Path, files: dict[str, list[Path]], prompts: list[str], pairs: int = 0,
@@ -134,11 +214,12 @@ def write_study(path: Path, files: dict[str, list[Path]], prompts: list[str], pa
     """Write the page for the first two models of `files` (model -> pictures, one per prompt).
 
     `pairs` of them, drawn by `seed` (0: all), shrunk to at most `side` pixels, so that the page can
-    be mailed. InputError if there is only one model.
+    be mailed. A rater is asked for SITTING of them, other ones than the next rater. InputError if
+    there is only one model, or one called tie.
     """
     models = list(files)[:2]
-    if len(models) < 2:
-        raise InputError("--study: compares two candidates; "
+    if len({*models} - {"tie"}) < 2:        # a vote for a model called "tie" would be none
+        raise InputError("--study: compares two candidates, none of them called tie; "
                          "give a second one, --lora base= spo=FILE")
     items = [dict(prompt=prompts[i],
                   images=[data_uri(Image.open(files[m][i]), side, 90) for m in models])
@@ -146,30 +227,9 @@ def write_study(path: Path, files: dict[str, list[Path]], prompts: list[str], pa
     small = all(uri.startswith("data:image/png") for item in items for uri in item["images"])
     body = dict(models=models, items=items, questions=QUESTIONS)
     study = hashlib.sha256(json.dumps(body).encode()).hexdigest()[:16]
-    page = f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>Which picture?</title>
-<style>{STYLE}</style></head><body>
-<progress id="bar" aria-label="progress"></progress>
-<span id="place" class="quiet"></span> <span id="note" class="quiet"></span>
-<main id="ask">
-<p>Prompt: <b id="prompt"></b></p>
-<div id="pictures" class="{'small' if small else ''}"><img id="left" alt="left picture">
-<img id="right" alt="right picture"></div>
-<p id="question" aria-live="polite"></p>
-<button id="vote-left">1 &#8592; left</button><button id="vote-right">2 &#8594; right</button>
-<button id="vote-tie">3 &#8595; no difference</button>
-</main>
-<main id="thanks" hidden>
-<p>That was all, thank you. Please save your votes and send the file back.</p></main>
-<p><button id="back">back</button><button id="save">save votes</button>
-<span class="quiet">Keys 1, 2, 3 or the arrows answer, Backspace goes back. You may reload; your
-answers stay in this browser.</span></p>
-<script type="application/json" id="data">{embed_json(dict(body, study=study))}</script>
-<script>{SCRIPT}</script>
-</body></html>
-"""
-    write_atomic(path, lambda p: p.write_text(page, encoding="utf-8"))
+    write_page(path, "Which picture is better?", STYLE,
+               BODY.replace("SMALL", "small" if small else ""),
+               dict(body, study=study, sitting=SITTING, seconds=SECONDS), SCRIPT)
 
 
 def wilson(share: float, n: int, z: float = 1.959964) -> tuple[float, float]:
@@ -182,25 +242,28 @@ def wilson(share: float, n: int, z: float = 1.959964) -> tuple[float, float]:
 def tally(paths: tuple[str, ...]) -> str:
     """Vote files -> Markdown: per question, how often the second model won, with its interval.
 
-    Ties count half. One file per rater; InputError for files of different studies, of no study, or
-    of the same rater twice.
+    Ties count half. One file per rater; InputError for files of different studies or models, of no
+    study, or of the same rater twice.
     """
     ballots = []
     for path in paths:
         ballot = read_json(path)
         kinds = dict(votes=list, models=list, study=str, prompts=int, rater=int)
         sound = all(isinstance(ballot.get(k), kind) for k, kind in kinds.items()) \
-            and len(ballot["models"]) == 2 and all(
+            and len(ballot["models"]) == 2 and all(isinstance(m, str) for m in ballot["models"]) \
+            and len({*ballot["models"], "tie"}) == 3 and all(
                 isinstance(v, dict) and v.get("choice") in (*ballot["models"], "tie")
                 and v.get("question") in [*QUESTIONS] for v in ballot["votes"])
         if not sound:
             raise InputError(f"{path}: not a file of votes from a study page")
-        if ballots and ballot["study"] != ballots[0]["study"]:
-            raise InputError(f"{path}: votes of another study than {paths[0]}")
+        if ballots and any(ballot[k] != ballots[0][k] for k in ("study", "models", "prompts")):
+            raise InputError(f"{path}: votes of another study, or on other models, than {paths[0]}")
         if any(ballot["rater"] == other["rater"] for other in ballots):
             raise InputError(f"{path}: this rater's votes are already among the files")
         ballots.append(ballot)
-    first, second = ballots[0]["models"]
+    models = ballots[0]["models"]
+    first, second = ("".join(c if c.isprintable() else "?" for c in name).replace("|", r"\|")
+                     for name in models)
     votes = [v for ballot in ballots for v in ballot["votes"]]
     lines = [f"{len(ballots)} raters, {len(votes)} votes on {ballots[0]['prompts']} prompts", "",
              f"| question | {second} wins | tie | {first} wins | {second}'s share, ties half "
@@ -210,7 +273,7 @@ def tally(paths: tuple[str, ...]) -> str:
         if not choices:
             lines.append(f"| {question} |  |  |  |  |  | 0 |")
             continue
-        counts = [choices.count(c) for c in (second, "tie", first)]
+        counts = [choices.count(c) for c in (models[1], "tie", models[0])]
         share = (counts[0] + counts[1] / 2) / len(choices)
         cells = [*(f"{100 * c / len(choices):.1f} %" for c in counts), f"{100 * share:.1f} %",
                  "{:.1f} to {:.1f}".format(*(100 * v for v in wilson(share, len(choices))))]

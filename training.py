@@ -9,11 +9,13 @@ import contextlib
 import dataclasses
 import difflib
 import hashlib
+import io
 import json
 import math
 import operator
 import os
 import pickle
+import platform
 import re
 import signal
 import sys
@@ -29,24 +31,47 @@ from safetensors import SafetensorError
 from tqdm import tqdm
 
 from calls import Calls
-from weights import InputError, preset_of, read_json
+from weights import InputError, first_line, preset_of, read_json
 
 
 LIMITS = dict(least=("at least", operator.ge), above=("above", operator.gt),
               most=("at most", operator.le), below=("below", operator.lt))
 TRUTH = dict(true=True, false=False)
+WRONG = (AttributeError, EOFError, IndexError, KeyError, RuntimeError, TypeError, ValueError,
+         pickle.UnpicklingError)        # what another content than the expected one may raise
 EXPECTED = {bool: "true or false", int: "must be a whole number", float: "must be a number"}
 LESS_MEMORY = ("try --memory low, or lower --sample_batch, --train_batch or --decode_batch "
                "(spm_train.py: lower --micro_batch; evaluate.py: lower --batch)")
 WHOLE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}     # by bytes
+BATCHES = "batch_size train_batch_size per_device_train_batch_size eval_batch_size"
+ELSEWHERE = dict(       # our options -> what diffusers, TRL, peft and kohya call them
+    model="pretrained_model_name_or_path pretrained_model model_name model_name_or_path base_model",
+    vae="pretrained_vae_model_name_or_path", out="output_dir output_name logging_dir save_dir",
+    lora="lora_weights", lr="learning_rate unet_lr", dtype="mixed_precision precision fp16 bf16",
+    rank="lora_rank lora_r network_dim network_alpha lora_alpha", beta="beta_dpo dpo_beta",
+    targets="target_modules lora_target_modules", weight_decay="adam_weight_decay",
+    clip_norm="max_grad_norm", warmup="lr_warmup_steps warmup_steps num_warmup_steps",
+    prompts="dataset_name train_data_dir prompt_file prompt_fn",
+    pairs="dataset_name train_data_dir", epochs="num_epochs num_train_epochs max_train_epochs",
+    rounds="max_steps max_train_steps", prompts_per_round=BATCHES,
+    pairs_per_step=BATCHES + " gradient_accumulation_steps", train_batch=BATCHES,
+    batch=BATCHES + " gradient_accumulation_steps", micro_batch=BATCHES,
+    steps="num_inference_steps num_steps sample_num_steps",
+    guidance_scale="cfg cfg_scale", resolution="height width image_size",
+    save_every="checkpointing_steps save_steps save_freq save_every_n_epochs save_every_n_steps",
+    checkpointing="gradient_checkpointing")
 TOO_MANY = 10       # steps or rounds in a row that were not finite, after which a run stops
 
 
-def opt(default, help: str, choices: tuple | None = None, **limits: float):
-    """A documented option of a dataclass; `limits` of a number: least=, above=, most=, below=."""
+def opt(default, help: str, choices: tuple | None = None, old: str = "", **limits: float):
+    """A documented option of a dataclass; `limits` of a number: least=, above=, most=, below=.
+
+    `old`: a name that it once had, which command lines and run folders may still use.
+    """
     words = " and ".join(f"{LIMITS[name][0]} {limit}" for name, limit in limits.items())
-    return dataclasses.field(default=default, metadata=dict(help=help, choices=choices,
-                                                            limits=limits, words=words))
+    listed = ", ".join(str(choice) for choice in choices or () if choice != "")
+    return dataclasses.field(default=default, metadata=dict(
+        help=help, choices=choices, listed=listed, old=old, limits=limits, words=words))
 
 
 def parse_options(cls, presets: dict[str, dict], arguments: list[str] | None = None,
@@ -60,14 +85,19 @@ def parse_options(cls, presets: dict[str, dict], arguments: list[str] | None = N
     """
     kinds = typing.get_type_hints(cls)
     parser = _parser(cls, kinds, presets, description)
-    known, unknown = parser.parse_known_args(arguments)
+    words = sys.argv[1:] if arguments is None else arguments
+    if empty := [word for word in words if re.fullmatch(r"--[\w-]+=--", word)]:
+        raise InputError(f"{empty[0]}: -- is no value")         # which argparse may drop
+    known, unknown = parser.parse_known_args(words)
     if unknown:
         word = unknown[0].split("=")[0]
-        near = difflib.get_close_matches(word, parser._option_string_actions, n=1)
-        advice = f"did you mean {near[0]}?" if near else "see --help"
+        ours = [f"--{name}" for name, others in ELSEWHERE.items()
+                if name in kinds and word.strip("-").replace("-", "_") in others.split()]
+        near = ours or difflib.get_close_matches(word, parser._option_string_actions, n=1)
+        advice = f"did you mean {' or '.join(near)}?" if near else "see --help"
         raise InputError(f"unknown option {unknown[0]!r}; {advice}")
     given = {name: _convert(name, text, kinds[name]) for name, text in vars(known).items()}
-    model = given.get("model", cls.model)
+    model = given.get("model", getattr(cls, "model", ""))
     own = preset_of(model)
     preset = own if own == "tiny" else model
     if "preset" in kinds:
@@ -79,23 +109,21 @@ def parse_options(cls, presets: dict[str, dict], arguments: list[str] | None = N
 
 def _parser(cls, kinds: dict, presets: dict, description: str) -> argparse.ArgumentParser:
     """argparse's parser of the fields of `cls`; what is not given stays absent."""
-    parser = argparse.ArgumentParser(
-        description=description, allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="In brackets: the default, and where a preset has another. P: from the paper, "
-               "O: the released official code, T: measured on tiny.")
-    parser.error = refuse
+    parser = plain_parser(description)
+    parser.epilog = ("In brackets: the default, and where a preset has another. P: from the paper, "
+                     "O: the released official code, T: measured on tiny.")
     # Before Python 3.14, -1e-3 is taken for an option.
     parser._negative_number_matcher = re.compile(r"^-[\d.]+(e[+-]?\d+)?$", re.I)
     several = {bool: dict(nargs="?", const="true"), tuple: dict(nargs="+")}
     for f in dataclasses.fields(cls):
         others = [f"{model}: {values[f.name]}" for model, values in presets.items()
                   if values.get(f.name, f.default) != f.default]
-        choices = ", ".join(str(c) for c in f.metadata["choices"] or () if c != "")
-        words = (f.metadata["help"], choices and f"one of {choices}", f.metadata["words"])
+        choices = f.metadata["listed"] and f"one of {f.metadata['listed']}"
+        words = (f.metadata["help"], choices, f.metadata["words"])
         text = f"{'; '.join(filter(None, words))} [{'; '.join([str(f.default), *others])}]"
+        names = filter(None, (f.name, f.name.replace("_", "-"), f.metadata["old"]))
         parser.add_argument(
-            *dict.fromkeys((f"--{f.name}", f"--{f.name.replace('_', '-')}")), dest=f.name,
+            *dict.fromkeys(f"--{name}" for name in names), dest=f.name,
             default=argparse.SUPPRESS, metavar="X", help=text.replace("%", "%%"),
             **several.get(typing.get_origin(kinds[f.name]) or kinds[f.name], {}))
     return parser
@@ -105,14 +133,16 @@ def _convert(name: str, text: str | list[str], kind: type):
     """What the command line says after --name, as the type of its field."""
     if isinstance(text, list):
         return tuple(text)
-    if isinstance(kind, types.UnionType):           # with None
+    if isinstance(kind, types.UnionType):           # a number, or None or a text
         if text.lower() == "none":
             return None
-        kind = typing.get_args(kind)[0]
+        kind, other = typing.get_args(kind)
+        if other is str and not re.fullmatch(r"[-+]?\d+", text):
+            return text
     try:
         return TRUTH[text.lower()] if kind is bool else kind(text)
     except (KeyError, ValueError):
-        raise InputError(f"--{name} {text}: {EXPECTED[kind]}") from None
+        raise InputError(f"--{name} {text:.60}: {EXPECTED[kind]}") from None
 
 
 def _check(config) -> None:
@@ -121,13 +151,22 @@ def _check(config) -> None:
         value, choices = getattr(config, f.name), f.metadata["choices"]
         for word in value if isinstance(value, tuple) else (value,):
             if choices and word not in choices:
-                raise InputError(f"--{f.name} {word}: choose one of {', '.join(map(str, choices))}")
-        if isinstance(value, int | float) and not abs(value) < 2 ** 63:
+                raise InputError(f"--{f.name} {word}: choose one of {f.metadata['listed']}")
+        if isinstance(value, int | float) and not abs(value) < 10 ** 18:    # as 64 bits want it
             must = "of at most 18 digits" if abs(value) < math.inf else "a finite number"
             raise InputError(f"--{f.name} {value}: must be {must}")
         limits = f.metadata["limits"].items()
-        if value is not None and not all(LIMITS[name][1](value, limit) for name, limit in limits):
+        if isinstance(value, int | float) and not all(
+                LIMITS[name][1](value, limit) for name, limit in limits):
             raise InputError(f"--{f.name} {value}: must be {f.metadata['words']}")
+
+
+def plain_parser(description: str) -> argparse.ArgumentParser:
+    """argparse's, whose mistakes are an InputError; for scripts without a dataclass of options."""
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = refuse
+    return parser
 
 
 def refuse(message: str) -> None:
@@ -145,6 +184,9 @@ def check_preset(config, is_sdxl: bool) -> None:
 
 def run_script(main) -> None:
     """Run a script's main; what the user can mend becomes one line on stderr and exit status 2."""
+    for stream in (sys.stdout, sys.stderr):     # what the terminal's code page lacks is spelt out
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         main()
     except InputError as error:
@@ -158,7 +200,8 @@ def run_script(main) -> None:
         sys.exit(_fail("out of GPU memory; " + LESS_MEMORY))
     except (MemoryError, RuntimeError) as error:
         # Neither a full memory nor a peer that died has a type of its own.
-        if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
+        if isinstance(error, MemoryError) or re.search(
+                "can't allocate memory|(calculation|multiplication) overflow", str(error)):
             sys.exit(_fail("out of memory; " + LESS_MEMORY))
         lost = re.search(r"gloo|nccl|connection (closed|reset)|broken pipe", str(error), re.I)
         if not lost or not dist.is_initialized():
@@ -262,13 +305,25 @@ class Processes:
             raise Stopped
 
 
+def _from_torchrun() -> tuple[int, int, int]:
+    """How many processes there are, this one's rank, and that on this machine."""
+    names = ("WORLD_SIZE", "RANK", "LOCAL_RANK")
+    given = {name: os.environ[name] for name in names if name in os.environ}
+    world, rank, local = (given.get(name, alone) for name, alone in zip(names, "100"))
+    if (not all(map(str.isdecimal, (world, rank, local))) or int(rank) >= int(world)
+            or ("RANK" in given) != ("WORLD_SIZE" in given)):
+        said = ", ".join(f"{name}={value}" for name, value in given.items())
+        raise InputError(f"{said}: not what torchrun sets; start with torchrun, or unset all of "
+                         f"{', '.join(names)}")
+    return int(world), int(rank), int(local)
+
+
 def start_processes(device: str | None = None) -> Processes:
     """Join the process group that torchrun describes, or be alone. GPU if there is one.
 
     `device`: cpu, cuda or cuda:N. Raises InputError for others, and where there is no such GPU.
     """
-    world, rank, local = (int(os.environ.get(name, default)) for name, default in (
-        ("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0)))
+    world, rank, local = _from_torchrun()
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     name = f"cuda:{local}" if device == "cuda" else device
     count = torch.cuda.device_count()
@@ -283,7 +338,11 @@ def start_processes(device: str | None = None) -> Processes:
     elif world > 1 and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // world))
     if world > 1:
-        store, _, _ = next(dist.rendezvous("env://", rank, world))
+        try:
+            store, _, _ = next(dist.rendezvous("env://", rank, world))
+        except (ValueError, TypeError, RuntimeError) as error:
+            raise InputError("MASTER_ADDR and MASTER_PORT lead to no other process "
+                             f"({first_line(error, 120)}); start with torchrun") from None
         if os.environ.get("LOCAL_WORLD_SIZE") == str(world):
             # After a restart torchrun's store still holds the dead processes' addresses.
             # (On several nodes each counts its own restarts.)
@@ -311,7 +370,9 @@ def writing(path: Path):
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:   # torch.save's, save_file's
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        # Where a file is full, torch.save then fails once more while it closes its archive.
+        cause = error.__context__ if isinstance(error.__context__, OSError) else error
+        reason = getattr(cause, "strerror", None) or str(cause).splitlines()[0]
         raise InputError(f"{path}: cannot be written ({reason}); "
                          "what was saved before is untouched") from None
 
@@ -319,13 +380,16 @@ def writing(path: Path):
 def write_atomic(path: Path, write) -> None:
     """Call `write(temporary path)`, make it durable, and only then let it take the place of `path`.
 
-    The folder is made if need be.
+    The folder is made if need be. Whatever `write` does, the umask says who may read the file.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with writing(path):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
+            temporary.touch()
+            mode = temporary.stat().st_mode
             write(temporary)
+            temporary.chmod(mode)                   # safetensors leaves all others no rights
             with open(temporary, "rb+") as handle:
                 os.fsync(handle.fileno())
             os.replace(temporary, path)
@@ -337,9 +401,45 @@ def write_atomic(path: Path, write) -> None:
             temporary.unlink(missing_ok=True)
 
 
+def write_text(path: Path, text: str) -> None:
+    """A text file, replaced atomically: UTF-8, whatever the locale."""
+    write_atomic(path, lambda p: p.write_text(text, encoding="utf-8", errors="backslashreplace"))
+
+
+def to_json(value, indent: int | None = None) -> str:
+    """Strict JSON: what is not finite becomes null."""
+    return json.dumps(json.loads(json.dumps(value), parse_constant=lambda word: None),
+                      indent=indent)
+
+
 def write_json(path: Path, value) -> None:
-    """A JSON file, replaced atomically."""
-    write_atomic(path, lambda p: p.write_text(json.dumps(value, indent=2) + "\n"))
+    """A file of strict JSON, replaced atomically."""
+    write_text(path, to_json(value, indent=2) + "\n")
+
+
+def lock(folder: Path) -> None:
+    """Make a folder, and keep it for this process until that ends, however it ends.
+
+    It relies on a POSIX record lock (fcntl) of the file `.lock` in it: the kernel gives that back
+    with the process; NFS 4, NFS 3 with lockd, Lustre and GPFS hold it between machines. Where the
+    file system or the platform has none, a warning says so. InputError if another process has the
+    folder, or if it cannot be made or written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)   # stays open
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be used as a run folder ({error})") from None
+    try:
+        import fcntl                                # not on Windows
+        fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):      # EAGAIN or EACCES: it is taken
+        holder = os.read(handle, 999).decode(errors="replace").split("\n")[0]
+        raise InputError(f"{folder}: another process is at work in it ({holder}); wait until that "
+                         "ends, or choose another --out") from None
+    except (ImportError, OSError) as error:
+        warn(f"{folder}: no locks here ({error}); never start two runs in it at once")
+    os.write(handle, f"{platform.node()}, process {os.getpid()}\n".encode())
 
 
 def fingerprint(*things) -> str:
@@ -364,8 +464,7 @@ def _identity(thing) -> typing.Iterator[bytes]:
         yield repr([*thing.shape, int(bits.sum(dtype=torch.int64)),     # exact, in any order
                     *bits[::len(bits) // 256 + 1].tolist()]).encode()
     elif isinstance(thing, torch.nn.Module):
-        config = getattr(thing, "config", None)
-        yield repr(config if dataclasses.is_dataclass(config) else "").encode()
+        yield repr(getattr(thing, "config", "")).encode()
         for name, value in thing.state_dict().items():
             if "lora_" not in name:
                 yield name.encode()
@@ -381,6 +480,17 @@ def _identity(thing) -> typing.Iterator[bytes]:
         yield json.dumps(thing).encode()
 
 
+def _as_kept(cls, options: dict) -> dict:
+    """The options of a `cls` as a run's folder keeps them, on any machine: plain JSON.
+
+    By their names of today, and tiny's own files wherever the project lies.
+    """
+    names = {f.metadata.get("old"): f.name for f in dataclasses.fields(cls)}
+    return {names.get(name, name): re.sub(r"^.*[/\\]tiny[/\\]model[/\\]", "tiny/model/", value)
+            if isinstance(value, str) else value
+            for name, value in json.loads(to_json(options)).items()}
+
+
 class Run:
     """A run's folder: config.json, log.jsonl, checkpoints. Only the main process writes.
 
@@ -393,36 +503,61 @@ class Run:
     def __init__(self, folder: str, config, processes: Processes, free: tuple[str, ...] = ()):
         self.folder = Path(folder)
         self.log_file = self.folder / "log.jsonl"
-        self.processes = processes
+        self.processes, self.free = processes, free
+        self.config = _as_kept(type(config), dataclasses.asdict(config))
         self.identity: dict[str, str] = {}
         with processes.agreed():
             if processes.main:
-                self._claim(config, free)
+                self._claim(config)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_signal)
+        for name, value in dataclasses.asdict(config).items() if processes.main else ():
+            print(f"{name:18} {value}", flush=True)
 
-    def _claim(self, config, free: tuple[str, ...]) -> None:
+    def _claim(self, config) -> None:
         """Write the configuration; InputError if the folder cannot be used or holds another run."""
-        path, new = self.folder / "config.json", dataclasses.asdict(config)
+        path = self.folder / "config.json"
+        lock(self.folder)
+        begun = self.log_file.exists() or self._checkpoints()
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            old = read_json(path) if path.exists() else new
-            before = dataclasses.asdict(type(config)()) | old
-            changed = [k for k in sorted(before.keys() | new.keys())
-                       if k not in free and before.get(k) != new.get(k)]
-            if old.keys() == new.keys() and not self.log_file.exists() and not self._checkpoints():
+            earlier = [_as_kept(type(config), old) for old in self._configurations(path)]
+            changed = list(dict.fromkeys(
+                words for old in earlier for words in self._differences(config, old)))
+            if not begun and all(old.keys() == self.config.keys() for old in earlier):
                 changed = []            # nothing was done yet: a command may be corrected
             if not changed:
-                for left in self.folder.rglob(".*.tmp"):        # of a process killed while it wrote
-                    if re.fullmatch(r"\..+\.\d+\.tmp", left.name):
-                        left.unlink()
-                write_json(path, new)
+                self._sweep()
+                write_json(path, self.config)
         except (OSError, InputError) as error:
             raise InputError(f"{self.folder}: cannot be used as a run folder ({error})") from None
         if changed:
-            names = ", ".join(changed[:6] + ["..."] * (len(changed) > 6))
-            raise InputError(f"{self.folder}: holds a run with other options ({names}); choose "
+            some = "; ".join(changed[:6] + ["..."] * (len(changed) > 6))
+            raise InputError(f"{self.folder}: holds a run with other options ({some}); choose "
                              "another --out or repeat its options")
+
+    def _differences(self, config, old: dict) -> list[str]:
+        """In which options `old` is another run's, in words; what it lacks was at its default."""
+        old = _as_kept(type(config), dataclasses.asdict(type(config)())) | old
+        return [f"{k} {old.get(k)!r:.80}, now {self.config.get(k)!r:.80}"
+                for k in sorted(old.keys() | self.config.keys())
+                if k not in self.free and old.get(k) != self.config.get(k)]
+
+    def _configurations(self, file: Path) -> list[dict]:
+        """The options in config.json, if it is there, and in each checkpoint that says them."""
+        found = [read_json(file)] if file.exists() else []
+        for path in self._checkpoints():
+            with contextlib.suppress(Exception):        # damaged: resume will say so
+                state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+                found.append(dict(state["config"]))
+        return found
+
+    def _sweep(self) -> None:
+        """Remove what a process left that was killed while it wrote; other runs may lie below."""
+        parts = [path for name in ("best", "spm*", "loras/*") for path in self.folder.glob(name)
+                 if not (path / ".lock").exists()]
+        for left in [file for part in (self.folder, *parts) for file in part.glob(".*")]:
+            if re.fullmatch(r"\..+\.\d+\.tmp|\.tmp\w{6}", left.name):     # or safetensors' own
+                left.unlink()
 
     def _on_signal(self, number, frame) -> None:
         """The first signal stops the run, a later Ctrl-C at once.
@@ -444,15 +579,15 @@ class Run:
     def log(self, record: dict) -> None:
         """Append one JSON line to log.jsonl."""
         if self.processes.main:
-            line = json.dumps({k: float(f"{v:.6g}") if isinstance(v, float) else v
-                               for k, v in record.items()})
-            with writing(self.log_file), open(self.log_file, "a") as handle:
+            line = to_json({k: float(f"{v:.6g}") if isinstance(v, float) else v
+                            for k, v in record.items()})
+            with writing(self.log_file), open(self.log_file, "a", encoding="utf-8") as handle:
                 handle.write(line + "\n")
 
     def read_log(self) -> list[dict]:
         """The records of log.jsonl so far."""
-        lines = self.log_file.read_text().splitlines() if self.log_file.exists() else []
-        return [json.loads(line) for line in lines]
+        text = self.log_file.read_text(encoding="utf-8") if self.log_file.exists() else ""
+        return [json.loads(line) for line in text.splitlines()]
 
     def _checkpoints(self) -> list[Path]:
         """Oldest first."""
@@ -483,11 +618,14 @@ class Run:
                 with open(self.log_file, "rb+") as handle:
                     os.fsync(handle.fileno())
                     size = handle.seek(0, os.SEEK_END)
-            state = dict(state, step=step, log_bytes=size, identity=self.identity)
+            state = dict(
+                state, step=step, log_bytes=size, identity=self.identity,
+                config={k: v for k, v in self.config.items() if k not in self.free})
             path = self.folder / f"checkpoint-{step:06d}.pt"
 
             def write(temporary: Path) -> None:         # a checkpoint is never without checksum
-                torch.save(state, temporary)
+                with open(temporary, "wb") as handle:   # so that a full disk is said to be one
+                    torch.save(state, handle)
                 write_json(path.with_suffix(".json"),
                            dict(step=step, score=score, sha256=_sha256(temporary)))
 
@@ -547,14 +685,31 @@ class Run:
         except OSError as error:
             raise InputError(f"{path}: cannot be read ({error.strerror}); "
                              "every process must see the run folder") from None
-        earlier = state.get("identity", {})
-        changed = [k for k, v in earlier.items() if self.identity.get(k, v) != v]
+        with self.restoring():
+            earlier = dict(state.get("identity", {}))
+            changed = [k for k, v in earlier.items() if self.identity.get(k, v) != v]
+            if state["step"] != int(path.stem[11:]) or state["log_bytes"] < 0:
+                raise ValueError("another step, or no place in the log")
         if changed:
             raise InputError(
                 f"{self.folder}: the {' and '.join(changed).replace('_', ' ')} that this run was "
                 "trained with had the same name but another content; put it back, or choose "
                 "another --out")
         return state
+
+    @contextlib.contextmanager
+    def restoring(self):
+        """What a checkpoint lacks, or holds in another shape or of another type, is an InputError.
+
+        Inside, its content is put to use; no collectives.
+        """
+        try:
+            yield
+        except WRONG as error:
+            raise InputError(
+                f"{self.folder}: its newest checkpoint is whole, but not of such a run "
+                f"({type(error).__name__}: {first_line(error, 120)}); take it away with its .json "
+                "to go on from the one before, or choose another --out") from None
 
     def _cut_log(self, size: int) -> None:
         """Leave the first `size` bytes of the log, or its whole lines if there are fewer."""
@@ -583,21 +738,20 @@ class Rounds:
         self.config = config                # of which save_every, compile and profile count here
         self.calls = calls                  # whose phases are logged
         self.done = 0                       # how many are, in earlier processes too
+        self.saved = 0                      # of them, those in the newest checkpoint
         self.bad = 0                        # how many in a row were not finite
         self.recent: list[float] = []       # scores since the last checkpoint
         self.took: list[float] = []         # seconds of each
 
     def restore(self, state: dict) -> None:
         """Go on where a checkpoint ends."""
-        self.done = state["step"]
-        self.bad = state.get("bad", 0)
-        self.recent = state.get("recent", [])
+        self.done = self.saved = state["step"]
+        self.bad = int(state.get("bad", 0))
+        self.recent = [float(score) for score in state.get("recent", [])]
 
     def announce(self, what: str) -> None:
-        """Print the options and what begins."""
+        """Print what begins."""
         if self.processes.main:
-            for name, value in dataclasses.asdict(self.config).items():
-                print(f"{name:18} {value}")
             print(what, flush=True)
 
     def __iter__(self) -> typing.Iterator[int]:
@@ -644,6 +798,7 @@ class Rounds:
     def save(self, score: float | None, **state) -> None:
         """Write a checkpoint of `state`; for every process."""
         self.run.save(self.done, dict(state, recent=self.recent, bad=self.bad), score)
+        self.saved = self.done
 
     def leave(self) -> typing.NoReturn:
         """End this process early, with a signal's exit status: it is not finished."""
@@ -662,7 +817,7 @@ def _sha256(path: Path) -> str:
 def _damage(path: Path) -> str:
     """What is wrong with a checkpoint's content, or ""; OSError where it cannot be read at all."""
     try:
-        expected = json.loads(path.with_suffix(".json").read_text())["sha256"]
+        expected = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))["sha256"]
     except FileNotFoundError:
         return "its .json is missing"
     except (ValueError, KeyError, TypeError, RecursionError):
@@ -671,9 +826,17 @@ def _damage(path: Path) -> str:
         return "checksum differs"
     try:
         torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except pickle.UnpicklingError:
+    except WRONG:
         return "not a plain checkpoint; pickles with code are never run"
     return ""
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict) -> None:
+    """AdamW's state from a checkpoint; ValueError where its moments are not the weights'."""
+    optimizer.load_state_dict(saved)
+    for weight, state in optimizer.state.items():
+        if {weight.shape} != {state["exp_avg"].shape, state["exp_avg_sq"].shape}:
+            raise ValueError(f"moments of the shape {list(state['exp_avg'].shape)}")
 
 
 @contextlib.contextmanager
@@ -684,4 +847,4 @@ def profiled(folder: Path, device: torch.device):
     write_atomic(folder / "profile.json", lambda p: profiler.export_chrome_trace(str(p)))
     rows = profiler.key_averages().table(sort_by=f"self_{device.type}_time_total", row_limit=30,
                                          max_name_column_width=60)
-    write_atomic(folder / "profile.txt", lambda p: p.write_text(rows))
+    write_text(folder / "profile.txt", rows)

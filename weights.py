@@ -15,7 +15,12 @@ import torch.nn as nn
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
+SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 WEIGHT_NAMES = ("diffusion_pytorch_model", "model", "pytorch_model")
+PEFT = "base_model.model."      # begins the names in a LoRA that peft itself has saved
+PLAIN_PEFT = {                  # settings without which B A alpha / rank is not all of an adapter
+    "peft_type": ("LORA", None), "use_dora": (False, None),
+    "init_lora_weights": (True, False, None, "gaussian", "orthogonal", "eva")}
 KINDS = (("", "safetensors"), (".fp16", "safetensors"), ("", "bin"), (".fp16", "bin"))  # best first
 
 
@@ -46,21 +51,36 @@ def read_json(path: Path) -> dict:
         raise InputError(f"{path}: not valid JSON ({error})") from None
 
 
-def read_weights(path: Path) -> dict[str, torch.Tensor]:
+def main_process() -> bool:
+    """Is this, of the processes that torchrun started, the one that speaks?"""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def read_header(path: Path) -> dict[str, str]:
+    """What a safetensors file says of itself; nothing for others, and for damaged ones."""
+    if path.suffix == ".safetensors":
+        with contextlib.suppress(SafetensorError, OSError), safe_open(path, "pt") as file:
+            return file.metadata() or {}
+    return {}
+
+
+def read_weights(path: Path, part: str = "") -> dict[str, torch.Tensor]:
     """All tensors of one file, or of a sharded set given by its index (`.index.json`).
 
-    Pickles only with weights_only=True. A LoRA whose alphas are in the header gets them as tensors.
+    Pickles only with weights_only=True. A LoRA gets the alphas as tensors that peft wrote into its
+    header, or into an `adapter_config.json` beside it; there its names get diffusers' prefix. With
+    the name of a `part` the main process says what is read, and its size: SDXL takes a minute.
     """
     path = Path(path)
     if not path.is_file():
         raise InputError(f"{path}: no such weight file")
     if path.suffix == ".json":
-        return _read_shards(path)
-    header = {}
+        return _read_shards(path, part)
+    if part and main_process():
+        print(f"loading {part}, {path.stat().st_size / 1e9:.2f} GB", flush=True)
+    header = read_header(path)
     try:
         if path.suffix == ".safetensors":
-            with safe_open(path, "pt") as file:
-                header = file.metadata() or {}
             weights = load_file(path)
         else:
             with open(path, "rb") as file:
@@ -73,16 +93,21 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
         raise InputError(f"{path}: not a plain weight file; pickles with code are never run "
                          f"({type(error).__name__})") from None
     if "lora_adapter_metadata" in header:
-        return weights | lora_alphas(weights, header["lora_adapter_metadata"], path)
+        return weights | lora_alphas(weights, header["lora_adapter_metadata"],
+                                     f"{path}: its lora_adapter_metadata")
     weights = weights.get("state_dict", weights) if isinstance(weights, dict) else weights
     if not isinstance(weights, dict) or not all(
             isinstance(k, str) and isinstance(v, torch.Tensor) and v.layout == torch.strided
             and not (v.is_quantized or v.is_meta) for k, v in weights.items()):
         raise InputError(f"{path}: holds no flat dictionary of names and plain tensors")
+    beside = path.with_name("adapter_config.json")
+    if any(key.startswith(PEFT) for key in weights) and beside.is_file():
+        weights = {f"unet.{key.removeprefix(PEFT)}": value for key, value in weights.items()}
+        return weights | lora_alphas(weights, beside.read_text("utf-8", "replace"), f"{beside}:")
     return weights
 
 
-def _read_shards(path: Path) -> dict[str, torch.Tensor]:
+def _read_shards(path: Path, part: str) -> dict[str, torch.Tensor]:
     """The tensors of all files that an index names; they lie beside it."""
     out = {}
     names = read_json(path).get("weight_map")
@@ -91,30 +116,41 @@ def _read_shards(path: Path) -> dict[str, torch.Tensor]:
     for name in sorted(set(names.values())):
         if Path(name).name != name:
             raise InputError(f"{path}: shard name {name!r} leaves the folder")
-        out |= read_weights(path.parent / name)
+        out |= read_weights(path.parent / name, part)
     return out
 
 
 def lora_alphas(weights: dict[str, torch.Tensor], metadata: str,
-                path: Path) -> dict[str, torch.Tensor]:
-    """`<module>.alpha` for every layer of a LoRA whose alpha peft wrote into the file's header.
+                source: str) -> dict[str, torch.Tensor]:
+    """`<module>.alpha` for every layer of a LoRA whose peft configuration is the JSON `metadata`.
 
-    An entry of `alpha_pattern` names a module by the end of its name and wins over `lora_alpha`.
+    An entry of `alpha_pattern` names modules by the end of their names, or one by all of it (`^`),
+    and wins over `lora_alpha`; of several entries the first does. peft would take it for a regular
+    expression, which may take forever; others than names are refused.
     """
     out = {}
     try:
         config = {key.removeprefix("unet."): value for key, value in json.loads(metadata).items()
                   if not key.startswith("text_encoder")}
-        ends = config.get("alpha_pattern") or {}
+        ends = {end.replace("\\.", ".").rstrip("$"): (i, alpha) for i, (end, alpha)
+                in enumerate((config.get("alpha_pattern") or {}).items())}
+        odd = [f"{name} {config[name]!r} is not plain LoRA" for name, plain in PLAIN_PEFT.items()
+               if name in config and config[name] not in plain]
+        odd += [f"alpha_pattern names no modules with {end!r}" for end in ends
+                if not re.fullmatch(r"\^?\w+(\.\w+)*", end)]
+        if odd:
+            raise ValueError(odd[0])
         for key, value in weights.items():
-            module, found, _ = key.partition(".lora_A.weight")
-            if found and "lora_alpha" in config:
-                alpha = next((ends[end] for end in ends if re.match(rf"(.*\.)?({end})$", module)),
-                             config["lora_alpha"])
-                scale = value.shape[0] ** 0.5 if config.get("use_rslora") else 1.0
-                out[f"{module}.alpha"] = torch.tensor(alpha * scale)
-    except (ValueError, TypeError, AttributeError, re.error) as error:
-        raise InputError(f"{path}: its lora_adapter_metadata cannot be read ({error}), "
+            match = re.fullmatch(r"((?:unet\.)?(.+))\.lora_A(?:\.\w+)?\.weight", key)
+            if match and "lora_alpha" in config:
+                parts = match[2].rsplit(".", 16)
+                names = [".".join(parts[i:]) for i in range(len(parts))] + [f"^{match[2]}"]
+                found = min((ends[name] for name in names if name in ends), default=None)
+                alpha = float(found[1] if found else config["lora_alpha"])
+                scale = len(value) ** 0.5 if config.get("use_rslora") else 1.0
+                out[f"{match[1]}.alpha"] = torch.tensor(alpha * scale)
+    except (ArithmeticError, AttributeError, RecursionError, TypeError, ValueError) as error:
+        raise InputError(f"{source} cannot be read ({first_line(error, 120)}), "
                          "so the LoRA's strength is not known") from None
     return out
 
@@ -136,12 +172,21 @@ def find_weights(folder: Path) -> Path | None:
 
 
 def weight_file(folder: Path) -> Path:
-    """The weight file of a component folder; InputError if it has none."""
-    file = find_weights(folder)
+    """The weight file of a component folder; InputError if it has none. A file is its own."""
+    file = folder if folder.is_file() else find_weights(folder)
     if file is None:
         raise InputError(f"{folder}: no weight file ({'.safetensors, '.join(WEIGHT_NAMES)}"
                          ".safetensors or their shards)")
     return file
+
+
+def hub_id(source: str) -> re.Match:
+    """`owner/name` or `owner/name/path/in/repository` taken apart; InputError for other words."""
+    match = re.fullmatch(r"([\w.-]+/[\w.-]+)(?:/([\w./-]+))?", source)
+    if not match or source.startswith(".") or not match[2] and source.endswith(SUFFIXES):
+        raise InputError(f"{source}: neither an existing file or folder "
+                         "nor a hub id of the form owner/name")
+    return match
 
 
 def fetch(source: str, patterns: list[str], repo_type: str = "model") -> Path:
@@ -152,10 +197,7 @@ def fetch(source: str, patterns: list[str], repo_type: str = "model") -> Path:
     """
     if os.path.exists(source):          # Path.exists raises where a name is too long
         return Path(source)
-    match = re.fullmatch(r"([\w.-]+/[\w.-]+)(?:/([\w./-]+))?", source)
-    if not match or source.startswith("."):
-        raise InputError(f"{source}: neither an existing file or folder "
-                         "nor a hub id of the form owner/name")
+    match = hub_id(source)
     from huggingface_hub import hf_hub_download, snapshot_download
     try:
         return Path(hf_hub_download(match[1], match[2], repo_type=repo_type) if match[2] else
@@ -163,8 +205,11 @@ def fetch(source: str, patterns: list[str], repo_type: str = "model") -> Path:
     except Exception as error:
         switch = os.environ.get("HF_HUB_OFFLINE", "").lower()
         offline = " (HF_HUB_OFFLINE is set)" if switch in ("1", "true", "yes", "on") else ""
+        kind = " --repo-type dataset" if repo_type == "dataset" else ""
         raise InputError(f"{source}: no such file or folder here; as a hub id not in the cache and "
-                         f"not to be downloaded{offline} ({type(error).__name__})") from None
+                         f"not to be downloaded{offline} ({type(error).__name__}); on a machine "
+                         f"with network: hf download {' '.join(filter(None, match.groups()))}{kind}"
+                         ", and let HF_HOME here be a copy of what it fills") from None
 
 
 def fetch_weights(source: str, root: Path, parts: list[str]) -> Path:
@@ -237,7 +282,7 @@ SIGNS = {"model.diffusion_model.": "a single-file checkpoint in the original lay
 def layout(weights: dict[str, torch.Tensor]) -> str:
     """A guess at what a weight file is, for error messages: the first of the SIGNS in any name."""
     return next((kind for sign, kind in SIGNS.items() if any(sign in key for key in weights)),
-                "of unknown layout")
+                "nothing that is known here")
 
 
 def clean(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -301,6 +346,10 @@ def load_strict(module: nn.Module, weights: dict[str, torch.Tensor], source: obj
                              "the file is damaged, fetch it again")
         kind = (dtype if value.ndim else exact) if floating else None
         cast[key] = value.to(device=device, dtype=kind)
+    same = [key for key, value in cast.items() if value is weights[key]]
+    small = 2 * sum(cast[key].nbytes for key in same) < sum(v.nbytes for v in cast.values())
+    if small:                           # or they would keep the whole file mapped
+        cast |= {key: cast[key].clone() for key in same}
     module.load_state_dict(cast, assign=True)
     return module.requires_grad_(False).eval()
 

@@ -9,21 +9,21 @@ eta 0, the same noise for all arms. Writes results/alignment.json and prints the
 is the held-out captions' own (experiments/effect.py). Rounds: of 7 and 9 (10 and 14 where pools are
 fewer) the first that closed two thirds on the first 128 pictures, else the last.
 """
-import argparse
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-import torch
-
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT)]
+import needs  # noqa: F401
+import torch
+
 from diffusion import generate
 from evaluate import compare, wear
 from loading import Pipeline, load_pipeline
 from tiny import world
-from training import permutation, read_json, run_script, write_json
+from training import permutation, plain_parser, read_json, run_script, write_json
 
 RUNS, RESULTS = ROOT / "runs/alignment", ROOT / "experiments/results/alignment.json"
 SEED = 2                        # of the demo's seeds, it gains most and loses most
@@ -93,9 +93,7 @@ def table(arms: dict[str, dict]) -> str:
 
 def main() -> None:
     """Train and judge what is not there yet."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = plain_parser(__doc__)
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
     given = parser.parse_args()
     pipe = load_pipeline("tiny")

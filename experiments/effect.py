@@ -7,20 +7,21 @@ prompts are fixed here, before any run. The project's own goal, 70 % of the dist
 alignment down by at most one standard error in every seed, is read off twice: on the 256 pictures
 that the demo draws, and on four times as many.
 """
-import json
 import platform
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-import torch
-
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT)]
+import needs  # noqa: F401
+import torch
+
 from loading import load_pipeline
 from spo_train import PRESETS
 from tiny import world
+from training import plain_parser, read_json, run_script, write_json, write_text
 
 SEEDS, LONG = (0, 1, 2), (14, 20)
 DEMO_ROUNDS = PRESETS["tiny"]["rounds"]
@@ -68,7 +69,7 @@ def judged(folder: str, names: list[str], each: int, top: dict[str, float]) -> d
     """
     words = ["--out", str(RUNS / folder), "--images_per_prompt", str(each)]
     call("evaluate.py", "--lora", "base=", *names, *words)
-    results = json.loads((RUNS / folder / "results.json").read_text())
+    results = read_json(RUNS / folder / "results.json")
     base = results["results"]["base"]["aesthetics"]["mean"]
     for row in results["results"].values():
         closed = row["aesthetics"]["mean"] - base
@@ -129,6 +130,7 @@ def markdown(rows: dict[str, dict], demo: dict[str, dict], top: dict[str, float]
 
 def main() -> None:
     """Train, evaluate, and write the tables."""
+    plain_parser(__doc__).parse_args()
     seconds = {f"seed {s}": train(RUNS / f"seed{s}", s, DEMO_ROUNDS) for s in SEEDS}
     # Seed 0 is continued: what over-optimisation looks like.
     folders = [RUNS / "seed0", *(RUNS / f"long{rounds}" for rounds in LONG)]
@@ -147,11 +149,10 @@ def main() -> None:
     )
     text = markdown(results["results"], demo, top)
     out = ROOT / "experiments/results"
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "effect.json").write_text(json.dumps(record, indent=1) + "\n")
-    (out / "effect.md").write_text(text)
+    write_json(out / "effect.json", record)
+    write_text(out / "effect.md", text)
     print(text, end="")
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -10,14 +10,15 @@ import sys
 import time
 from pathlib import Path
 
-import torch
-
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT)]
+import needs  # noqa: F401
+import torch
+
 from loading import TINY, load_clip
 from spm_train import print_table
 from tiny.build import judge_table
-from training import run_script, write_json
+from training import plain_parser, refuse, run_script, write_json
 
 COUNT, SEED = 2048, 20_000
 COLUMNS = ("accuracy", "standard_error", "pairs", "difference", "difference_standard_error")
@@ -25,10 +26,15 @@ COLUMNS = ("accuracy", "standard_error", "pairs", "difference", "difference_stan
 
 def main() -> None:
     """Judge the pairs, print the table, keep it."""
+    parser = plain_parser(__doc__)
+    parser.add_argument("judges", nargs="*", metavar="NAME=SOURCE", help="others beside them")
+    words = parser.parse_args().judges
+    if not all("=" in word for word in words):
+        refuse(f"{' '.join(words)}: write NAME=SOURCE")
     sources = {
         "PickScore": TINY / "pickscore", "SPM": TINY / "spm",
         "step-blind SPM": TINY / "spm_step_blind",
-        **dict(word.split("=", 1) for word in sys.argv[1:]),
+        **dict(word.split("=", 1) for word in words),
     }
     models = {name: load_clip(str(source)) for name, source in sources.items()}
     table = judge_table("tiny", models, COUNT, SEED)

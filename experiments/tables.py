@@ -18,7 +18,6 @@ training captions with other noise, at the budget of evaluations, wins, for ever
 the best lies at an end, the next one in that direction is tried too, at most two. PickScore is what
 a real user has; ground truth decides nothing.
 """
-import argparse
 import fcntl
 import json
 import math
@@ -27,10 +26,11 @@ import sys
 import time
 from pathlib import Path
 
-import torch
-
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT)]
+import needs  # noqa: F401
+import torch
+
 import evaluate
 from diffusion import decode, generate_latents, to_pil
 from loading import TINY, load_pipeline
@@ -38,7 +38,7 @@ from metrics import load_metric
 from prompt_sets import read_prompts
 from spo_train import PRESETS
 from tiny import world
-from training import permutation, write_atomic, write_json
+from training import permutation, plain_parser, run_script, write_json, write_text
 
 SEEDS = (0, 1, 2)
 UPDATES, EVALUATIONS, MOST_ROUNDS = 60, 25_000, 60
@@ -60,7 +60,7 @@ METHODS = {
 RANGES = ((0, 250), (0, 500), (0, 750), (0, 1000), (250, 750), (500, 750), (250, 500))
 ARMS = {            # options that differ from the demo's
     "as the demo": dict(),
-    "start from winner": dict(start="win"), "start from loser": dict(start="lose"),
+    "start from winner": dict(continue_from="win"), "start from loser": dict(continue_from="lose"),
     "SPM without step": dict(judge="step-blind"), "PickScore": dict(judge="pickscore"),
     **{f"k = {k}": dict(k=k) for k in (2, 6, 8, 16)},
     **{f"j = {j}": dict(j=j) for j in (2, 3, 4, 5, 6)},
@@ -153,7 +153,7 @@ def read_log(folder: Path) -> list[dict]:
     path = folder / "log.jsonl"
     total = dict(updates=0, evaluations=0, seconds=0.0)
     out = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
         row = json.loads(line)
         total = dict(
             updates=total["updates"] + row["updates"],
@@ -215,7 +215,7 @@ class Judge:
         """{metric: a score per picture}, of the GenEval set {tag: ...} too; `None`: the base."""
         path = (lora_folder or RUNS / "base") / f"{which}.json"
         if path.exists():
-            return json.loads(path.read_text())
+            return json.loads(path.read_text(encoding="utf-8"))
         source = str(lora_folder / "pytorch_lora_weights.safetensors") if lora_folder else ""
         evaluate.wear(self.pipe, source)
         prompts, seed = self.sets[which]
@@ -257,7 +257,7 @@ def choose_rate(method: str, judge: Judge) -> float:
 
 def kept(*path: str):
     """What results/tables.json holds at a path of keys, or None."""
-    place = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    place = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
     for key in path:
         place = place.get(key, {})
     return place or None
@@ -266,7 +266,7 @@ def kept(*path: str):
 def keep(path: list[str], value) -> None:
     """Put a value into results/tables.json at a path of keys."""
     RUNS.mkdir(parents=True, exist_ok=True)
-    with open(RUNS / "lock", "w") as lock:              # several processes may share the work
+    with open(RUNS / "lock", "wb") as lock:              # several processes may share the work
         fcntl.flock(lock, fcntl.LOCK_EX)
         results = kept() or {}
         place = results
@@ -459,8 +459,7 @@ def put_verdicts(page: Path) -> None:
     before, _, rest = page.read_text(encoding="utf-8").partition(begin)
     after = rest.partition(end)[2]
     table = "\n".join(render_verdicts(kept() or {})[1:])           # the page has its own heading
-    write_atomic(page, lambda p: p.write_text(
-        f"{before}{begin}\n\n{table.strip()}\n\n{end}{after}", encoding="utf-8"))
+    write_text(page, f"{before}{begin}\n\n{table.strip()}\n\n{end}{after}")
 
 
 def render_more(results: dict) -> list[str]:
@@ -547,9 +546,7 @@ def run(wanted: list[str], seeds: list[int], methods: list[str]) -> None:
 
 def main() -> None:
     """Run the tables that the command line names, then render all."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = plain_parser(__doc__)
     methods = list(METHODS)
     parser.add_argument("tables", nargs="+", choices=[*TABLES, "rates", "all", "render"])
     parser.add_argument("--seeds", nargs="+", type=int, choices=SEEDS, default=list(SEEDS))
@@ -559,10 +556,10 @@ def main() -> None:
     if "render" not in wanted:
         run(wanted, given.seeds, given.methods)
     text = render()
-    write_atomic(RESULTS.parent / "tables.md", lambda p: p.write_text(text, encoding="utf-8"))
+    write_text(RESULTS.parent / "tables.md", text)
     put_verdicts(PAGE)
     print(text)
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

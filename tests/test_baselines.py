@@ -2,6 +2,7 @@
 import dataclasses
 import json
 import math
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,6 +15,7 @@ import baselines
 import ddim
 import gentle
 import lora
+import pairs
 import spo_train
 from baselines import BaselineConfig, advantages, d3po_as_spo, ddpo_loss, denoising_errors, density, diffusion_dpo_loss, mapo_loss
 from conftest import assert_close, seeded
@@ -239,6 +241,81 @@ def test_offline_methods_learn_their_pairs(sd, pickscore, pictures, tmp_path, me
          "--rounds", 12, "--epochs", 12, "--lr", "5e-3")
     assert all(r["pairs"] == 4 for r in log_of(tmp_path / "run"))              # six pairs, two of them ties
     assert margin(sd, pictures, str(tmp_path / "run" / LORA)) > margin(sd, pictures, "") + 1e-4
+
+
+def damaged(pictures, folder, numbers=range(6)):
+    """The pairs with one picture of each of `numbers` cut short."""
+    shutil.copytree(pictures, folder)
+    for i in numbers:
+        (folder / f"{i}a.png").write_bytes((pictures / f"{i}a.png").read_bytes()[:60])
+    return folder
+
+
+def test_a_set_of_damaged_pictures_ends_the_run(small, pictures, tmp_path):
+    """Nothing to learn from: one line after the pairs were read, as in spm_train.py; they are listed."""
+    words = ("baselines", "--model", small, "--method", "mapo", *WORDS, "--out", tmp_path / "run", "--prompts_per_round", 4)
+    with pytest.raises(InputError, match="^4 of the 4 pairs read so far have damaged pictures, listed in .*unreadable.txt"):
+        call(*words, "--pairs", damaged(pictures, tmp_path / "bad"))
+    assert len((tmp_path / "run/unreadable.txt").read_text().splitlines()) == 4 and (tmp_path / "run/checkpoint-000001.pt").exists()
+
+
+def test_damaged_pairs_are_counted_over_a_stop(small, pictures, tmp_path):
+    """Some are skipped and listed; which, survives a resume."""
+    words = ("baselines", "--model", small, "--method", "mapo", *WORDS, "--prompts_per_round", 1, "--pairs",
+             damaged(pictures, tmp_path / "bad", (0, 1)), "--save_every", 1)
+    call(*words, "--rounds", 4, "--out", tmp_path / "whole")
+    rows = log_of(tmp_path / "whole")
+    assert rows[-1]["unreadable"] == 2 and rows[0]["unreadable"] <= 1
+    for rounds in (3, 4):
+        call(*words, "--rounds", rounds, "--out", tmp_path / "parts")
+    assert log_of(tmp_path / "parts") == rows
+    assert (tmp_path / "parts/unreadable.txt").read_text() == (tmp_path / "whole/unreadable.txt").read_text()
+
+
+@pytest.mark.parametrize("method", ["diffusion-dpo", "mapo"])
+def test_labels_are_part_of_an_offline_run(small, pictures, tmp_path, method):
+    folder = shutil.copytree(pictures, tmp_path / "pairs")
+    words = ("baselines", "--model", small, "--method", method, *WORDS, "--pairs", folder, "--out", tmp_path / "run")
+    call(*words, "--rounds", 1)
+    rows = [json.loads(line) for line in (folder / "pairs.jsonl").read_text().splitlines()]
+    (folder / "pairs.jsonl").write_text("\n".join(json.dumps(row | dict(label_0=1 - row["label_0"])) for row in rows))
+    with pytest.raises(InputError, match="the pair labels that this run was trained with had the same name but another content"):
+        call(*words, "--rounds", 2)
+
+
+def test_the_worlds_pairs_are_painted_when_they_are_read(monkeypatch):
+    """Each with what it is in the whole set, label included, and nothing else; a second reading paints nothing."""
+    from pairs import unpainted_pairs, world_pairs
+    from tiny import world
+    want, drawn, render = world_pairs(300, 5), [], world.render
+    monkeypatch.setattr(world, "render", lambda *words, **more: drawn.append(len(pictures := render(*words, **more))) or pictures)
+    got = unpainted_pairs(300, 5)
+    assert got.captions == want.captions and got.label.isnan().all() and not drawn
+    for i in (299, 0, 127, 128, 0, 200):
+        assert torch.equal(got.pictures(i), want.pictures(i)) and got.label[i] == want.label[i]
+    assert drawn == [2] * 5 and int(got.label.isnan().sum()) == 295
+
+
+def test_offline_methods_paint_what_they_train_on(tmp_path, monkeypatch):
+    """From the tiny world, by default of 44,000 pairs; what is trained is what was trained when all were painted."""
+    from tiny import world
+    drawn, render = [], world.render
+    words = ("baselines", "--method", "mapo", "--count", 400, "--rounds", 1, "--prompts_per_round", 6, "--pairs_per_step", 3, "--grid_every", 0)
+    with monkeypatch.context() as patch:
+        patch.setattr(world, "render", lambda *words, **more: drawn.append(len(pictures := render(*words, **more))) or pictures)
+        call(*words, "--out", tmp_path / "some")
+    assert drawn == [2] * 6
+    monkeypatch.setattr(baselines, "unpainted_pairs", pairs.world_pairs)
+    call(*words, "--out", tmp_path / "all")
+    assert log_of(tmp_path / "some") == log_of(tmp_path / "all")
+    assert (tmp_path / "some" / LORA).read_bytes() == (tmp_path / "all" / LORA).read_bytes()
+
+
+def test_offline_methods_encode_no_empty_prompt(small, pictures, tmp_path, monkeypatch):
+    """They train without guidance."""
+    import finetune
+    monkeypatch.setattr(finetune, "encode_empty", lambda pipe: pytest.fail("the empty prompt"))
+    call("baselines", "--model", small, "--method", "mapo", "--pairs", pictures, "--out", tmp_path / "run", *WORDS, "--rounds", 1)
 
 
 def test_a_microbatch_of_ddpo_never_waits_for_the_device(small, pickscore, monkeypatch):

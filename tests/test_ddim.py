@@ -155,3 +155,21 @@ def test_what_belongs_to_a_sampler_is_not_taken_over():
         theirs | dict(_class_name="DPMSolverMultistepScheduler", timestep_spacing="linspace"))
     assert other.timesteps(20) == ours.timesteps(20) and other.final_alpha_cumprod == ours.final_alpha_cumprod
     assert torch.equal(other.alphas_cumprod, ours.alphas_cumprod)
+
+
+@pytest.mark.parametrize("name", ["FlowMatchEulerDiscreteScheduler", "EDMEulerScheduler", "EDMDPMSolverMultistepScheduler", "ScoreSdeVeScheduler"])
+def test_other_noise_processes_are_refused(name):
+    """Their configurations, as diffusers writes them, have no betas; a flow's class is refused with some as well."""
+    import diffusers
+    config = dict(getattr(diffusers, name)().config)
+    for more in ({}, CONFIG) if "Score" not in name else ({},):
+        with pytest.raises(ValueError, match=f"_class_name='{name}'"):
+            ddim.Schedule.from_json(more | config | dict(_class_name=name))
+
+
+@pytest.mark.parametrize("changes", [dict(use_flow_sigmas=True, flow_shift=3.0), dict(prediction_type="flow_prediction"), dict(prediction_type="sample"),
+                                     dict(timestep_type="continuous"), dict(snr_shift_scale=3.0)])
+def test_options_that_change_the_noise_are_refused(changes):
+    key = next(iter(changes))
+    with pytest.raises(ValueError, match=f"{key}={changes[key]!r} is not supported"):
+        ddim.Schedule.from_json(CONFIG | dict(_class_name="UniPCMultistepScheduler") | changes)

@@ -1,18 +1,30 @@
 """diffusion.py and weights.py on small random checkpoints, against diffusers' pipelines on the same folders."""
+import dataclasses
+import gc
 import json
 import math
 import pickle
+import re
 import shutil
+import sys
+from pathlib import Path
+from types import SimpleNamespace
 
+import ftfy
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+import clip_spm
+import diffusion
+import finetune
 import loading
+import spm_train
 from conftest import FACTS, assert_close
 from clip_spm import CLIP, CLIPConfig
 from ddim import Schedule
@@ -24,13 +36,14 @@ from diffusion import (
     generate_latents,
     grid,
     negative,
+    repaired,
     to_pil,
 )
 from loading import SINGLE_UNETS, _tokenizer, build, load_clip, load_pipeline, read_config
-from helpers import PROMPTS
+from helpers import PROMPTS, command
 from unet import UNet, UNetConfig
 from vae import VAE, VAEConfig
-from weights import InputError, fetch_parquet, read_weights, weight_file
+from weights import InputError, fetch, fetch_parquet, read_weights, weight_file
 
 STEPS, SEEDS = 4, [3, 4, 5]
 
@@ -123,6 +136,36 @@ def test_pictures_on_disk(tmp_path):
     assert [int(np.asarray(p)[0, 0, 0]) for p in to_pil(images)] == [0, 100, 254]
     canvas = np.asarray(grid(images, columns=2, gap=1))
     assert canvas.shape == (11, 11, 3) and (canvas[2, 2, 0], canvas[2, 7, 0], canvas[7, 2, 0], canvas[7, 7, 0]) == (0, 100, 254, 255)
+
+
+def test_grid_with_labels():
+    """Names at the left, captions above; the pictures' own pixels stay; what is too long is cut, what no font has is drawn somehow."""
+    images = torch.arange(6 * 3 * 20 * 40).reshape(6, 3, 20, 40) % 251 / 255
+    plain = np.asarray(grid(images, columns=2))
+    assert np.array_equal(plain, np.asarray(grid(images, columns=2, names=[], captions=[])))
+    captions = ["a red circle above a blue cross", "word " * 200, "x" * 999, "\ud800 \x00 \n 日本", ""]
+    canvas = np.asarray(grid(images, columns=2, names=["base", "a rather long name", "spo"], captions=captions))
+    left, lines = canvas.shape[1] - plain.shape[1], 14
+    assert left == 64 and canvas.shape[0] == plain.shape[0] + (6 + 6 + 1) * lines
+    tops = [4 + 6 * lines, 4 + 6 * lines + 24 + 6 * lines, 4 + 6 * lines + 24 + 6 * lines + 24 + lines]
+    for i in range(6):
+        y, x = tops[i // 2], left + 4 + i % 2 * 44
+        assert np.array_equal(canvas[y:y + 20, x:x + 40], plain[4 + i // 2 * 24:24 + i // 2 * 24, 4 + i % 2 * 44:44 + i % 2 * 44])
+        ink = (canvas[y - lines:y, x:x + 40] < 128).any()
+        assert ink == (i < 4)
+    assert all((canvas[top:top + 20, :left] < 128).any() for top in tops)
+
+
+def test_samples_carry_their_prompts(sd, tmp_path, monkeypatch):
+    """Sixteen prompts, each above its picture, in two rows of eight."""
+    seen = []
+    monkeypatch.setattr(finetune, "grid", lambda *args, **labels: seen.append(labels["captions"]) or grid(*args, **labels))
+    prompts = [f"{i} red circles" for i in range(20)]
+    config = SimpleNamespace(sample_batch=16, decode_batch=16, steps=1, guidance_scale=1.0, resolution=0)
+    finetune.draw_samples(load_pipeline(str(sd)), prompts, config, tmp_path / "samples.png")
+    assert len({*seen[0]}) == 16 and {*seen[0]} <= {*prompts}
+    with Image.open(tmp_path / "samples.png") as image:
+        assert image.size == (8 * 20 + 4, image.height) and image.height > 2 * (14 + 16)
 
 
 def damaged(folder, tmp_path, change, part="unet/diffusion_pytorch_model.safetensors"):
@@ -386,6 +429,22 @@ def test_logit_scale_is_not_rounded(pickscore):
         assert clip.text_projection.weight.dtype == dtype and torch.equal(clip.logit_scale, load_clip(str(pickscore)).logit_scale)
 
 
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="Linux says there which files are mapped")
+def test_no_file_stays_mapped_for_a_few_of_its_numbers(pickscore, tmp_path):
+    """logit_scale, fp32 beside bf16 weights, held all 5.2 GB of an SPM; a model that is used as it is stays in its file."""
+    weights = load_file(pickscore / "model.safetensors")
+    shutil.copy(pickscore / "config.json", tmp_path)
+    save_file(weights, tmp_path / "clip.safetensors")
+    torch.save(weights, tmp_path / "clip.bin")
+    for file in (tmp_path / "clip.safetensors", tmp_path / "clip.bin"):
+        for dtype in (torch.float32, torch.bfloat16):
+            clip = load_clip(str(file), dtype)
+            gc.collect()
+            mapped = str(file) in Path("/proc/self/maps").read_text()
+            assert mapped == (dtype == torch.float32) and torch.equal(clip.logit_scale, weights["logit_scale"])
+            del clip
+
+
 @pytest.mark.parametrize("change, words", [
     (lambda c: c.update(vision_config=None), "TypeError"), (lambda c: c.pop("vision_config"), "'vision_config'"),
     (lambda c: c["text_config"].update(hidden_act="relu"), "hidden_act")])
@@ -489,3 +548,216 @@ def test_prompts_on_the_official_tokenizers(name):
         if part == "tokenizer_2":                                       # "!" pads there, so "!!!" is three of them, not one token
             assert ids[1].tolist()[:5] == [49406, 0, 0, 0, 49407]
         assert ids[2, 76] == 49407 and (ids[2, 1:76] == 320).all()       # over 77 tokens: cut, the end token stays
+
+
+# The vocabulary
+
+def test_a_tokenizer_without_words_is_refused(sd, sdxl, tmp_path):
+    """Only its configuration is there: every prompt would have the same embedding."""
+    for n, (folder, name) in enumerate([(sd, "tokenizer"), (sdxl, "tokenizer_2")]):
+        shutil.copytree(folder, tmp_path / str(n))
+        for file in (tmp_path / str(n) / name).iterdir():
+            if file.name != "tokenizer_config.json":
+                file.unlink()
+        with pytest.raises(InputError, match=f"{n}/{name}: .*vocab") as caught:
+            load_pipeline(str(tmp_path / str(n)))
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("size, words", [(579, None), (583, None), (578, "579 tokens, the net 578"), (1000, "579 tokens, the net 1000"), (49408, "different models")])
+def test_a_vocabulary_is_held_against_its_network(size, words):
+    tokenizer = loading.first_tokenizer("tiny")
+    if words is None:
+        loading.check_vocabulary(tokenizer, size, "the net")
+    else:
+        with pytest.raises(InputError, match=f"tiny/model/tokenizer: .*{words}"):
+            loading.check_vocabulary(tokenizer, size, "the net")
+    from transformers import BertTokenizer, CLIPTokenizer
+    for empty in (CLIPTokenizer(), BertTokenizer()):
+        with pytest.raises(InputError, match="knows no words"):
+            loading.check_vocabulary(empty, len(empty), "the net")
+
+
+def test_a_token_too_many_is_one_line(sd, tmp_path):
+    """A tokenizer to which a word was added, and the encoder was not."""
+    shutil.copytree(sd, tmp_path / "more")
+    tokenizer = _tokenizer(sd / "tokenizer")
+    tokenizer.add_tokens(["<my-style>"])
+    tokenizer.save_pretrained(tmp_path / "more/tokenizer")
+    with pytest.raises(InputError, match="the tokenizer has 580 tokens, its text encoder 579"):
+        load_pipeline(str(tmp_path / "more"))
+
+
+def scheduler_of(folder, **changes):
+    """Change a folder's scheduler; its path."""
+    path = folder / "scheduler/scheduler_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    return path
+
+
+def test_a_foreign_scheduler_is_refused_by_its_file(sd, tmp_path):
+    shutil.copytree(sd, tmp_path / "flow")
+    scheduler_of(tmp_path / "flow", _class_name="FlowMatchEulerDiscreteScheduler")
+    with pytest.raises(InputError, match="flow/scheduler/scheduler_config.json: .*FlowMatchEulerDiscreteScheduler"):
+        load_pipeline(str(tmp_path / "flow"))
+
+
+def test_the_option_wins_over_a_folders_prediction_type(sd, tmp_path):
+    shutil.copytree(sd, tmp_path / "v")
+    scheduler_of(tmp_path / "v", prediction_type="v_prediction")
+    assert load_pipeline(str(tmp_path / "v")).schedule.prediction_type == "v_prediction"
+    assert load_pipeline(str(tmp_path / "v"), prediction_type="epsilon").schedule.prediction_type == "epsilon"
+
+
+def test_a_unet_of_another_noise_process_is_told_by_the_scheduler_beside_it(sd, tmp_path):
+    pipe = load_pipeline(str(sd))
+    shutil.copytree(sd / "scheduler", tmp_path / "x/scheduler")
+    loading.check_schedule(tmp_path / "x", pipe)
+    loading.check_schedule(tmp_path / "without", pipe)
+    for change, words in ((dict(prediction_type="v_prediction"), "made for v_prediction and the same betas, .*sd for epsilon"),
+                          (dict(beta_end=0.02), "other betas"), (dict(_class_name="EDMEulerScheduler"), "EDMEulerScheduler")):
+        shutil.copytree(sd / "scheduler", tmp_path / "x/scheduler", dirs_exist_ok=True)
+        scheduler_of(tmp_path / "x", **change)
+        with pytest.raises(InputError, match=words):
+            loading.check_schedule(tmp_path / "x", pipe)
+
+
+@pytest.mark.parametrize("end", [578, 2, None, [578]])
+def test_the_end_token_is_not_the_largest_once_tokens_were_added(sdxl, tmp_path, end):
+    """A pipeline with a textual-inversion token pools where its configuration says that prompts end; the old wrong 2 says nothing."""
+    theirs = StableDiffusionXLPipeline.from_pretrained(sdxl)
+    for tokenizer, encoder in ((theirs.tokenizer, theirs.text_encoder), (theirs.tokenizer_2, theirs.text_encoder_2)):
+        tokenizer.add_tokens(["<my-style>"])
+        encoder.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+        with torch.no_grad():
+            rows = encoder.get_input_embeddings().weight
+            rows[-1] = torch.linspace(-0.3, 0.3, rows.shape[1])
+    theirs.save_pretrained(tmp_path / "ti")
+    path = tmp_path / "ti/text_encoder_2/config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | dict(eos_token_id=end)))
+    prompts = ["a red circle <my-style>", "<my-style> a red circle", "a red circle"]
+    got = encode_prompts(load_pipeline(str(tmp_path / "ti")), prompts)
+    theirs.text_encoder_2.text_model.eos_token_id = theirs.text_encoder_2.config.eos_token_id = 578 if end == 578 else 2
+    want = theirs.encode_prompt(prompts, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=False)
+    assert_close(got.prompt_embeds, want[0])
+    assert_close(got.pooled, want[2])
+
+
+# What is said, and when
+
+@pytest.mark.parametrize("part, change", [
+    ("text_encoder", dict(num_hidden_layers=90_000)), ("unet", dict(layers_per_block=90_000)), ("unet", dict(transformer_layers_per_block=90_000)),
+    ("unet", dict(layers_per_block=99, transformer_layers_per_block=99)), ("vae", dict(layers_per_block=5_000))])
+def test_more_layers_than_any_network_has_are_not_built(sd, tmp_path, part, change):
+    copy = tmp_path / "copy"
+    shutil.copytree(sd, copy)
+    path = copy / part / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(InputError, match=f"copy/{part}/config.json: .*{min(change)}=.* layers"):
+        load_pipeline(str(copy))
+
+
+def test_what_does_not_fit_is_said_before_a_weight_is_read(sd, tmp_path, monkeypatch):
+    """A missing part, a tokenizer without words, another model's VAE."""
+    monkeypatch.setattr(loading, "read_weights", None)
+    for name in ("vae/diffusion_pytorch_model.safetensors", "unet/config.json", "tokenizer/tokenizer.json"):
+        shutil.copytree(sd, tmp_path / "copy")
+        (tmp_path / "copy" / name).unlink()
+        with pytest.raises(InputError, match=name.split("/")[0]):
+            load_pipeline(str(tmp_path / "copy"))
+        shutil.rmtree(tmp_path / "copy")
+
+
+@pytest.mark.parametrize("script, option", [("spo_train", "--spm"), ("spo_train", "--vae"), ("spo_train", "--decoder"), ("spo_train", "--model"),
+                                            ("spm_train", "--pickscore"), ("spm_train", "--vae"), ("baselines", "--reward"), ("baselines", "--decoder"),
+                                            ("evaluate", "--vae")])
+def test_a_missing_source_is_named_by_its_option_before_anything_is_read(script, option, small, prompts, tmp_path, monkeypatch):
+    monkeypatch.setattr(loading, "read_weights", None)
+    words = {"evaluate": ["--prompt", "a red circle"], "spm_train": []}.get(script, ["--prompts", prompts])
+    done = command(script, "--model", small, *words, "--out", tmp_path / "run", "--dtype", "fp32", option, "./nowhere", "--device", "cpu")
+    assert done.returncode == 2 and f"error: {option} ./nowhere: neither an existing file or folder" in done.stderr, done.stderr
+
+
+def test_a_mistyped_model_is_not_blamed_on_the_prompts(tmp_path):
+    done = command("spo_train", "--model", "./typo", "--out", tmp_path / "run", "--device", "cpu")
+    assert done.returncode == 2 and "error: --model ./typo: neither" in done.stderr
+
+
+def test_parts_are_announced(small, monkeypatch, capsys):
+    load_pipeline(str(small))
+    assert capsys.readouterr().out.splitlines() == [f"loading {part}, 0.00 GB" for part in ("text_encoder", "unet", "vae")]
+    monkeypatch.setenv("RANK", "1")
+    load_pipeline(str(small))
+    assert not capsys.readouterr().out
+
+
+def test_offline_it_is_said_how_to_fetch(monkeypatch):
+    for source, kind, says in (("owner/name", "model", "hf download owner/name,"), ("owner/name/a/b.bin", "model", "hf download owner/name a/b.bin,"),
+                               ("owner/name", "dataset", "hf download owner/name --repo-type dataset,")):
+        with pytest.raises(InputError, match=f"on a machine with network: {says} .*HF_HOME"):
+            fetch(source, [], kind)
+
+
+def test_a_file_of_no_known_layout_is_said_in_a_sentence(sd, tmp_path):
+    save_file({"a": torch.ones(1)}, tmp_path / "x.safetensors")
+    with pytest.raises(InputError, match="the file looks like nothing that is known here"):
+        load_clip(str(tmp_path / "x.safetensors"))
+
+
+# Judges
+
+def test_a_judge_is_what_is_asked_for(sd, spm, pickscore, tmp_path):
+    for wanted, source, says in ((True, pickscore, "is not step-aware; an SPM is wanted"), (False, spm, "is an SPM, which is step-aware; PickScore")):
+        with pytest.raises(InputError, match=says):
+            load_clip(str(source), step_aware=wanted)
+    shutil.copytree(spm, tmp_path / "run/spm")              # of spm_train.py
+    (tmp_path / "run/config.json").write_text('{"model": "tiny"}')
+    assert load_clip(str(tmp_path / "run"), step_aware=True).config.step_aware
+    with pytest.raises(InputError, match="text_encoder: a text encoder"):
+        load_clip(str(sd / "text_encoder"))
+
+
+@pytest.mark.parametrize("source", ["spm", "sd/text_encoder"])
+def test_spm_training_starts_from_pickscore(source, small, spm, sd, tmp_path):
+    path = spm if source == "spm" else sd / "text_encoder"
+    done = command("spm_train", "--model", small, "--pickscore", path, "--out", tmp_path / "run", "--dtype", "fp32", "--device", "cpu")
+    assert done.returncode == 2 and f"error: --pickscore {path}: " in done.stderr
+
+
+def test_a_judge_of_another_vocabulary_is_refused(small, pickscore, tmp_path, prompts):
+    """In both trainers, as evaluate.py has it."""
+    clip = load_clip(str(pickscore))
+    text = dataclasses.replace(clip.config.text, vocab_size=1000)
+    other = CLIP(dataclasses.replace(clip.config, text=text))
+    spm_train.save_spm(other, tmp_path / "pickscore")
+    spm_train.save_spm(clip_spm.make_step_aware(other), tmp_path / "spm")
+    for script, words in (("spo_train", ["--spm", tmp_path / "spm", "--prompts", prompts]), ("spm_train", ["--pickscore", tmp_path / "pickscore"])):
+        done = command(script, "--model", small, *words, "--out", tmp_path / script, "--dtype", "fp32", "--device", "cpu")
+        assert done.returncode == 2 and "579 tokens" in done.stderr and "1000: they belong to different models" in done.stderr, done.stderr
+
+
+# ftfy
+
+CURLY = ["a “red” circle", "ｔｗｏ　ｂｌｕｅ squares！", "fish &amp; chips", "plain – text", "tab\there"]
+
+
+def slow_text(text: str) -> str:
+    """The text cleaning of transformers' slow CLIPTokenizer (to 4.57), with ftfy installed."""
+    return re.sub(r"\s+", " ", ftfy.fix_text(text)).strip().lower()
+
+
+def test_prompts_are_repaired_as_the_slow_tokenizer_does(sd):
+    pipe = load_pipeline(str(sd))
+    got, want = encode_prompts(pipe, CURLY), encode_prompts(pipe, [slow_text(t) for t in CURLY])
+    assert torch.equal(got.prompt_embeds, want.prompt_embeds)
+    plain = ["".join(map(chr, range(32, 127))).replace("&", ""), *PROMPTS]
+    assert [repaired(t) for t in plain] == plain == [ftfy.fix_text(t) for t in plain]
+
+
+def test_without_ftfy_it_is_said_once_and_only_where_it_matters(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "ftfy", None)
+    diffusion._miss_ftfy.cache_clear()
+    assert [repaired(t) for t in PROMPTS] == PROMPTS and not capsys.readouterr().err
+    assert [repaired(t) for t in CURLY] == CURLY
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "pip install ftfy" in said

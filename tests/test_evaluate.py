@@ -1,7 +1,10 @@
 """evaluate.py and metrics.py: the numbers against scipy, the run end to end, and the tiny world's ground truth."""
 import dataclasses
 import json
+import os
 import shutil
+import signal
+import time
 
 import numpy as np
 import pytest
@@ -21,6 +24,7 @@ from evaluate import compare
 from helpers import PROMPTS, call, together
 from metrics import load_metric
 from tiny import world
+from training import lock
 from weights import InputError
 
 
@@ -86,6 +90,7 @@ def trained(small, tmp_path):
 def kind(small, prompts, tmp_path, monkeypatch, pickscore_metric):
     """The options of a quick evaluation but its candidates; PickScore is the random one."""
     monkeypatch.setattr(evaluate, "load_metric", pickscore_metric)
+    monkeypatch.setattr(evaluate, "find_metric", lambda *_: None)
     return ("--model", small, "--prompts", prompts, "--dtype", "fp32", "--steps", 2, "--batch", 3, "--out", tmp_path / "e",
             "--metrics", "aesthetics", "pickscore")
 
@@ -120,7 +125,8 @@ def test_evaluation_end_to_end(kind, trained, tmp_path, small, pickscore):
     assert report["scores"]["spo"]["pickscore"] != report["scores"]["base"]["pickscore"]
     text = (out / "results.md").read_text()
     assert text.startswith("| model | aesthetics | win rate | pickscore | win rate |") and "| spo |" in text and "guidance_scale 5.0" in said
-    assert (out / "grid.png").is_file()
+    with Image.open(out / "grid.png") as grid:                  # two rows of six pictures, labelled
+        assert grid.width == 64 + 6 * 20 + 4 and grid.height > 2 * 20 + 4
 
 
 def test_pictures_are_drawn_once(kind, trained, tmp_path):
@@ -179,7 +185,8 @@ def test_what_is_wrong_is_said_before_anything_is_drawn(kind, trained, tmp_path,
     weights = load_file(trained[0])
     save_file({k: v[:, :-1].contiguous() if "lora_A" in k else v for k, v in weights.items()}, tmp_path / "foreign.safetensors")
     monkeypatch.setattr(evaluate, "load_metric", load_metric)
-    for words, says in ((("--lora", "base=", f"spo={tmp_path / 'foreign.safetensors'}"), "foreign.safetensors"),
+    monkeypatch.setattr(evaluate, "find_metric", metrics.find_metric)
+    for words, says in ((("--lora", "base=", f"spo={tmp_path / 'foreign.safetensors'}", "--metrics", "aesthetics"), "foreign.safetensors"),
                         (("--metrics", "aesthetics", f"aesthetic-v1={trained[0]},{kind[1]}"), "text_encoder|weight file"),
                         (("--metrics", "aesthetics", "pickscore"), "PickScore_v1")):
         with pytest.raises(InputError, match=says):
@@ -245,6 +252,45 @@ def test_loras_with_names_of_their_own(trained, tmp_path, monkeypatch):
         of("owner/name")
 
 
+def test_strengths_of_a_lora(kind, trained, tmp_path, other_unet):
+    """@0 draws the base's pictures and @1 the LoRA's, byte for byte; a file whose name has an @ is meant as it is; another strength is noticed."""
+    file = shutil.copy(trained[0], tmp_path / "lora@0.5")
+    shutil.copy(trained[1], tmp_path / "lora")                  # not this one
+    words = ("--limit", 2, "--lora", "base=", f"none={trained[0]}@0", f"half={trained[0]}@.5", f"one={trained[0]}@1", f"spo={trained[0]}")
+    os.rename(file, file := tmp_path / "lora@0.5.safetensors")
+    call("evaluate", *kind, *words, f"named={file}", f"more={trained[0]}@1.5", f"twice={file}@0.5")
+    drawn = {home.name: [f.read_bytes() for f in sorted(home.iterdir())] for home in (tmp_path / "e/images").iterdir()}
+    assert drawn["base"] == drawn["none"] and drawn["spo"] == drawn["one"] == drawn["named"] and drawn["half"] == drawn["twice"]
+    assert len({str(drawn[name]) for name in ("base", "half", "spo", "more")}) == 4
+    with pytest.raises(InputError, match="'half' come from another"):
+        call("evaluate", *kind, "--limit", 2, "--lora", "base=", f"half={trained[0]}@0.6")
+    with pytest.raises(InputError, match="whole UNet, which has no strength"):
+        call("evaluate", *kind, "--limit", 2, "--lora", f"dpo={other_unet}@0.6")
+    with pytest.raises(InputError, match="strong: neither an existing"):
+        call("evaluate", *kind, "--limit", 2, "--lora", f"a={trained[0]}@strong")
+
+
+def test_a_peft_folder_is_a_candidate(kind, tmp_path, small):
+    """Where its example has it, too; and its strength, in another file, is part of what was drawn."""
+    unet = load_pipeline(str(small)).unet
+    lora.add(unet, 2)
+    with torch.no_grad():
+        for layer in lora.layers(unet).values():
+            layer.lora_B.weight.normal_(0, 0.5, generator=seeded(0))
+    for home in (tmp_path / "a", tmp_path / "b/unet"):
+        home.mkdir(parents=True)
+        save_file({k.replace("unet.", "base_model.model."): v for k, v in lora.state(unet).items()}, home / "adapter_model.safetensors")
+        (home / "adapter_config.json").write_text(json.dumps(dict(peft_type="LORA", r=2, lora_alpha=1)))
+    save_file(lora.state(unet), tmp_path / "c.safetensors")
+    words = ("--limit", 2, "--lora", f"a={tmp_path / 'a'}", f"b={tmp_path / 'b'}", f"c={tmp_path / 'c.safetensors'}@0.5")
+    call("evaluate", *kind, *words)
+    a, b, c = ([f.read_bytes() for f in sorted((tmp_path / "e/images" / name).iterdir())] for name in "abc")
+    assert a == b == c
+    (tmp_path / "a/adapter_config.json").write_text(json.dumps(dict(peft_type="LORA", r=2, lora_alpha=2)))
+    with pytest.raises(InputError, match="'a' come from another"):
+        call("evaluate", *kind, *words)
+
+
 def test_unets_of_another_shape_are_refused(kind, other_unet, sdxl):
     with pytest.raises(InputError, match="UNet"):
         call("evaluate", *kind, "--lora", f"dpo={sdxl}")
@@ -293,8 +339,10 @@ def test_pictures_of_no_model_are_scored_by_official_weights(tmp_path, prompts):
     for i in range(7):
         Image.new("RGB", (64, 64), (30 * i, 0, 0)).save(tmp_path / f"p/x/{i}.png")
     words = ("--images", tmp_path / "p", "--prompts", prompts, "--out", tmp_path / "out")
-    with pytest.raises(InputError, match="stable-diffusion-v1-5"):
+    with pytest.raises(InputError, match="--metrics pickscore: reads prompts by the tokenizer of --model or --tokenizer FOLDER, else .*stable-diffusion-v1-5"):
         call("evaluate", *words)
+    with pytest.raises(InputError, match="--metrics nowhere.pt"):                        # brings its own tokenizer
+        call("evaluate", *words, "--metrics", f"hpsv2=nowhere.pt,{tmp_path}")
     metric = pytest.MonkeyPatch()
     metric.setattr(metrics, "pickscore", lambda source, *_: metrics.Metric("pickscore", source, None))
     assert load_metric("pickscore", "", None, None).formula == "yuvalkirstain/PickScore_v1"
@@ -386,6 +434,99 @@ def test_means_by_group(kind, tmp_path):
     assert "| aesthetics | Singles | Counts | mean |" in (tmp_path / "e/results.md").read_text()
 
 
+def test_several_sets_in_one_evaluation(kind, tmp_path):
+    """Figure 6 of the paper: so many of each, drawn by the seed; the protocol, the tables and the study page hold both."""
+    (tmp_path / "p.tsv").write_text("Prompt\tCategory\na red circle\tSingles\ntwo blue squares\tCounts\nthree cyan crosses\tCounts\n")
+    words = (*kind, "--prompts", f"{tmp_path / 'p.tsv'}:2", f"{tmp_path / 'prompts.txt'}:3", "--lora", "base=", "again=")
+    call("evaluate", *words, "--study", tmp_path / "study.html", "--seed", 3)
+    report = json.loads((tmp_path / "e/results.json").read_text())
+    assert report["protocol"]["prompts"] == 5 and report["protocol"]["prompt_sets"].endswith("prompts.txt:3 (:N drawn by seed 3)")
+    groups = {g.rpartition("/")[2] for g in report["groups"]["base"]["pickscore"]}
+    assert "prompts.txt" in groups and {"p.tsv Singles", "p.tsv Counts"} & groups and len(groups) <= 4
+    chosen = evaluate.join_sets(evaluate.parse_options(evaluate.EvaluateConfig, {}, list(map(str, words))).prompts, seed=3).prompts
+    page = json.loads((tmp_path / "study.html").read_text().split('id="data">')[1].split("</script>")[0])
+    assert [item["prompt"] for item in page["items"]] == chosen
+    with pytest.raises(InputError, match="another .*prompt"):
+        call("evaluate", *words[:-4], f"{tmp_path / 'prompts.txt'}:2", "--lora", "base=", "--seed", 3)
+
+
+def test_only_tiny_brings_prompts(kind, tmp_path, monkeypatch):
+    """One's own checkpoint, and pictures made elsewhere, are never scored by the tiny world's captions unawares."""
+    monkeypatch.setattr(evaluate, "load_model", None)
+    of = lambda *words: evaluate.parse_options(evaluate.EvaluateConfig, evaluate.PRESETS, list(map(str, words))).prompts  # noqa: E731
+    assert of("--model", "tiny")[0].endswith("held_out_prompts.txt") and of("--model", "sd15") == of("--model", kind[1]) == of("--images", "x") == ()
+    for words in (kind[:2], ("--images", tmp_path), ("--model", "sdxl")):
+        with pytest.raises(InputError, match="--prompts: name .*only tiny brings its own"):
+            call("evaluate", *words, "--out", tmp_path / "e")
+
+
+@pytest.mark.parametrize("words, says", [
+    (("--lora", "base=", "x=no/where.safetensors"), "--lora no/where.safetensors"), (("--metrics", "hpsv2=no/where.pt"), "--metrics no/where.pt"),
+    (("--metrics", "aesthetic-v1=prompts.txt,no/clip"), "--metrics no/clip"), (("--metrics", "imagereward=prompts.txt,no/bert"), "--metrics no/bert"),
+    (("--metrics", "geneval=no/detector"), "wants its own prompts"), (("--prompts", "no/where.txt"), "--prompts no/where.txt"),
+    (("--prompts", "prompts.txt:8"), "has only 7 prompts"), (("--images", "no"), "--images no"), (("--images", "."), "prompts ask for 7"),
+    (("--trace", "a red circle", "--spm", "no/spm"), "--spm no/spm")])
+def test_what_is_missing_is_told_before_the_model_is_loaded(small, prompts, tmp_path, monkeypatch, words, says):
+    """By the option that names it; where the metrics are to be had."""
+    monkeypatch.setattr(evaluate, "load_model", None)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError) as caught:
+        call("evaluate", "--model", small, "--prompts", "prompts.txt", "--metrics", "aesthetics", "--out", "e", *words)
+    assert says in str(caught.value) and "\n" not in str(caught.value) and not (tmp_path / "e").exists()
+
+
+def test_two_evaluations_never_share_a_folder(kind, tmp_path, monkeypatch):
+    """Drawing, --prompt too: another process's folder is refused before the model is loaded."""
+    monkeypatch.setattr(evaluate, "load_model", None)
+    ready, child = os.pipe(), os.fork()
+    if not child:
+        lock(tmp_path / "e")
+        os.write(ready[1], b"!")
+        time.sleep(60)
+        os._exit(0)
+    assert os.read(ready[0], 1) == b"!"
+    for words in ((), ("--prompt", "a red circle")):
+        with pytest.raises(InputError, match="e: another process is at work in it"):
+            call("evaluate", *kind, *words)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+
+
+def test_the_grid_is_of_a_sensible_size(tmp_path):
+    """Pictures of over 512 pixels a side become tiles; smaller ones stay as they are."""
+    Image.new("RGB", (2048, 1024), "red").save(tmp_path / "a.png")
+    Image.new("RGB", (2048, 2048), "blue").save(tmp_path / "b.png")
+    pictures = evaluate.load_images([tmp_path / "a.png", tmp_path / "b.png"])
+    assert pictures.shape == (2, 3, 256, 512) and pictures[:, :, 9, 9].tolist() == [[1, 0, 0], [0, 0, 1]]
+
+
+def test_pipes_are_no_pictures(tmp_path):
+    (tmp_path / "x").mkdir()
+    os.mkfifo(tmp_path / "x/0.png")
+    with pytest.raises(InputError, match="x holds 0 pictures"):
+        evaluate.find_images(str(tmp_path), 1)
+
+
+def test_a_unet_for_another_noise_process_is_no_candidate(kind, other_unet, tmp_path):
+    """Its folder's scheduler is asked, wherever in it the weights are pointed at."""
+    scheduler = json.loads((kind[1] / "scheduler/scheduler_config.json").read_text())
+    (other_unet / "scheduler").mkdir()
+    for change, says in ((dict(prediction_type="v_prediction"), "made for v_prediction"), (dict(beta_end=0.02), "other betas"),
+                         (dict(_class_name="FlowMatchEulerDiscreteScheduler"), "FlowMatchEulerDiscreteScheduler")):
+        (other_unet / "scheduler/scheduler_config.json").write_text(json.dumps(scheduler | change))
+        for source in (other_unet, other_unet / "unet", other_unet / "unet/diffusion_pytorch_model.safetensors"):
+            with pytest.raises(InputError, match=says):
+                call("evaluate", *kind, "--lora", f"x={source}")
+    (other_unet / "scheduler/scheduler_config.json").write_text(json.dumps(scheduler))
+    call("evaluate", *kind, "--lora", f"x={other_unet}", "--limit", 1)
+
+
+def test_a_text_encoder_is_no_pickscore(kind, monkeypatch):
+    monkeypatch.setattr(evaluate, "load_metric", load_metric)
+    with pytest.raises(InputError, match="text_encoder: a text encoder, without eyes"):
+        call("evaluate", *kind, "--metrics", f"pickscore={kind[1] / 'text_encoder'}", "--limit", 1)
+
+
 def test_one_prompt_leaves_errors_undefined(kind, tmp_path):
     """Valid JSON, and blanks in the table and in the report."""
     call("evaluate", *kind, "--limit", 1, "--lora", "base=", "again=")
@@ -437,14 +578,14 @@ def test_two_processes_evaluate_what_one_does(kind, trained, tmp_path):
     (("--steps", "0"), "--steps 0"), (("--batch", "0"), "--batch 0"), (("--images_per_prompt", "0"), "at least 1"), (("--prompts", "none.txt"), "none.txt"), (("--metric", "pickscore"), "did you mean --metrics?")])
 def test_mistakes_are_one_line(small, prompts, tmp_path, words, says):
     with pytest.raises(InputError) as caught:
-        call("evaluate", "--model", small, "--prompts", prompts, "--dtype", "fp32", "--steps", 1, "--out", tmp_path / "e", *words)
+        call("evaluate", "--model", small, "--prompts", prompts, "--dtype", "fp32", "--steps", 1, "--out", tmp_path / "e", "--metrics", "aesthetics", *words)
     assert says in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_a_place_that_cannot_be_written_is_one_line(kind, small, spm, tmp_path):
     (tmp_path / "file").touch()
     for words in ((), ("--prompt", "a red circle"), ("--trace", "a red circle", "--spm", spm)):
-        with pytest.raises(InputError, match="file/.*cannot be written") as caught:
+        with pytest.raises(InputError, match="file.*cannot be (written|used)") as caught:
             call("evaluate", *kind, *words, "--out", tmp_path / "file")
         assert "\n" not in str(caught.value)
 

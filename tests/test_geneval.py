@@ -1,5 +1,6 @@
 """geneval.py: the rules case by case on made-up detections, the detector's outputs by hand, colours, folders, the official metadata."""
 import json
+import sys
 from collections import Counter
 
 import numpy as np
@@ -13,7 +14,7 @@ from clip_spm import CLIP, CLIPConfig, TowerConfig
 from conftest import FACTS, randomize, seeded
 from loading import first_tokenizer
 from geneval import CLASSES, COLOURS, TAGS, Found, colour_words, export, instances, judge, keep, name_colours, relations
-from metrics import preprocess_bytes
+from metrics import find_metric, preprocess_bytes
 from prompt_sets import prompt_set
 from weights import InputError
 
@@ -264,6 +265,27 @@ def test_metric_looks_prompts_up(detector, clip, tmp_path, monkeypatch):
         metric.score(pictures[:1], ["a dog"])
 
 
+@pytest.mark.parametrize("entry, says", [
+    ({"class": "unicorn", "count": 1}, "the class 'unicorn'"), ({"class": "cat", "count": 17}, "the count 17"),
+    ({"class": "cat", "count": 1, "color": "mauve"}, "the color 'mauve'")])
+def test_metadata_that_the_detector_cannot_tell(entry, says):
+    """Every picture would count as wrong."""
+    geneval.check_rows([POSITION])
+    for row in (want("single_object", entry), want("counting", POSITION["include"][0], exclude=(entry,))):
+        with pytest.raises(InputError, match=f"'p' ask for {says}, which the detector cannot tell"):
+            geneval.check_rows([row])
+    with pytest.raises(InputError, match="a prompt twice"):
+        geneval.check_rows([POSITION, POSITION])
+
+
+def test_scipy_is_told_of_in_one_line(detector, monkeypatch):
+    """requirements.txt lacks it; before anything is loaded."""
+    find_metric("geneval", [str(detector)])
+    monkeypatch.setitem(sys.modules, "scipy", None)
+    with pytest.raises(InputError, match="--metrics geneval: its detector needs scipy; pip install scipy"):
+        find_metric("geneval", [str(detector)])
+
+
 def test_a_clip_of_other_tokens_is_refused_at_once(detector, clip, monkeypatch):
     """Not only when the first picture shows something coloured."""
     other = randomize(CLIP(CLIPConfig(TowerConfig(16, 32, 2, 2, vocab_size=100, max_position_embeddings=16), clip[0].config.vision, 12)))
@@ -306,6 +328,7 @@ def test_export_leaves_nothing_stale_and_turns_pictures(tmp_path):
 def test_official_metadata():
     """All 553: the tags' counts; every class is one of the detector's; a picture with just what is listed is right, one without is not."""
     rows = prompt_set(f"geneval={METADATA}").rows
+    geneval.check_rows(rows)
     assert Counter(r["tag"] for r in rows) == dict(zip(TAGS, (80, 99, 80, 94, 100, 100))) and len({r["prompt"] for r in rows}) == 553
     place = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
     for row in rows:

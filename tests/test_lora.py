@@ -4,22 +4,25 @@ import json
 import math
 import re
 import shutil
+import time
 from types import SimpleNamespace
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from diffusers.loaders import StableDiffusionLoraLoaderMixin, StableDiffusionXLLoraLoaderMixin
 from diffusers.utils import convert_state_dict_to_kohya
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from peft.utils import get_peft_model_state_dict
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+import finetune
 import lora
 from conftest import assert_close, randomize, sd15_shaped, sdxl_shaped, seeded
 from diffusion import generate
 from loading import load_pipeline
-from helpers import PROMPTS, command, shell
+from helpers import PROMPTS, command, main_of, shell
 from unet import UNet, UNetConfig
 from weights import InputError, original_unet_name, read_weights
 
@@ -214,6 +217,175 @@ def test_alpha_in_the_header_is_heeded(sd, tmp_path):
         read_weights(file)
 
 
+def peft_folder(folder, state: dict, **settings) -> UNet2DConditionModel:
+    """diffusers' UNet with those base weights and a random adapter, which peft itself has saved into the folder."""
+    theirs = UNet2DConditionModel(**sd15_shaped())
+    theirs.load_state_dict(state)
+    net = get_peft_model(theirs, LoraConfig(**dict(r=3, lora_alpha=12, target_modules=list(lora.TARGETS)) | settings))
+    fill([p for n, p in net.named_parameters() if "lora_" in n])
+    net.save_pretrained(folder)
+    return net
+
+
+@pytest.mark.parametrize("settings", [
+    {}, dict(use_rslora=True, lora_alpha=2), dict(rank_pattern={"attn2.to_q": 2}, alpha_pattern={"attn2.to_k": 5, "attn1.to_k": 7, "to_k": 1}),
+    dict(alpha_pattern={"^mid_block.attentions.0.transformer_blocks.0.attn1.to_q": 30, r"attn2\.to_v$": 2}),
+    dict(target_modules=["to_q", "proj_in", "conv1"])], ids=["alpha", "rslora", "patterns", "anchored", "convolutions"])
+def test_a_peft_folder_is_read(settings, tmp_path):
+    """As peft means it, where its example has it, in unet/; as a pickle, too."""
+    model = base_model()
+    theirs = peft_folder(tmp_path / "run/unet", model.state_dict(), **settings)
+    file = lora.file_in("run", tmp_path / "run")
+    assert file.name == "adapter_model.safetensors"
+    lora.load(model, read_weights(file))
+    assert_close(predict(model), predict(theirs), 1e-4)
+    torch.save(load_file(file), file.with_suffix(".bin"))
+    file.unlink()
+    again = base_model()
+    lora.load(again, read_weights(lora.file_in("run", tmp_path / "run")))
+    assert torch.equal(predict(again), predict(model))
+
+
+@pytest.mark.parametrize("change, says", [
+    (dict(use_dora=True), "use_dora True"), (dict(peft_type="LOHA"), "peft_type 'LOHA'"), (dict(init_lora_weights="pissa"), "'pissa'"),
+    (dict(lora_alpha=None), "NoneType"), (dict(lora_alpha=[1]), "list"), (dict(alpha_pattern=3), "int"), (dict(alpha_pattern={"to_q": 10 ** 400}), "too large"),
+    (dict(alpha_pattern={"((a|b|_|[0-9])*)*!": 2}), "names no modules"), (dict(alpha_pattern={"to_.*": 2}), "names no modules"),
+    (dict(alpha_pattern={".".join(["(.*a"] * 30) + ")" * 30: 2}), "names no modules"), (100_000 * "[", "recursion"), ("{", "Expecting"), ("[]", "list"),
+    ("\xff", "Expecting")], ids=str)
+def test_hostile_settings_of_peft_are_one_quick_line(change, says, tmp_path):
+    """In the file beside the weights and in their header."""
+    key = f"{LAYER}.lora_A.weight"
+    text = change if isinstance(change, str) else json.dumps(dict(peft_type="LORA", lora_alpha=4, r=2) | change)
+    weights = {key: torch.ones(2, 8), key.replace("_A", "_B"): torch.ones(8, 2)}
+    save_file({f"base_model.model.{k}": v for k, v in weights.items()}, tmp_path / "a.safetensors")
+    (tmp_path / "adapter_config.json").write_text(text, encoding="latin-1")
+    save_file({f"unet.{k}": v for k, v in weights.items()}, tmp_path / "b.safetensors", metadata={"lora_adapter_metadata": text})
+    begin = time.process_time()
+    for name, what in (("a", "adapter_config.json: cannot be read"), ("b", "b.safetensors: its lora_adapter_metadata cannot be read")):
+        with pytest.raises(InputError, match=f"{what} .*{says}") as caught:
+            read_weights(tmp_path / f"{name}.safetensors")
+        assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
+    assert time.process_time() - begin < 10
+
+
+def test_many_patterns_are_quick(tmp_path):
+    """As many as a header can hold, for a whole LoRA."""
+    state, patterns = lora.state(with_lora()), {f"to_none.{i}": 1 for i in range(200_000)} | {"attn1.to_q": 6}
+    save_file(state, tmp_path / "x.safetensors", metadata={"lora_adapter_metadata": json.dumps({"unet.lora_alpha": 3, "unet.alpha_pattern": patterns})})
+    begin = time.process_time()
+    weights = read_weights(tmp_path / "x.safetensors")
+    assert time.process_time() - begin < 10
+    assert float(weights[f"unet.{LAYER}.alpha"]) == 6 and float(weights[f"unet.{LAYER[:-1]}k.alpha"]) == 3
+
+
+def in_original_names(key: str) -> str:
+    """Format A's key as ComfyUI saves it."""
+    return "diffusion_model." + original_unet_name(key.removeprefix("unet."), 2, [False, True, True, True])
+
+
+WRAPPED = {"adapter": lambda k: k.replace(".weight", ".default_0.weight"), "compiled": lambda k: k.replace("unet.", "unet._orig_mod."),
+           "blocks compiled": lambda k: k.replace(".transformer_blocks.0.", ".transformer_blocks.0._orig_mod."),
+           "ddp": lambda k: "module." + k, "both": lambda k: k.replace("unet.", "unet.module._orig_mod."), "original": in_original_names,
+           "dotted": lambda k: "lora_unet_" + k.removeprefix("unet.").replace("lora_A", "lora_down").replace("lora_B", "lora_up"),
+           "dotted down": lambda k: k.replace("lora_A", "lora_down").replace("lora_B", "lora_up")}
+
+
+@pytest.mark.parametrize("form", WRAPPED)
+def test_wrapped_and_dotted_names_are_read(form):
+    """The same bits as under diffusers' names; an alpha, too."""
+    trained, model = with_lora(), base_model()
+    state = lora.state(trained)
+    lora.load(model, {WRAPPED[form](k): v for k, v in state.items()})
+    assert torch.equal(predict(model), predict(trained))
+    if form != "adapter":
+        alphas = {WRAPPED[form](k).replace("lora_A.weight", "alpha").replace("lora_down.weight", "alpha"): torch.tensor(1.5) for k in state if "lora_A" in k}
+        lora.load(model, {WRAPPED[form](k): v for k, v in state.items()} | alphas)
+        assert_close(predict(model), predict(with_lora(3, 1.5)))
+
+
+def test_kohya_files_of_compiled_models_are_read():
+    trained, model = with_lora(), base_model()
+    lora.load(model, {k.replace("lora_unet_", "lora_unet__orig_mod_"): v for k, v in lora.to_kohya(lora.state(trained)).items()})
+    assert torch.equal(predict(model), predict(trained))
+
+
+def test_two_adapters_in_one_file_are_refused():
+    state = lora.state(with_lora())
+    with pytest.raises(ValueError, match="two adapters"):
+        lora.load(base_model(), {k.replace(".weight", f".{name}.weight"): v for k, v in state.items() for name in ("one", "two")})
+
+
+CONVOLUTIONS = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out", "conv1", "conv2", "conv", "conv_shortcut")
+
+
+def whole_kohya(model: UNet) -> dict[str, torch.Tensor]:
+    """What sd-scripts writes for a whole UNet: attentions, their projections and (LoCon) the residual blocks' convolutions, alpha unlike rank."""
+    out, g = {}, seeded(4)
+    for name, module in model.named_modules():
+        if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d)) and name.endswith(CONVOLUTIONS):
+            outer, *inner = module.weight.shape
+            key = "lora_unet_" + name.replace(".", "_")
+            out |= {f"{key}.lora_down.weight": torch.randn(4, *inner, generator=g) * 0.1, f"{key}.alpha": torch.tensor(2.0),
+                    f"{key}.lora_up.weight": torch.randn(outer, 4, *[1] * (len(inner) - 1), generator=g) * 0.1}
+    return out
+
+
+@pytest.mark.parametrize("shaped", [sd15_shaped, sdxl_shaped])
+def test_kohya_loras_on_convolutions_are_read(shaped):
+    """SD-1.5's projections are 1x1 convolutions, SDXL's are linear; worn, merged, switched off, taken off, converted there and back."""
+    base, model = (randomize(UNet(UNetConfig.from_json(shaped()))) for _ in range(2))
+    inputs = (torch.randn(2, 4, 16, 16, generator=seeded(1)), torch.tensor([951, 1]), torch.randn(2, 7, base.config.cross_attention_dim, generator=seeded(2)),
+              *([torch.randn(2, 10, generator=seeded(3)), torch.ones(2, 6)] if shaped is sdxl_shaped else []))
+    state = whole_kohya(base)
+    lora.load(model, state)
+    assert len(lora.layers(model)) == len(state) // 3 and any(m.weight.shape[2:] == (3, 3) for m in lora.layers(model).values())
+    worn = model(*inputs)
+    back = copy.deepcopy(base)
+    for weights in (lora.state(model), lora.to_kohya(lora.state(model))):
+        lora.load(back, weights)
+        assert torch.equal(back(*inputs), worn)
+    assert lora.norm(model) > 0
+    with lora.disabled(model):
+        assert torch.equal(model(*inputs), base(*inputs))
+    lora.merge(model)
+    assert_close(model(*inputs), worn, 1e-4)
+    for name, module in base.named_modules():
+        key = "lora_unet_" + name.replace(".", "_")
+        if f"{key}.alpha" in state:
+            term = 0.5 * (state[f"{key}.lora_up.weight"].flatten(1) @ state[f"{key}.lora_down.weight"].flatten(1))
+            assert_close(model.get_submodule(name).weight - module.weight, term.view_as(module.weight), 1e-6, name)
+    lora.remove(back)
+    assert torch.equal(back(*inputs), base(*inputs)) and str(back) == str(base)
+
+
+def test_diffusers_reads_the_same_of_convolutions():
+    """Both formats that are written."""
+    model = base_model()
+    lora.load(model, whole_kohya(model))
+    for weights in (lora.state(model), lora.to_kohya(lora.state(model))):
+        theirs = UNet2DConditionModel(**sd15_shaped())
+        theirs.load_state_dict(base_model().state_dict())
+        got, alphas = StableDiffusionLoraLoaderMixin.lora_state_dict({k: v.clone() for k, v in weights.items()})
+        StableDiffusionLoraLoaderMixin.load_lora_into_unet(got, network_alphas=alphas, unet=theirs)
+        assert_close(predict(theirs), predict(model), 1e-4)
+
+
+@pytest.mark.parametrize("scale", [0, 0.7, 1, -1, 2])
+def test_strength(scale):
+    """0 is the base and 1 the LoRA, bit for bit; between, B is that much of itself, as in diffusers' cross_attention_kwargs scale."""
+    state, model = lora.state(with_lora()), base_model()
+    lora.load(model, state, scale=scale)
+    if scale in (0, 1):
+        assert torch.equal(predict(model), predict(with_lora() if scale else base_model()))
+    lora.merge(model)
+    expected, got = base_model().state_dict(), model.state_dict()
+    for key in expected:
+        a, b = (state.get(f"unet.{key.removesuffix('.weight')}.lora_{side}.weight") for side in "AB")
+        assert_close(got[key], expected[key] if a is None else expected[key] + scale * b @ a)
+    with pytest.raises(ValueError, match="nan is no strength"):
+        lora.load(model, state, scale=math.nan)
+
+
 def test_state_equals_peft_names():
     theirs = UNet2DConditionModel(**sd15_shaped())
     theirs.add_adapter(LoraConfig(r=3, target_modules=list(lora.TARGETS)))
@@ -369,9 +541,13 @@ def test_norm_is_the_frobenius_norm_of_the_change(alpha):
     assert lora.norm(model) == 0 and lora.norm(base_model()) == 0
 
 
-def test_no_match_is_refused():
-    with pytest.raises(ValueError, match="to_nothing"):
-        lora.add(base_model(), 4, targets=("to_nothing",))
+def test_a_target_without_a_match_is_refused():
+    """Alone, among others that match, and as an empty word; nothing has been added then."""
+    model = base_model()
+    for targets in (("to_nothing",), ("to_q", "to_nothing"), ("to_q", "")):
+        with pytest.raises(ValueError, match=f"ends in '{targets[-1]}'"):
+            lora.add(model, 4, targets=targets)
+        assert not lora.layers(model)
 
 
 @pytest.fixture
@@ -461,3 +637,128 @@ def test_a_single_file_is_merged_into_a_single_file(kind, request, tmp_path, mon
 def test_command_line_errors_are_one_line(lora_file, tmp_path, words, message):
     done = command("lora", *(w.format(lora=lora_file, out=tmp_path / "out") for w in words))
     assert done.returncode and message in done.stderr and "Traceback" not in done.stderr and not (tmp_path / "out").exists()
+
+
+def header_of(file) -> dict[str, str]:
+    with safe_open(file, "pt") as handle:
+        return handle.metadata()
+
+
+@pytest.fixture
+def small_lora(small, tmp_path):
+    """A trained-looking LoRA for the smallest checkpoint."""
+    unet = load_pipeline(str(small)).unet
+    fill(lora.add(unet, 2))
+    save_file(lora.state(unet), tmp_path / "small.safetensors")
+    return tmp_path / "small.safetensors"
+
+
+def test_a_merge_that_fails_leaves_nothing(small, small_lora, tmp_path, monkeypatch):
+    """A full disk midway: one line, no half folder, and the same command works once there is space."""
+    save, home = lora.save, tmp_path / "home"
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(lora, "save", full)
+    with pytest.raises(InputError, match="home/merged: cannot be written .No space left"):
+        call_lora("merge", small_lora, home / "merged", "--model", small)
+    assert not list(home.iterdir())
+    monkeypatch.setattr(lora, "save", save)
+    call_lora("merge", small_lora, home / "merged", "--model", small)
+    assert [p.name for p in home.iterdir()] == ["merged"]
+
+
+def call_lora(*words) -> None:
+    """lora.py's command line in this process; mistakes are raised."""
+    with main_of("lora", *words) as main:
+        main()
+
+
+def test_a_merge_keeps_the_variant(small, small_lora, tmp_path):
+    """Of a folder that has only .fp16 files diffusers opens the merge as it opens the folder, in half precision, header included."""
+    half, merged = tmp_path / "half", tmp_path / "merged"
+    StableDiffusionPipeline.from_pretrained(small).to(torch.float16).save_pretrained(half, variant="fp16")
+    file = half / "unet/diffusion_pytorch_model.fp16.safetensors"
+    save_file(load_file(file), file, metadata={"format": "pt", "modelspec.title": "mine"})
+    call_lora("merge", small_lora, merged, "--model", half)
+    assert [p.name for p in (merged / "unet").glob("*.safetensors")] == [file.name]
+    assert header_of(merged / "unet" / file.name)["modelspec.title"] == "mine"
+    theirs = StableDiffusionPipeline.from_pretrained(merged, variant="fp16", torch_dtype=torch.float16).unet.state_dict()
+    ours, before = load_pipeline(str(merged), torch.float16).unet.state_dict(), load_file(file)
+    assert all(torch.equal(v, ours[k]) and v.dtype == torch.float16 for k, v in theirs.items())
+    assert any(not torch.equal(v, before[k]) for k, v in theirs.items())
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_merged_single_file_keeps_what_is_said_of_it(tied, small, small_lora, tmp_path, monkeypatch):
+    """Header (but for hashes of the weights), marker tensors and the .yaml beside it; of a .ckpt also tensors that share memory."""
+    import loading
+    from test_single_file import shapes_of, write_single
+    weights = load_file(write_single(small, tmp_path / "in.safetensors", False)) | {"v_pred": torch.tensor([])}
+    name = "model.diffusion_model.middle_block.1.transformer_blocks.0.attn1.to_q.weight"
+    if tied:
+        model = tmp_path / "in.ckpt"
+        torch.save({"state_dict": weights | {"model_ema.copy": weights[name], "view": weights[name][1:]}}, model)
+    else:
+        model = tmp_path / "in.safetensors"
+        save_file(weights, model, metadata={"modelspec.prediction_type": "v", "modelspec.title": "mine ü\n\"", "modelspec.hash_sha256": "0x1", "format": "np"})
+    (tmp_path / "in.yaml").write_text("parameterization: v")
+    monkeypatch.setattr(loading, "SINGLE_UNETS", {"sd15": shapes_of(small)[0]})
+    for target in ("out", "again"):
+        call_lora("merge", small_lora, tmp_path / f"{target}.safetensors", "--model", model)
+    assert (tmp_path / "out.safetensors").read_bytes() == (tmp_path / "again.safetensors").read_bytes()
+    assert (tmp_path / "out.yaml").read_text() == "parameterization: v"
+    got, header = load_file(tmp_path / "out.safetensors"), header_of(tmp_path / "out.safetensors")
+    assert got.keys() - weights.keys() == ({"model_ema.copy", "view"} if tied else set()) and "v_pred" in got
+    assert not torch.equal(got[name], weights[name])
+    if tied:
+        assert torch.equal(got["model_ema.copy"], weights[name]) and torch.equal(got["view"], weights[name][1:])
+    else:
+        assert header == {"modelspec.prediction_type": "v", "modelspec.title": "mine ü\n\"", "format": "pt"}
+
+
+def test_command_line_strength(small, small_lora, tmp_path):
+    """Of a merge and of a file: at 0 the base, at 0.5 as `load` has it."""
+    base, half = load_pipeline(str(small)).unet, load_pipeline(str(small)).unet
+    call_lora("merge", small_lora, tmp_path / "none", "--model", small, "--scale", "0")
+    got = load_pipeline(str(tmp_path / "none")).unet.state_dict()
+    assert all(torch.equal(v, got[k]) for k, v in base.state_dict().items())
+    call_lora("convert", small_lora, tmp_path / "half.safetensors", "--model", small, "--scale", "0.5")
+    call_lora("merge", small_lora, tmp_path / "half", "--model", small, "--scale", "0.5")
+    lora.load(half, load_file(tmp_path / "half.safetensors"))
+    lora.merge(half)
+    got = load_pipeline(str(tmp_path / "half")).unet.state_dict()
+    assert all(torch.equal(v, got[k]) for k, v in half.state_dict().items())
+    with pytest.raises(InputError, match="nan is no strength"):
+        call_lora("merge", small_lora, tmp_path / "nan", "--model", small, "--scale", "nan")
+    assert not (tmp_path / "nan").exists()
+
+
+@pytest.mark.parametrize("kind", ["sd", "sdxl"])
+def test_a_run_leaves_files_that_say_what_they_are(kind, request, tmp_path):
+    """kohya's with name, base and rank, the same bytes each time; diffusers' pipeline draws the same with either."""
+    folder = request.getfixturevalue(kind)
+    pipe = load_pipeline(str(folder))
+    fill(lora.add(pipe.unet, 3))
+    for out in ("one", "two"):
+        finetune.save_lora(pipe, tmp_path / out)
+    for name in ("lora_kohya.safetensors", "pytorch_lora_weights.safetensors"):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+    header = header_of(tmp_path / "one/lora_kohya.safetensors")
+    version, architecture = {"sd": ("sd_v1", "stable-diffusion-v1/lora"), "sdxl": ("sdxl_base_v1-0", "stable-diffusion-xl-v1-base/lora")}[kind]
+    assert header["ss_base_model_version"] == version and header["modelspec.architecture"] == architecture and "modelspec.date" not in header
+    assert header["ss_network_module"] == "networks.lora" and header["ss_network_dim"] == header["ss_network_alpha"] == "3"
+    assert header["modelspec.sai_model_spec"] == "1.0.0" and kind in header["modelspec.title"] and str(folder.parent) not in str(header)
+    assert header_of(tmp_path / "one/pytorch_lora_weights.safetensors") == {"format": "pt"}
+    theirs = (StableDiffusionPipeline if kind == "sd" else StableDiffusionXLPipeline).from_pretrained(folder)
+    theirs.set_progress_bar_config(disable=True)
+    pictures = []
+    for name in (None, "pytorch_lora_weights.safetensors", "lora_kohya.safetensors"):
+        if name:
+            theirs.load_lora_weights(tmp_path / "one", weight_name=name)
+        pictures.append(theirs(PROMPTS[0], num_inference_steps=2, generator=seeded(0), output_type="np").images)
+        theirs.unload_lora_weights()
+    assert abs(pictures[1] - pictures[2]).max() < 1e-5 and abs(pictures[0] - pictures[1]).max() > 1e-3
+    call_lora("convert", tmp_path / "one", tmp_path / "k.safetensors", "--model", folder, "--format", "kohya")
+    assert (tmp_path / "k.safetensors").read_bytes() == (tmp_path / "one/lora_kohya.safetensors").read_bytes()

@@ -1,4 +1,5 @@
 """metrics.py: every scorer against its reference on random weights in the original layout, and what each does to a picture."""
+import copy
 import hashlib
 import json
 import sys
@@ -155,9 +156,9 @@ def test_hpsv2_equals_open_clip(hps, tokenizer):
 
 
 def test_hpsv2_of_the_other_version_is_refused(hps, tokenizer, monkeypatch):
-    monkeypatch.setitem(metrics.HPS_FILES, "hpsv2.0", hashlib.sha256(hps[1].read_bytes()).hexdigest()[:8])
+    monkeypatch.setitem(metrics.OFFICIAL, "hpsv2.0", hashlib.sha256(hps[1].read_bytes()).hexdigest()[:8])
     assert metrics.hpsv2("hpsv2.0", str(hps[1]), tokenizer, CPU, HPS).name == "hpsv2.0"
-    with pytest.raises(InputError, match="weights of the other version, write --metrics hpsv2.0="):
+    with pytest.raises(InputError, match="weights of another metric, write --metrics hpsv2.0="):
         metrics.hpsv2("hpsv2", str(hps[1]), tokenizer, CPU, HPS)
 
 
@@ -232,6 +233,20 @@ def test_aesthetic_v1_by_hand(clip_l, tmp_path):
     assert_close(metric.score(PICTURES, TEXTS), unit_features(clip_l) @ weights["weight"][0] + 3.5, 1e-5)
 
 
+def test_only_the_official_head_is_called_so(clip_l, tmp_path, monkeypatch):
+    """ava+logos' linear head has the same shape; its file is named instead. Heads with ReLUs are refused by name."""
+    file = tmp_path / "ava+logos-l14-linearMSE.pth"
+    torch.save({f"layers.{k}": v for k, v in head().state_dict().items()}, file)
+    load = lambda: load_metric(f"aesthetic-v2={file},{clip_l}", "sd15", None, CPU)  # noqa: E731
+    assert "sac+logos" not in load().formula and "V2's shape of head, ava+logos-l14-linearMSE.pth (not the official file)" in load().formula
+    monkeypatch.setitem(metrics.OFFICIAL, "aesthetic-v2", hashlib.sha256(file.read_bytes()).hexdigest()[:8])
+    assert "LAION-Aesthetics V2, sac+logos+ava1 MLP on" in load().formula
+    places = {0: (1024, 768), 3: (128, 1024), 6: (64, 128), 9: (16, 64), 11: (1, 16)}
+    torch.save({f"layers.{i}.{k}": torch.zeros(s) for i, (o, n) in places.items() for k, s in (("weight", (o, n)), ("bias", (o,)))}, file)
+    with pytest.raises(InputError, match="a head with ReLUs, as ava.logos-l14-reluMSE.pth"):
+        load()
+
+
 @pytest.mark.skipif(not HEADS.exists(), reason="needs LAION's head files")
 def test_real_aesthetic_heads(clip_l):
     """Norm and bias of what the official heads amount to, and the scorers on them."""
@@ -245,7 +260,9 @@ def test_real_aesthetic_heads(clip_l):
     assert float(linear["bias"]) == pytest.approx(3.52937, abs=1e-5) and float(linear["weight"].norm()) == pytest.approx(28.444, abs=1e-3)
     x = unit_features(clip_l)
     for name, file, want in (("aesthetic-v2", v2, x @ rows + bias[0]), ("aesthetic-v1", v1, x @ linear["weight"][0] + linear["bias"])):
-        assert_close(load_metric(f"{name}={file},{clip_l}", "sd15", None, CPU).score(PICTURES, TEXTS), want, 1e-5)
+        metric = load_metric(f"{name}={file},{clip_l}", "sd15", None, CPU)
+        assert_close(metric.score(PICTURES, TEXTS), want, 1e-5)
+        assert metric.formula.startswith(f"LAION-Aesthetics V{name[-1]}, ")
 
 
 # ImageReward
@@ -367,6 +384,28 @@ def test_other_files_are_refused_as_imagereward(tmp_path):
         load_metric(f"imagereward={tmp_path / 'a.pt'}", "sd15", None, CPU)
 
 
+@pytest.mark.parametrize("words, says", [
+    (None, "knows no words, only"), (WORDS[:5], "knows no words, only 5 special tokens"), ([*WORDS, "more"], "15 tokens, ImageReward's BERT 14"),
+    ([*WORDS[:5], "a"], "6 tokens, ImageReward's BERT 14")])
+def test_imagereward_wants_its_own_words(reward, tmp_path, words, says):
+    """An empty folder's tokenizer would read every word as [UNK]."""
+    (tmp_path / "bert").mkdir()
+    if words:
+        (tmp_path / "bert/vocab.txt").write_text("\n".join(words))
+    with pytest.raises(InputError, match=says):
+        load_metric(f"imagereward={tmp_path / 'ImageReward.pt'},{tmp_path / 'bert'}", "sd15", None, CPU)
+
+
+def test_broken_tokenizers_are_one_line(reward, tmp_path):
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad/vocab.txt").write_bytes(b"\xff\xfe\0")
+    (tmp_path / "bad/tokenizer.json").write_text("{")
+    for word in (f"imagereward={tmp_path / 'ImageReward.pt'},{tmp_path / 'bad'}", f"hpsv2={tmp_path / 'ImageReward.pt'},{tmp_path / 'bad'}"):
+        with pytest.raises(InputError, match="bad: broken tokenizer") as caught:
+            load_metric(word, "sd15", None, CPU)
+        assert "\n" not in str(caught.value)
+
+
 # Words of the command line
 
 def test_metric_words():
@@ -393,7 +432,25 @@ def test_fingerprint_feels_the_last_bit():
 
 
 def test_the_tokenizer_belongs_to_a_metrics_identity(reward, tmp_path):
+    """By its words, not by where they lie."""
     (tmp_path / "other").mkdir()
-    (tmp_path / "other/vocab.txt").write_text("\n".join(WORDS))
-    other = load_metric(f"imagereward={tmp_path / 'ImageReward.pt'},{tmp_path / 'other'}", "sd15", None, CPU)
-    assert other.weights != reward[1].weights and other.weights.split()[0] == reward[1].weights.split()[0]
+    for words, same in ((WORDS, True), ([*WORDS[:5], *WORDS[:4:-1]], False)):
+        (tmp_path / "other/vocab.txt").write_text("\n".join(words))
+        other = load_metric(f"imagereward={tmp_path / 'ImageReward.pt'},{tmp_path / 'other'}", "sd15", None, CPU)
+        assert (other.weights == reward[1].weights) == same
+
+
+def turned(tokenizer):
+    """The same tokens, two words' ids exchanged."""
+    changed = copy.deepcopy(tokenizer)
+    state = json.loads(changed.backend_tokenizer.to_str())
+    vocabulary = state["model"]["vocab"]
+    one, two = sorted(k for k in vocabulary if not k.startswith("<|"))[:2]
+    vocabulary[one], vocabulary[two] = vocabulary[two], vocabulary[one]
+    changed._tokenizer = type(changed.backend_tokenizer).from_str(json.dumps(state))
+    return changed
+
+
+def test_the_models_tokenizer_belongs_to_it_too(pickscore, hps, tokenizer):
+    for metric in (lambda t: load_metric(f"pickscore={pickscore}", "sd15", t, CPU), lambda t: metrics.hpsv2("hpsv2", str(hps[1]), t, CPU, HPS)):
+        assert metric(tokenizer).weights == metric(copy.deepcopy(tokenizer)).weights != metric(turned(tokenizer)).weights

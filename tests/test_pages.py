@@ -1,4 +1,5 @@
 """The pages: README is short, shows lines that are the code's own, and every relative link leads somewhere."""
+import ast
 import re
 import shutil
 import textwrap
@@ -28,6 +29,15 @@ def test_the_algorithm_in_readme_is_the_code():
         for line in filter(None, map(str.strip, lines.splitlines())):
             place = body.find(line, place)
             assert place >= 0, f"{name}: {line}"
+
+
+def test_no_check_is_an_assert():
+    """`python -O` leaves them out."""
+    product = [p for folder in (".", "tiny", "benchmarks", "experiments") for p in (ROOT / folder).glob("*.py")]
+    assert len(product) > 30
+    for path in product:
+        found = [node.lineno for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Assert)]
+        assert not found, f"{path}: {found}"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))

@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from conftest import FACTS
-from prompt_sets import SETS, STYLES, prompt_set, read_prompts
+from prompt_sets import SETS, STYLES, TRAINING, VALIDATION, drawn, join_sets, parquet_files, prompt_set, read_prompts
 from weights import InputError
 
 REAL = FACTS.parent / "data/prompts"
@@ -32,7 +32,12 @@ def test_prompt_files(tmp_path):
     ("a.txt", b"  \n\n", "holds no prompts"), ("a.json", b"[]", "holds no prompts"), ("a.json", b"{\"caption\": \"x\"}", "expected a list"),
     ("a.json", b"[1]", "entry 1"), ("a.jsonl", b"{\"caption\": \"x\"}\n{\"text\": \"y\"}", "entry 2"), ("a.json", b"[", "not valid JSON"),
     ("a.jsonl", b"x", "not valid JSONL"),
-    ("a.json", b'["x", "y \\ud800"]', "prompt 2, 'y \\ud800', is no Unicode text: character 3"), (300 * "a" + ".txt", None, "cannot be read"), ("a.txt", b"caf\xe9", "not UTF-8 (byte 3)"), ("none.txt", None, "cannot be read")])
+    ("a.json", b'["x", "y \\ud800"]', "prompt 2, 'y \\ud800', is no Unicode text: character 3"), (300 * "a" + ".txt", None, "cannot be read"), ("a.txt", b"caf\xe9", "not UTF-8 (byte 3)"),
+    ("a.txt", "a cat\n".encode("utf-16-le"), "is no Unicode text: character 2 is NUL"), ("a.json", b'["a\\u0000b"]', "character 2 is NUL"),
+    *[(name, b'["a cat"]', "prompts are read from .txt, .json") for name in ("p.yaml", "p.json.bak", "p.txt.gz", "none", "P.MD")],
+    ("a.csv", b"a cat\na dog\n", "the column Prompt"), ("a.csv", b"caption;n\na cat;1\n", "the column Prompt"), ("a.tsv", b"Prompt\n\n", "prompts below it"),
+    ("a.csv", b"", "the column Prompt"), ("a.csv", b"caption\n\xff", "not UTF-8"), ("none.csv", None, "cannot be read"),
+    ("none.txt", None, "cannot be read")])
 def test_prompt_files_that_are_wrong(tmp_path, name, content, says):
     if content is not None:
         (tmp_path / name).write_bytes(content)
@@ -41,7 +46,24 @@ def test_prompt_files_that_are_wrong(tmp_path, name, content, says):
     assert says in str(caught.value) and name in str(caught.value) and "\n" not in str(caught.value)
 
 
-prompt_texts = st.lists(st.text(st.characters(blacklist_categories=["Cs"]), max_size=20), max_size=6)
+def test_tables_of_prompts_and_capitals(tmp_path):
+    """The column that holds the prompts, quotation marks as each kind means them; every reader reads the same."""
+    files = {
+        "metadata.csv": 'image,text\r\n1.jpg,"A dragon, ""flying""\nthrough fire"\r\n2.jpg,A knight\r\n3.jpg,\r\n4.jpg\r\n',
+        "a.CSV": '\ufeffn,Prompt\n1," A dragon, ""flying""\nthrough fire"\n2,A knight\n'}
+    for name, text in files.items():
+        (tmp_path / name).write_bytes(text.encode())
+        assert read_prompts(str(tmp_path / name)) == ['A dragon, "flying"\nthrough fire', "A knight"], name
+        assert prompt_set(str(tmp_path / name)).prompts == read_prompts(str(tmp_path / name))
+    (tmp_path / "Parti.TSV").write_text('Prompt\tCategory\tNote\n"bond\tAbstract\tx\nhate"\tPeople\t\n')
+    assert read_prompts(str(tmp_path / "Parti.TSV")) == ['"bond', 'hate"']
+    assert prompt_set(str(tmp_path / "Parti.TSV")).groups == ["Abstract", "People"]
+    for name, text in {"P.TXT": "a cat\na dog\n", "P.JSON": '["a cat", "a dog"]', "P.JsonL": '"a cat"\n"a dog"\n'}.items():
+        (tmp_path / name).write_text(text)
+        assert read_prompts(str(tmp_path / name)) == ["a cat", "a dog"], name
+
+
+prompt_texts = st.lists(st.text(st.characters(blacklist_categories=["Cs"], blacklist_characters="\0"), max_size=20), max_size=6)
 
 
 @settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -110,10 +132,50 @@ def test_captions_of_parquet_files(tmp_path):
         read_prompts("owner/no-such-data-set")
 
 
+def write_captions(folder, **names):
+    """Empty-handed Parquet files that tell their own name as the one caption."""
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    for name in names["files"]:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(pa.table(dict(caption=[name])), folder / name)
+
+
+@pytest.mark.parametrize("files, training, validation", [
+    (["train/0000.parquet", "validation/0000.parquet", "test/0000.parquet"], [0], [1]),
+    (["default/partial-train/0000.parquet", "default/validation/0000.parquet", "default/validation_unique/0000.parquet"], [0], [2]),
+    (["a.parquet", "a-test.parquet", "a-validation.parquet", "b_val.parquet"], [0], [2, 3]),
+    (["pickapic-Train-1.PARQUET", "x/dev.parquet", "pretrained.parquet"], [0], [1]),
+    (["contest.parquet", "evaluations.parquet"], [0, 1], [0, 1]), (["x-test.parquet"], [], [0]), (["x-train.parquet"], [0], []),
+    ([f"data/train-0000{i}-of-00003-ab.parquet" for i in range(3)] + ["data/test-00000-of-00002.parquet"], [0, 1, 2], None),
+    (["n-1-of-2.parquet", "n-2-of-2.parquet"], [0, 1], [0, 1]), ([], [], [])])
+def test_which_files_of_a_data_set(tmp_path, files, training, validation):
+    """Folders or names tell the split; what is for validation or tests is never trained on."""
+    write_captions(tmp_path, files=files)
+    for splits, places in ((TRAINING, training), (VALIDATION, validation)):
+        if places:
+            assert parquet_files(str(tmp_path), splits) == sorted(tmp_path / files[i] for i in places)
+        else:
+            with pytest.raises(InputError, match="holds no Parquet files of the .* split" if places == [] else "test-00001-of-00002: "):
+                parquet_files(str(tmp_path), splits)
+    if training and not files[0].endswith("PARQUET"):
+        assert read_prompts(str(tmp_path)) == sorted(files[i] for i in training)
+
+
+@pytest.mark.parametrize("names, lacking", [
+    (["train-00000-of-00003", "train-00002-of-00003"], "train-00001-of-00003"), (["train-00001-of-00002-c3"], "train-00000-of-00002"),
+    (["train/x-1-of-3", "train/x-3-of-3"], "train/x-2-of-3")])
+def test_a_missing_part_of_a_data_set_is_named(tmp_path, names, lacking):
+    write_captions(tmp_path, files=[f"{name}.parquet" for name in names])
+    with pytest.raises(InputError, match=f"{lacking}: this part of the data set is missing"):
+        read_prompts(str(tmp_path))
+    assert read_prompts(str(tmp_path / f"{names[0]}.parquet")) == [f"{names[0]}.parquet"]
+
+
 def test_a_data_sets_name_may_hold_a_dot(monkeypatch):
     """It is asked of the hub, while a prompts file that is missing is not."""
     asked = []
     monkeypatch.setattr("prompt_sets.fetch_parquet", lambda source: asked.append(source) or Path("nowhere"))
+    pytest.importorskip("pyarrow")
     for source in ("owner/data.v1", "owner/data", "some/where.txt", "where.v1"):
         with pytest.raises(InputError, match=source):
             read_prompts(source)
@@ -174,7 +236,11 @@ def test_pickapic_from_its_parquet(tmp_path):
 @pytest.mark.parametrize("text, says", [
     ('{"tag": "colors", "prompt": "p"}', "line 1"), ('\n{"tag": "colors"', "line 2"), ("[1]", "line 1"), ("[" * 100_000, "line 1"),
     ('{"tag": [1], "prompt": "p", "include": [{"class": "cat", "count": 1}]}', "line 1"),
-    ('{"tag": "a", "prompt": "p", "include": [{"class": "cat"}]}', "line 1"), ('{"tag": "a", "prompt": "p", "include": [{"class": "cat", "count": 0}]}', "line 1")])
+    ('{"tag": "a", "prompt": "p", "include": [{"class": "cat"}]}', "line 1"), ('{"tag": "a", "prompt": "p", "include": [{"class": "cat", "count": 0}]}', "line 1"),
+    *[('\n{"tag": "a", "prompt": "p", "include": [{"class": "cat", "count": 1}, {"class": "dog", "count": 1, ' + more + "}]}", "line 2 is no GenEval")
+      for more in ('"position": ["above", 1]', '"position": ["above", -1]', '"position": ["above", 0.0]', '"position": ["over", 0]', '"position": null',
+                   '"position": ["above"]', '"position": "above"', '"class": 7', '"class": ""', '"class": null', '"count": 1.5', '"count": "1"',
+                   '"count": -1', '"color": ["red"]')]])
 def test_bad_metadata_names_its_line(text, says, tmp_path):
     (tmp_path / "m.jsonl").write_text(text)
     with pytest.raises(InputError, match=says):
@@ -204,3 +270,20 @@ def test_names_that_cannot_be_had(tmp_path):
     for word in ("parti=nowhere.tsv", "nowhere.tsv", "nowhere.txt"):
         with pytest.raises(InputError, match="nowhere"):
             prompt_set(word)
+
+
+def test_sets_are_joined_and_drawn_from(tmp_path):
+    """So many of each, by the seed, in the set's order; a file whose name ends so is itself."""
+    (tmp_path / "a.tsv").write_text("Prompt\tCategory\n" + "\n".join(f"a{i}\tc{i % 2}" for i in range(9)))
+    (tmp_path / "b.txt").write_text("\n".join(f"b{i}" for i in range(9)))
+    a, b = str(tmp_path / "a.tsv"), str(tmp_path / "b.txt")
+    assert join_sets((a,)) == prompt_set(a) and join_sets((a,), limit=2) == prompt_set(a, 2)
+    got = join_sets((a + ":3", b + ":4"), seed=1)
+    assert [p[0] for p in got.prompts] == list("aaabbbb") and got.prompts == sorted(got.prompts)
+    assert got.groups == [f"{a} c{int(p[1]) % 2}" for p in got.prompts[:3]] + [b] * 4 and got.rows == []
+    assert join_sets((a + ":3", b + ":4"), seed=1) == got != join_sets((a + ":3", b + ":4"), seed=2)
+    assert len(join_sets((a, b), limit=2).prompts) == 4
+    with pytest.raises(InputError, match="b.txt:10: .*b.txt has only 9 prompts"):
+        join_sets((b + ":10",))
+    (tmp_path / "b.txt:2").write_text("x")
+    assert drawn(b + ":2") == (b + ":2", 0) and drawn("parti=" + b + ":3") == ("parti=" + b, 3) and drawn(b) == (b, 0)

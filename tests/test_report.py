@@ -2,6 +2,7 @@
 import base64
 import io
 import json
+import os
 import re
 import shutil
 
@@ -11,6 +12,7 @@ from PIL import Image
 
 import report
 import study
+from evaluate import compare
 from helpers import PROMPTS, call
 from weights import InputError
 
@@ -48,6 +50,43 @@ def pictures(folder, models: list[str], count: int, size: int = 32) -> dict[str,
     return files
 
 
+def look(browser, page, width: int = 1280, dark: bool = False, height: int = 800) -> None:
+    """Open a page as a window of that width, or a phone, shows it."""
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", dict(width=width, height=height, deviceScaleFactor=1, mobile=width < 500))
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", dict(features=[dict(name="prefers-color-scheme", value="dark" if dark else "light")]))
+    browser.get(page.as_uri())
+    browser.wide = width
+
+
+def overflow(browser) -> int:
+    """Pixels by which the page is wider than the window."""
+    return browser.execute_script("return document.documentElement.scrollWidth") - browser.wide
+
+
+def colours(browser) -> tuple[str, str]:
+    """Ground and ink."""
+    return tuple(browser.execute_script("const s = getComputedStyle(document.body); return [s.backgroundColor, s.color]"))
+
+
+def tap(browser, element, times: int = 1) -> None:
+    """A finger."""
+    from selenium.webdriver.common.actions.action_builder import ActionBuilder
+    from selenium.webdriver.common.actions.pointer_input import PointerInput
+    finger = ActionBuilder(browser, mouse=PointerInput("touch", "finger"), duration=20)
+    finger.pointer_action.move_to(element)
+    for _ in range(times):
+        finger.pointer_action.pointer_down().pointer_up()
+    finger.perform()
+
+
+def evaluation(scores: dict, formulas: dict | None = None, groups: dict | None = None, **protocol) -> dict:
+    """What results.json holds of these scores, {model: {metric: one per picture}}."""
+    first = next(iter(scores))
+    metrics = formulas or {m: f"formula of {m}" for m in scores[first]}
+    return dict(protocol=dict(prompts=len(next(iter(scores[first].values())))) | protocol, metrics=metrics, groups=groups or {}, scores=scores,
+                results={name: {m: compare(row[m], scores[first][m]) for m in metrics} for name, row in scores.items()})
+
+
 def embedded(page) -> dict:
     """The data that a page carries."""
     return json.loads(re.search(r'id="data">(.*?)</script>', page.read_text(), re.S)[1])
@@ -78,11 +117,14 @@ def test_report_holds_everything_and_needs_nothing(evaluated):
     for i, row in enumerate(data["rows"]):
         assert all(row["scores"][m]["pickscore"] == results["scores"][m]["pickscore"][i] for m in ("base", "spo"))
     assert results["protocol"]["prompts_sha256"] in page and "the tiny model&#x27;s PickScore" in page
-    assert page.count("<svg") == len(report.CURVES)
+    assert data["found"] == results and page.count("<svg") == len(report.CURVES)
+    order = [page.index(part) for part in ("<h1>spo against base</h1>", 'class="lead"', 'id="hero"', 'id="numbers"', 'id="curves"', 'id="trajectories"',
+                                           'id="pictures"', "<details><summary")]
+    assert order == sorted(order) and re.search(r"tiny · \d{4}-\d\d-\d\d · 4 prompts", page)
 
 
 def test_report_in_a_browser(evaluated, browser):
-    """It sorts; every picture, the learning curves and the trajectory are there."""
+    """It sorts; every picture, the numbers, the learning curves and the trajectory are there."""
     from selenium.webdriver.common.by import By
     from selenium.webdriver.support.ui import Select
     browser.get((evaluated / "out/report.html").as_uri())
@@ -97,39 +139,220 @@ def test_report_in_a_browser(evaluated, browser):
         Select(browser.find_element(By.ID, "order")).select_by_value(order)
         assert gains() == pytest.approx(sorted(expected, reverse=reverse))
     shown = browser.execute_script("return [...document.images].map(i => { i.loading = 'eager'; return i.src.length; })")
-    assert len(shown) == 16 + 1
-    browser.execute_async_script("const done = arguments[0]; Promise.all([...document.images].map(i => i.decode())).then(() => done())")
-    assert all(browser.execute_script("return [...document.images].map(i => i.naturalWidth)"))
+    assert len(shown) == 16 + 16 + 2 + 1                # all pictures, on top of the page too, the enlarged ones, and the trajectory
+    browser.execute_async_script("const done = arguments[0]; Promise.all([...document.images].filter(i => i.src).map(i => i.decode())).then(() => done())")
+    assert all(browser.execute_script("return [...document.images].filter(i => !i.closest('dialog')).map(i => i.naturalWidth)"))
     assert browser.find_elements(By.CSS_SELECTOR, "#rows b") and not browser.find_elements(By.CSS_SELECTOR, "#rows p b")   # shown, not obeyed
     trace = browser.find_element(By.CSS_SELECTOR, "img.trace")
     assert trace.is_displayed() and trace.get_property("naturalWidth") == Image.open(evaluated / "out/trace-spo.png").width
-    curves = browser.find_elements(By.CSS_SELECTOR, ".curves svg")
+    curves = browser.find_elements(By.CSS_SELECTOR, ".charts svg")
     assert len(curves) == len(browser.find_elements(By.TAG_NAME, "polyline")) == len(report.CURVES) and all(c.is_displayed() for c in curves)
+
+
+@pytest.fixture
+def three(tmp_path):
+    """A report of three models, twelve flat pictures each; `spo` gains 1 on all but the last, `dpo` loses."""
+    files = pictures(tmp_path, ["base", "spo", "dpo"], 12)
+    scores = dict(base=dict(aesthetics=[float(i) for i in range(12)], alignment=[1.0] * 12))
+    scores["spo"] = dict(aesthetics=[i + 1.0 for i in range(11)] + [10.0], alignment=[1.0] * 12)
+    scores["dpo"] = dict(aesthetics=[i - 0.5 for i in range(12)], alignment=[1.0] * 11 + [0.0])
+    prompts = [f"a rather long prompt that has to be broken somewhere, number {i}" for i in range(12)]
+    groups = {name: {m: {"single_object": 0.25, "two_object": 0.5, "mean": 0.375} for m in row} for name, row in scores.items()}
+    found = evaluation(scores, groups=groups, model="runs/" + "x" * 200)
+    report.write_report(tmp_path / "report.html", found, files, prompts, {"spo": [dict(round=i, score=i) for i in (1, 2)]}, date="2026-11-28")
+    return tmp_path / "report.html"
+
+
+def lefts(browser, selector: str) -> list[int]:
+    """How many elements stand in each row of the screen."""
+    tops = browser.execute_script("return [...document.querySelectorAll(arguments[0])].map(e => Math.round(e.getBoundingClientRect().top))", selector)
+    return [tops.count(top) for top in dict.fromkeys(tops)]
+
+
+def test_report_on_a_desktop_and_on_a_phone_in_light_and_dark(three, browser):
+    from selenium.webdriver.common.by import By
+    seen = set()
+    for width, dark in ((1280, False), (1280, True), (360, True), (360, False)):
+        look(browser, three, width, dark)
+        assert overflow(browser) <= 0
+        seen.add((dark, *colours(browser)))
+        cards, tops, grids = lefts(browser, ".row"), lefts(browser, "#hero figure"), lefts(browser, "#hero .picture")
+        assert (cards[0] >= 3, tops, grids) == ((True, [8], [8] * 3) if width == 1280 else (False, [1] * 8, [3] * 8))
+        assert [e.text for e in browser.find_elements(By.CSS_SELECTOR, "#hero .names span")] == ["base", "spo", "dpo"]
+        assert browser.find_element(By.CSS_SELECTOR, "#hero figcaption").text.startswith("a rather long prompt")
+        assert browser.execute_script("return document.querySelector('#hero').getBoundingClientRect().top") < 500    # pictures first
+    assert len(seen) == 2 and len({ground for _, ground, _ in seen}) == len({ink for _, _, ink in seen}) == 2
+
+
+def test_report_in_numbers_and_words(three, browser):
+    """A sentence each; a table with named columns; every metric's gains as a histogram of its own."""
+    from selenium.webdriver.common.by import By
+    look(browser, three)
+    assert [e.text for e in browser.find_elements(By.CLASS_NAME, "lead")] == [
+        "spo is better than base in 11 of 12 pictures by aesthetics (5.500 to 6.333); alignment (1.000 to 1.000).",
+        "dpo is better than base in 0 of 12 pictures by aesthetics (5.500 to 5.000); alignment (1.000 to 0.917)."]
+    assert "2026-11-28" in browser.find_element(By.CLASS_NAME, "kicker").text
+    rows = [[cell.text for cell in row.find_elements(By.CSS_SELECTOR, "th, td")] for row in browser.find_elements(By.CSS_SELECTOR, "#tables tr")]
+    assert rows[0] == ["model", "mean ± standard error ↑", "gain ↑", "win rate against base ↑"]
+    assert rows[1] == ["aesthetics formula of aesthetics"] and rows[2] == ["base", "5.500 ± 1.041", "", ""]
+    assert rows[3][:3] == ["spo", "6.333 ± 0.972", "+0.833"] and re.fullmatch(r"91\.7 % \(\d+\.\d to 100\.0\)", rows[3][3])
+    assert ["aesthetics", "single_object ↑", "two_object ↑", "mean ↑"] in rows and ["dpo", "0.250", "0.500", "0.375"] in rows
+    told = [figure.text.split("\n") for figure in browser.find_elements(By.CSS_SELECTOR, "#gains figure")]
+    assert told[0] == ["aesthetics: gain of spo, by picture", "worse 1", "as good 0", "better 11", "-1.000", "0", "+1.000"] and len(told) == 4
+    bars = browser.execute_script("return [...document.querySelectorAll('#gains .bars')].map(b => [...b.children].map(i => Number(i.title)))")
+    assert bars[0] == [1] + [0] * 19 + [11] and bars[2] == [0] * 10 + [12] + [0] * 10 and bars[3] == [1] + [0] * 9 + [11] + [0] * 10
+    assert not browser.find_element(By.CSS_SELECTOR, "details table").is_displayed()
+    browser.find_element(By.TAG_NAME, "summary").click()
+    assert browser.find_element(By.CSS_SELECTOR, "details table").is_displayed()
+
+
+@pytest.mark.parametrize("width", [1280, 360])
+def test_slider_compares_two_models_on_one_picture(three, browser, width):
+    """Opened by a tap: the base on the left of the edge, the model on its right; by keys, mouse and buttons."""
+    from selenium.webdriver.common.action_chains import ActionChains
+    from selenium.webdriver.common.by import By
+    from selenium.webdriver.common.keys import Keys
+    look(browser, three, width)
+    data, zoom, slider = embedded(three), browser.find_element(By.ID, "zoom"), browser.find_element(By.ID, "slider")
+
+    def pixel(share: float) -> tuple[int, ...]:
+        """What is seen at that share of the picture's width."""
+        browser.execute_script("return Promise.all([...document.querySelectorAll('#zoom img')].map(i => i.decode()))")
+        box = browser.find_element(By.ID, "stage").rect
+        with Image.open(io.BytesIO(browser.get_screenshot_as_png())) as shot:
+            rect = browser.execute_script("const r = document.getElementById('stage').getBoundingClientRect(); return [r.left, r.top]")
+            return shot.convert("RGB").getpixel((int(rect[0] + share * box["width"]), int(rect[1] + 0.2 * box["height"])))
+
+    assert not zoom.is_displayed()
+    tap(browser, browser.find_elements(By.CSS_SELECTOR, "#rows .row:nth-child(3) .picture")[1])
+    assert zoom.is_displayed() and overflow(browser) <= 0 and browser.find_element(By.ID, "zoom-prompt").text == data["rows"][2]["prompt"]
+    picture = browser.find_element(By.CSS_SELECTOR, "#rows .row:nth-child(3) .picture")
+    assert browser.find_element(By.ID, "stage").rect["width"] > 1.9 * picture.rect["width"]         # enlarged
+    base, spo = (40, 0, 40), (40, 90, 40)
+    assert (pixel(0.2), pixel(0.8)) == (base, spo)
+    slider.send_keys(Keys.HOME)
+    assert (pixel(0.2), pixel(0.8)) == (spo, spo)
+    slider.send_keys(Keys.END)
+    assert (pixel(0.2), pixel(0.8)) == (base, base)
+    if width == 1280:                               # a mouse that hovers
+        ActionChains(browser).move_to_element_with_offset(slider, 0.2 * slider.rect["width"], 0).perform()
+        assert (pixel(0.5), pixel(0.9)) == (base, spo) and 69 < float(slider.get_property("value")) < 71
+    browser.find_element(By.ID, "later").click()
+    assert browser.find_element(By.ID, "zoom-prompt").text == data["rows"][3]["prompt"]
+    browser.find_element(By.ID, "close").click()
+    assert not zoom.is_displayed()
+
+
+def test_report_of_one_model_and_of_no_pictures(tmp_path, browser):
+    """Nothing to compare, nothing to sort by; --report_rows 0 leaves the numbers, no heading without pictures, no error."""
+    from selenium.webdriver.common.by import By
+    files, scores = pictures(tmp_path, ["base"], 3), dict(base=dict(s=[1.0, 2.0, 3.0]))
+    report.write_report(tmp_path / "one.html", evaluation(scores), files, ["p"] * 3, {})
+    look(browser, tmp_path / "one.html", 360)
+    assert browser.find_element(By.CLASS_NAME, "lead").text == "base: s 2.000 over 3 pictures." and overflow(browser) <= 0
+    assert not browser.find_element(By.ID, "model").is_displayed() and len(browser.find_elements(By.CLASS_NAME, "row")) == 3
+    browser.find_element(By.CSS_SELECTOR, "#rows .picture").click()
+    assert browser.find_element(By.ID, "under").is_displayed() and not browser.find_element(By.ID, "slider").is_displayed()
+    report.write_report(tmp_path / "none.html", evaluation(scores), files, ["p"] * 3, {}, rows=0)
+    look(browser, tmp_path / "none.html")
+    assert [h.text for h in browser.find_elements(By.TAG_NAME, "h2") if h.is_displayed()] == ["Numbers"]
+    assert [a.text for a in browser.find_elements(By.CSS_SELECTOR, "nav a")] == ["numbers", "protocol"]
+    assert not browser.find_element(By.ID, "hero").is_displayed() and "data:image" not in (tmp_path / "none.html").read_text()
+
+
+def test_hostile_names_and_prompts_are_shown_and_not_obeyed(tmp_path, browser):
+    from selenium.webdriver.common.by import By
+    names = ["__proto__", "</script><img src=x onerror=alert(1)>", "7", "constructor", "lone \udcff surrogate {title}"]
+    files = {name: paths for name, paths in zip(names, pictures(tmp_path, list("abcde"), 2).values())}
+    scores = {name: dict(s=[float(m), 1.0]) for m, name in enumerate(names)}
+    found = evaluation(scores, dict(s="<img src=x>"), model="<script>alert(2)</script>")
+    logs = {name: [dict(round=1, score=1.0)] for name in names[1:2]}
+    report.write_report(tmp_path / "report.html", found, files, [NASTY, "{0} ${x} %s"], logs)
+    study.write_study(tmp_path / "study.html", {name: files[name] for name in names[:2]}, [NASTY, "{0} ${x} %s"])
+    look(browser, tmp_path / "report.html")
+    shown = browser.find_elements(By.CSS_SELECTOR, "#rows .row:first-child b")
+    assert [e.text for e in shown[:4]] == names[:4] and len(shown) == 5     # the driver cannot say the surrogate
+    assert not browser.find_elements(By.CSS_SELECTOR, "img[src=x], #rows p b")
+    assert [row.get_attribute("data-gain") for row in browser.find_elements(By.CLASS_NAME, "row")] == ["1", "0"]
+    assert browser.find_element(By.CSS_SELECTOR, ".head p").text == NASTY and "<script>alert(2)" in browser.find_element(By.CLASS_NAME, "kicker").text
+    look(browser, tmp_path / "study.html")
+    browser.find_element(By.ID, "start").click()
+    assert browser.find_element(By.ID, "prompt").text in (NASTY, "{0} ${x} %s")
+
+
+def test_a_damaged_trajectory_is_left_out_and_said(tmp_path, capsys):
+    files = pictures(tmp_path, ["base"], 1)
+    Image.new("RGB", (20, 10)).save(tmp_path / "trace-good.png")
+    (tmp_path / "trace-torn.png").write_bytes((tmp_path / "trace-good.png").read_bytes()[:40])
+    (tmp_path / "trace-text.png").write_text("no picture")
+    (tmp_path / "trace-folder.png").mkdir()
+    report.write_report(tmp_path / "report.html", evaluation(dict(base=dict(s=[1.0]))), files, ["p"], {})
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 3 and all("not a readable picture" in line for line in said)
+    assert (tmp_path / "report.html").read_text().count('class="trace"') == 1
 
 
 def test_report_takes_evenly_spaced_rows_and_shrinks_large_pictures(tmp_path):
     files = pictures(tmp_path, ["a", "b"], 10, 400)
     scores = {m: {"s": [float(i) for i in range(10)]} for m in files}
     Image.new("RGB", (200, 100)).save(tmp_path / "trace-b.png")
-    report.write_report(tmp_path / "report.html", "| x |\n|---|\n| <i> |", dict(seed=0, s="f"), files, [f"p{i}" for i in range(10)], scores, {},
-                        rows=4)
+    report.write_report(tmp_path / "report.html", evaluation(scores, dict(s="<i>")), files, [f"p{i}" for i in range(10)], {}, rows=4)
     rows = embedded(tmp_path / "report.html")["rows"]
     assert [row["prompt"] for row in rows] == ["p0", "p2", "p5", "p7"] and rows[0]["images"]["a"].startswith("data:image/jpeg")
     page = (tmp_path / "report.html").read_text()
-    assert "&lt;i&gt;" in page and "Trajectories" in page and "<svg" not in page
+    assert "&lt;i&gt;" in page and "<i>" not in page and "Trajectories" in page and "<svg" not in page
 
 
 def test_curve_by_hand():
     """(0, 1) to (2, 3) in a plot 266 wide and 138 high; five per cent of room above and below."""
-    points = re.search(r'points="([^"]+)"', report.curve({"a": [(0, 1.0), (1, 2.0), (2, 3.0)]}, "t"))[1]
+    points = re.search(r'points="([^"]+)"', report.curve({"a": [(0, 1.0), (1, 2.0), (2, 3.0)]}, "t", {"a": "red"}))[1]
     assert points == "62.0,155.7 195.0,93.0 328.0,30.3"
-    assert "polyline" in report.curve({"flat": [(1, 0.0)]}, "one point, no spread")
+    assert "polyline" in report.curve({"flat": [(1, 0.0)]}, "one point, no spread", {"flat": "red"})
 
 
 def test_learning_curves_leave_out_what_is_not_finite():
     rows = [dict(round=1, score=1.0, loss=float("nan")), dict(round=2, score=2.0)]
     page = report.learning_curves({"run": rows})
     assert page.count("<svg") == 1 and "nan" not in page and report.learning_curves({}) == ""
+
+
+def test_scores_of_two_judges_share_no_axis(tmp_path):
+    """Runs of one judge share a chart; another judge's, an unknown one's and steps get one of their own; what no judge scored is shared."""
+    for name, config in (("a", dict(judge="spm", spm="", model="tiny")), ("b", dict(judge="spm", spm="", model="tiny")),
+                         ("c", dict(judge="pickscore", spm="", model="tiny")), ("d", None)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "log.jsonl").write_text(json.dumps(dict(round=1, score=1.0, margin=2.0)) + "\n")
+        if config:
+            (tmp_path / name / "config.json").write_text(json.dumps(config))
+    page = report.learning_curves(report.read_logs(tuple(f"{n}={tmp_path / n}" for n in "abcd")))
+    charts = [(re.search('aria-label="(.*?):', chart)[1], re.findall("<title>(.*?)<", chart), re.findall('stroke="(#.*?)"', chart))
+              for chart in page.split("<svg")[1:]]
+    blue, red, green, yellow = report.COLOURS[:4]
+    assert charts == [("score", ["a", "b"], [blue, red]), ("score", ["c"], [green]), ("score", ["d"], [yellow]),
+                      ("margin", ["a", "b", "c", "d"], [blue, red, green, yellow])]
+    assert "a, b by spm of tiny" in page and "c by pickscore of tiny" in page
+    mixed = report.learning_curves(dict(spo=[dict(round=1, loss=1.0)], spm=[dict(step=9, loss=1.0)]))
+    assert mixed.count("<svg") == 2 and ">round<" in mixed and ">step<" in mixed
+
+
+def test_what_a_damaged_log_holds_in_a_numbers_place_is_not_drawn():
+    rows = [dict(round=1, score=1.0), dict(round=None, score=10 ** 400), dict(round="x", score="2"), dict(round=[3], score=float("inf")),
+            dict(round=float("nan"), score=2.0), dict(round=1e308, score=-1e308), {}, dict(round=7, score=3.0)]
+    page = report.learning_curves({"run": rows})
+    assert page.count("<svg") == 1 and len(re.search('points="(.*?)"', page)[1].split()) == 3 and "nan" not in page and "inf" not in page
+
+
+def test_logs_that_are_no_files_or_named_twice(tmp_path):
+    (tmp_path / "log.jsonl").write_text('{"round": 1}\n')
+    os.mkfifo(tmp_path / "pipe")
+    for words, message in (((f"a={tmp_path / 'pipe'}",), "cannot be read"), (("a=/dev/zero",), "cannot be read"), (("a=" + "x" * 9999,), "cannot be read"),
+                           ((f"a={tmp_path}",) * 2, "each name once")):
+        with pytest.raises(InputError, match=message) as caught:
+            report.read_logs(words)
+        assert "\n" not in str(caught.value)
+    (tmp_path / "config.json").write_text("[")
+    with pytest.raises(InputError, match="config.json: not valid JSON"):
+        report.read_logs((f"a={tmp_path}",))
 
 
 @pytest.mark.parametrize("text, message", [(None, "cannot be read"), ("", "holds no records"), ("{", "not a run's log"), ("1\n", "holds no records")])
@@ -153,6 +376,10 @@ def test_study_in_a_browser(tmp_path, browser):
     uris = {m: [report.data_uri(Image.open(p)) for p in files[m]] for m in files}
     browser.get((tmp_path / "study.html").as_uri())
     assert "spo" not in browser.find_element(By.TAG_NAME, "body").text.lower()
+    assert "6 pairs, 18 answers, about 2 minutes" in browser.find_element(By.ID, "introduction").text
+    browser.find_element(By.TAG_NAME, "body").send_keys("1")
+    assert browser.execute_script("return state.votes.length") == 0 and not browser.find_element(By.ID, "ask").is_displayed()
+    browser.find_element(By.ID, "start").click()
 
     def seen():
         item = prompts.index(browser.find_element(By.ID, "prompt").text)
@@ -193,6 +420,49 @@ def test_study_in_a_browser(tmp_path, browser):
     saved = next((tmp_path / "downloads").glob("votes-*.json"))
     assert json.loads(saved.read_text()) == result
     assert "1 raters, 18 votes on 6 prompts" in study.tally((str(saved),))
+
+
+def test_study_on_a_phone_by_taps_in_sittings(tmp_path, browser, monkeypatch):
+    """An introduction that says how long; pictures as wide as the phone; a tap is a vote, a double tap one; an end, and more if wanted."""
+    from selenium.webdriver.common.by import By
+    monkeypatch.setattr(study, "SITTING", 2)
+    files, prompts = pictures(tmp_path, ["base", "spo"], 5), ["a long prompt " * 8, *(f"prompt {i}" for i in range(4))]
+    study.write_study(tmp_path / "study.html", files, prompts)
+    grounds = []
+    for dark in (False, True):
+        look(browser, tmp_path / "study.html", 360, dark, 740)
+        grounds.append(colours(browser))
+    assert grounds[0] != grounds[1]
+    introduction = browser.find_element(By.ID, "introduction")
+    assert introduction.is_displayed() and "2 pairs, 6 answers, about 1 minute" in introduction.text and not browser.find_element(By.ID, "foot").is_displayed()
+    tap(browser, browser.find_element(By.ID, "start"))
+    assert not introduction.is_displayed() and overflow(browser) <= 0
+
+    def votes() -> list[dict]:
+        return browser.execute_script("return state.votes")
+
+    for side in ("left", "right"):
+        assert browser.find_element(By.ID, side).rect["width"] == 360
+    swapped = browser.execute_script("return swapped[next()[0]]")
+    tap(browser, browser.find_element(By.ID, "tap-left"))
+    assert [v["choice"] for v in votes()] == ["spo" if swapped else "base"]
+    tap(browser, browser.find_element(By.ID, "tap-right"), times=2)
+    assert [v["choice"] for v in votes()] == (["spo", "base"] if swapped else ["base", "spo"])
+    for _ in range(4):
+        assert not browser.find_element(By.ID, "thanks").is_displayed()
+        tap(browser, browser.find_element(By.ID, "vote-tie"))
+    assert browser.find_element(By.ID, "thanks").is_displayed() and browser.find_element(By.ID, "finish").is_displayed() and overflow(browser) <= 0
+    browser.refresh()
+    tap(browser, browser.find_element(By.ID, "more"))
+    assert browser.find_element(By.ID, "place").text == "6 of 12" and browser.find_element(By.ID, "ask").is_displayed()
+    browser.execute_script("for (let i = 0; i < 6; i++) vote(2)")
+    assert "1 pairs, 3 answers" in browser.find_element(By.ID, "more").text
+    tap(browser, browser.find_element(By.ID, "more"))
+    browser.execute_script("for (let i = 0; i < 9; i++) vote(2)")
+    assert len(votes()) == 15 and not browser.find_element(By.ID, "more").is_displayed()
+    assert len({(v["item"], v["question"]) for v in votes()}) == 15
+    look(browser, tmp_path / "study.html", 1280)
+    assert overflow(browser) <= 0
 
 
 def test_study_can_be_mailed(tmp_path):
@@ -245,6 +515,22 @@ def test_bad_votes(tmp_path):
                            (str(tmp_path), "cannot be read"), (str(tmp_path / "none.json"), "not found")):
         with pytest.raises(InputError, match=message):
             study.tally((good, other))
+
+
+def test_names_in_a_tally(tmp_path):
+    """Votes on other models are refused under one study's name; hostile names stay within their cells."""
+    good = ballot(tmp_path, 1, [("general", "spo")])
+    for changes in (dict(models=["base", "dpo"]), dict(models=["spo", "base"]), dict(prompts=5)):
+        with pytest.raises(InputError, match="another study, or on other models"):
+            study.tally((good, ballot(tmp_path, 2, [("general", "spo")] if "dpo" not in str(changes) else [], **changes)))
+    for models in (["a", "a"], ["tie", "b"], ["a", 1], [["a"], ["b"]], [None, "b"]):
+        with pytest.raises(InputError, match="not a file of votes"):
+            study.tally((ballot(tmp_path, 3, [], models=models),))
+    name = "s|p\no\x1b[31m\ud800"
+    line = study.tally((ballot(tmp_path, 4, [("general", name)], models=["base", name]),)).splitlines()[2]
+    assert line.startswith(r"| question | s\|p?o?[31m? wins | tie |") and line.count(" | ") == 6 and line.encode()
+    with pytest.raises(InputError, match="none of them called tie"):
+        study.write_study(tmp_path / "s.html", pictures(tmp_path / "p", ["tie", "b"], 1), ["p"])
 
 
 def test_study_wants_two(tmp_path):

@@ -237,3 +237,61 @@ def test_negative_conditioning_of_sdxl_can_be_the_encoded_empty_prompt(sdxl):
     assert_close(uncond.prompt_embeds, want[1])
     assert_close(uncond.pooled, want[3])
     assert uncond.time_ids.tolist() == cond.time_ids.tolist() and uncond.prompt_embeds.any()
+
+
+@pytest.mark.parametrize("header, beside, want", [
+    ({"modelspec.predict_key": "v"}, None, "v_prediction"), ({"modelspec.prediction_type": "v"}, None, "v_prediction"),
+    ({"modelspec.prediction_type": "epsilon"}, "parameterization: v", "epsilon"), ({"format": "pt"}, None, "epsilon"),
+    ({}, "model:\n  params:\n    parameterization: \"v\"\n", "v_prediction"), ({}, "model:\n  params:\n    parameterization: eps\n", "epsilon"),
+    ({}, "model:\n  params: {}\n", "epsilon")])
+def test_a_file_says_what_it_predicts_in_its_header_or_beside_it(sd, single, tmp_path, header, beside, want):
+    """As ComfyUI and sd-scripts write it, and as A1111 reads it; the option wins over both."""
+    folder, file = single
+    save_file(load_file(file), tmp_path / "x.safetensors", metadata=header or None)
+    if beside:
+        (tmp_path / "x.yaml").write_text(beside)
+    assert open_single(folder, tmp_path / "x.safetensors").schedule.prediction_type == want
+    other = {"epsilon": "v_prediction", "v_prediction": "epsilon"}[want]
+    assert open_single(folder, tmp_path / "x.safetensors", prediction_type=other).schedule.prediction_type == other
+
+
+@pytest.mark.parametrize("more, header, beside", [
+    ({"edm_mean": torch.zeros(1, 4, 1, 1), "edm_std": torch.ones(1, 4, 1, 1)}, {}, ""), ({"edm_vpred.sigma_max": torch.ones(1)}, {}, ""),
+    ({}, {"modelspec.prediction_type": "flow"}, ""), ({}, {}, "parameterization: x0")])
+def test_single_files_of_other_noise_processes_are_refused(single, tmp_path, more, header, beside):
+    folder, file = single
+    save_file(load_file(file) | more, tmp_path / "x.safetensors", metadata=header or None)
+    (tmp_path / "x.yaml").write_text(beside)
+    with pytest.raises(InputError, match="x.safetensors: .*not supported") as caught:
+        open_single(folder, tmp_path / "x.safetensors", prediction_type="epsilon" if more else "")
+    assert not more or min(more)[:5] in str(caught.value)
+
+
+@pytest.mark.parametrize("layout", ["original", "pickled", "diffusers", "checkpoint", "folder"])
+def test_a_vae_as_one_file(sd, single, tmp_path, layout):
+    """The original layout (vae-ft-mse, NAI's .vae.pt) and diffusers', without a configuration: the shape is the model's own VAE's."""
+    folder, file = single
+    want = load_pipeline(str(folder)).vae
+    weights = {k.removeprefix("first_stage_model."): v for k, v in load_file(file).items() if k.startswith("first_stage_model.")}
+    weights = {k: v + 1 if k.endswith("conv_in.bias") else v for k, v in weights.items()}
+    source = tmp_path / "mine.safetensors"
+    (tmp_path / "config.json").write_text('{"model": "sd15"}')          # of something else
+    if layout == "original":
+        save_file(weights, source)
+    elif layout == "pickled":
+        source = tmp_path / "nai.vae.pt"
+        torch.save({"state_dict": weights | {"loss.logvar": torch.ones(1)}, "global_step": 1}, source)
+    elif layout == "checkpoint":
+        save_file({f"first_stage_model.{k}": v for k, v in weights.items()}, source)
+    else:
+        ours = want.state_dict()
+        save_file({k: v.contiguous() + 1 if k.endswith("conv_in.bias") else v.contiguous() for k, v in ours.items()}, source)
+    if layout == "folder":
+        (tmp_path / "vae").mkdir()
+        save_file(weights, tmp_path / "vae/diffusion_pytorch_model.safetensors")
+        shutil.copy(folder / "vae/config.json", tmp_path / "vae")
+        source = tmp_path / "vae"
+    got = load_pipeline(str(folder), vae=str(source)).vae
+    assert got.config == want.config
+    for key, value in want.state_dict().items():
+        assert torch.equal(got.state_dict()[key], value + 1 if key.endswith("conv_in.bias") else value), key

@@ -1,6 +1,10 @@
 """spm_train.py: data, inputs of the SPM, the run and what it leaves behind."""
+import dataclasses
+import errno
+import hashlib
 import json
 import math
+import os
 import shutil
 import struct
 import zlib
@@ -73,7 +77,15 @@ def test_pairs_are_read(pairs):
     ('{"caption": "x", "image_0": "/etc/passwd", "image_1": "a", "label_0": 1}', "it must be a file in this folder"),
     ('{"caption": "x", "image_0": "a", "image_1": "a", "label_0": null}', "line 1 has label_0 None"),
     ('{"caption": "x", "image_0": "a", "image_1": "a", "label_0": "1"}', "line 1 has label_0 '1'"),
-    ('{"caption": "x", "image_0": "a", "image_1": "a", "label_0": 1, "num_example_per_prompt": 0}', "num_example_per_prompt 0")])
+    ('{"caption": "x", "image_0": "a", "image_1": "a", "label_0": 1, "num_example_per_prompt": 0}', "num_example_per_prompt 0"),
+    ('{"caption": "x\\u0000", "image_0": "a", "image_1": "a", "label_0": 1}', "line 1, .* is no Unicode text: character 2"),
+    ('{"caption": "x", "image_0": "a", "image_1": "a", "label_0": -1}', "line 1 has label_0 -1; it must be 1, 0, or 0.5"),
+    ('{"caption": "x", "image_0": "a", "image_1": "a", "label_0": NaN}', "line 1 has label_0 nan"),
+    ('{"caption": "x", "image_0": "a", "image_1": "a", "label_0": 1, "label_1": 1}', "line 1 has label_0 1 and label_1 1"),
+    ('{"caption": "x", "image_0": "a", "image_1": "a", "label_0": 0, "label_1": 0}', "line 1 has label_0 0 and label_1 0"),
+    ('{"caption": "x", "image_0": "a", "image_1": "a", "label_0": 1, "label_1": "0"}', "line 1 has label_0 1 and label_1 '0'"),
+    *[('{"caption": "x", "image_0": "a", "image_1": "a", "label_0": 1, "num_example_per_prompt": ' + size + "}", "line 1 has num_example_per_prompt ")
+      for size in ("Infinity", "NaN", "-2", "1e-300", '"3"', "1" + 400 * "0")]])
 def test_pairs_that_are_wrong(tmp_path, row, says):
     (tmp_path / "pairs.jsonl").write_text(row)
     with pytest.raises(InputError, match=says) as caught:
@@ -118,14 +130,14 @@ def write_parquet(pairs, path, rows: int = 4, **columns):
 def test_parquet_equals_the_folder(pairs, tmp_path):
     """Same captions, labels, weights and pictures; several files; other splits, unlabelled rows and the order of reading do not matter."""
     want = load_pairs(str(pairs), 16)
-    file = write_parquet(pairs, tmp_path / "data/train-00000-of-00002.parquet")
+    file = write_parquet(pairs, tmp_path / "data/train-00000.parquet")
     for source in (file, tmp_path):
         got = load_pairs(str(source), 16)
         assert got.captions == want.captions and torch.equal(got.label, want.label) and torch.equal(got.weight, want.weight)
         assert [list(g) for g in got.groups] == [list(range(i, i + 4)) for i in range(0, 20, 4)]
         assert all(torch.equal(got.pictures(i), want.pictures(i)) for i in (19, 0, 7, 8, 3, 19))
     write_parquet(pairs, tmp_path / "data/validation-00000.parquet")
-    second = write_parquet(pairs, tmp_path / "data/train-00001-of-00002.parquet", has_label=[i % 3 > 0 for i in range(20)],
+    second = write_parquet(pairs, tmp_path / "data/train-00001.parquet", has_label=[i % 3 > 0 for i in range(20)],
                            num_example_per_prompt=list(range(1, 21)))
     alone, both = load_pairs(str(second), 16), load_pairs(str(tmp_path), 16)
     kept = [i for i in range(20) if i % 3]
@@ -134,9 +146,29 @@ def test_parquet_equals_the_folder(pairs, tmp_path):
     assert len(both.captions) == 20 + len(kept) and torch.equal(both.pictures(25), want.pictures(kept[5]))
 
 
+def test_columns_as_the_library_datasets_writes_them(pairs, tmp_path):
+    """Pictures as structs of bytes and path, large binaries and dictionaries are what plain columns are; a text is no picture."""
+    pa = pytest.importorskip("pyarrow")
+    want = load_pairs(str(pairs), 16)
+    lines = [json.loads(line) for line in (pairs / "pairs.jsonl").read_text().split("\n") if line]
+    first, second = ([(pairs / r[k]).read_bytes() for r in lines] for k in ("image_0", "image_1"))
+    file = write_parquet(pairs, tmp_path / "x.parquet", jpg_0=pa.array([dict(bytes=b, path="a.png") for b in first]),
+                         jpg_1=pa.array(second, pa.large_binary()), caption=pa.array(want.captions).dictionary_encode())
+    got = load_pairs(str(file), 16)
+    assert got.captions == want.captions and all(torch.equal(got.pictures(i), want.pictures(i)) for i in (0, 6, 19))
+    for column in ([str(pairs / r["image_0"]) for r in lines], [5000 * "/9j4"] * 20, [dict(bytes=None, path=str(pairs / r["image_0"])) for r in lines], [None] * 20):
+        with pytest.raises(UnreadablePicture, match="row 1 of row group 0: not a readable picture") as caught:
+            load_pairs(str(write_parquet(pairs, tmp_path / "y.parquet", jpg_0=column)), 16).pictures(1)
+        assert len(str(caught.value)) < 300 and " at 0x" not in str(caught.value), "the same pair is known by the same words"
+
+
 @pytest.mark.parametrize("columns, says", [
     (dict(label_0=[1.0, 0.25] * 10), "row 1 of row group 0 has label_0 0.25"), (dict(caption=[None] * 20), "row 0 of row group 0 has a caption"),
     (dict(label_0=[float("nan")] * 20, has_label=[True] * 20), "row 0 of row group 0 has label_0 nan"),
+    (dict(label_1=[1.0] * 20), "row 0 of row group 0 has label_0 1.0 and label_1 1.0"), (dict(label_0=["1"] * 20), "row 0 of row group 0 has label_0 '1'"),
+    (dict(num_example_per_prompt=[1, 0] * 10), "row 1 of row group 0 has num_example_per_prompt 0"),
+    (dict(num_example_per_prompt=[float("inf")] * 20), "row 0 of row group 0 has num_example_per_prompt inf"),
+    (dict(caption=["a\0b"] * 20), "row 0 of row group 0, .* is no Unicode text"),
     (dict(label_0=[float("nan")] * 20), "no labelled pairs"), (dict(jpg_0=[7] * 20), "row 1 of row group 1"),
     (dict(jpg_1=None), "lacks the columns jpg_1"), (dict(label_0=[None] * 20), "no labelled pairs"), (dict(jpg_0=[b"no"] * 20), "row 1 of row group 1")])
 def test_parquet_that_is_wrong(pairs, tmp_path, columns, says):
@@ -147,6 +179,22 @@ def test_parquet_that_is_wrong(pairs, tmp_path, columns, says):
     file.write_bytes(file.read_bytes()[:100])
     with pytest.raises(InputError, match="not a readable Parquet file"):
         load_pairs(str(file), 16)
+
+
+def test_rows_without_a_label_stay_for_pickscore(pairs, tmp_path):
+    """It labels every pair anew, so a row without a label serves as well; people's labels are needed where they count."""
+    labels, known = [None, float("nan"), 1.0, 0.5] * 5, [True, True, False, True] * 5
+    file = write_parquet(pairs, tmp_path / "x.parquet", label_0=labels, has_label=[k and i % 4 > 1 for i, k in enumerate(known)])
+    assert load_pairs(str(file), 16).label.tolist() == [0.5] * 5
+    got = load_pairs(str(file), 16, unlabelled=True)
+    assert [None if v != v else v for v in got.label.tolist()] == [None, None, None, 0.5] * 5
+    assert torch.equal(got.pictures(4), load_pairs(str(pairs), 16).pictures(4))
+    shutil.copytree(pairs, tmp_path / "folder")
+    rows = (pairs / "pairs.jsonl").read_text().replace('"label_0": 1,', '"label_0": null,')
+    (tmp_path / "folder/pairs.jsonl").write_text(rows)
+    with pytest.raises(InputError, match="line 1 has label_0 None"):
+        load_pairs(str(tmp_path / "folder"), 16)
+    assert load_pairs(str(tmp_path / "folder"), 16, unlabelled=True).label.isnan().tolist() == [True, False, False, True] * 5
 
 
 def test_a_damaged_page_is_an_unreadable_picture(pairs, tmp_path):
@@ -462,7 +510,7 @@ def test_cached_latents_change_nothing(kind, tmp_path, monkeypatch, labels, dtyp
 
 def test_unreadable_pairs_are_not_cached(kind, pairs, tmp_path, monkeypatch):
     """The second epoch, too, finds them damaged and gives them no weight."""
-    monkeypatch.setattr(spm_train, "warn", lambda text: None)
+    monkeypatch.setattr("pairs.warn", lambda text: None)
     words = ("spm_train", *kind, "--pairs", damaged_copy(pairs, tmp_path / "bad", (1, 2, 3, 6, 7, 8)), "--max_unreadable", 1)
     call(*words, "--out", tmp_path / "plain")
     call(*words, "--out", tmp_path / "cached", "--cache_latents")
@@ -482,10 +530,28 @@ def test_a_cache_that_does_not_fit_is_one_line(sd, tmp_path, monkeypatch):
     assert not is_encoded(again, 2)
     with pytest.raises(InputError, match="latents.bin: holds the latents of other pairs; delete it"):
         open_latents(tmp_path, pipe, 16, 4)
-    monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10, 9, 1))
-    (tmp_path / "latents.bin").unlink()
-    with pytest.raises(InputError, match="GB are free; leave out --cache_latents"):
+    monkeypatch.setattr(os, "posix_fallocate", lambda *what: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device")))
+    with pytest.raises(InputError, match="No space left on device.; 0.0 GB are needed; leave out --cache_latents"):
         open_latents(tmp_path, pipe, 16, 3)
+    assert torch.equal(again, latents) and is_encoded(again, 1), "what is there already stays"
+    (tmp_path / "latents.bin").unlink()
+    with pytest.raises(InputError, match="leave out --cache_latents"):
+        open_latents(tmp_path, pipe, 16, 3)
+    assert (tmp_path / "latents.bin").stat().st_size == 0
+
+
+def test_the_cache_takes_its_space_at_once(sd, tmp_path):
+    """A disk that fills up behind its back would kill the process when it writes: there are no holes, whoever began the file."""
+    pipe = load_pipeline(str(sd))
+    size = 200 * 2 * 2 * 4 * 8 * 8 * 4
+    for begun in (False, True):
+        if begun:
+            os.truncate(tmp_path / "latents.bin", 0)
+            os.truncate(tmp_path / "latents.bin", size)         # as earlier versions left it
+            assert (tmp_path / "latents.bin").stat().st_blocks * 512 < size
+        open_latents(tmp_path, pipe, 16, 200)
+        found = (tmp_path / "latents.bin").stat()
+        assert found.st_size == size <= found.st_blocks * 512
 
 
 def test_compiling_changes_nothing_and_happens_once(kind, tmp_path, monkeypatch, compilations):
@@ -536,7 +602,7 @@ def damaged_copy(pairs, folder, numbers):
 def test_unreadable_pictures_are_skipped_counted_and_listed(kind, pairs, whole, tmp_path, monkeypatch):
     """What stands in a damaged pair does not matter; which pairs are damaged survives a resume."""
     said = []
-    monkeypatch.setattr(spm_train, "warn", said.append)
+    monkeypatch.setattr("pairs.warn", said.append)
     bad = damaged_copy(pairs, tmp_path / "bad", (1, 2, 3))
     call("spm_train", *kind, "--pairs", bad, "--out", tmp_path / "run", "--steps", 4)
     listed = (tmp_path / "run/unreadable.txt").read_text().splitlines()
@@ -597,7 +663,7 @@ def test_pictures_of_every_kind(tmp_path, monkeypatch):
                                         + struct.pack(">I", zlib.crc32(b"IHDR" + header)) + struct.pack(">I", 0) + b"IDAT" + struct.pack(">I", zlib.crc32(b"IDAT")))
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (37, 95, 3), dtype=np.uint8))
     noise.save(tmp_path / "noise.png")
-    whole = np.asarray(noise.resize((41, 16), Image.Resampling.LANCZOS))[:, 12:28]
+    whole = np.asarray(noise.resize((41, 16), Image.Resampling.BICUBIC))[:, 12:28]
     assert np.abs(square(tmp_path / "noise.png", 16).permute(1, 2, 0).numpy().astype(int) - whole).max() <= 1
     Image.new("RGB", (8, 30_000), "red").save(tmp_path / "long.png")
     monkeypatch.setattr(Image.Image, "resize", lambda *a, resize=Image.Image.resize, **k: asked.append(a[1]) or resize(*a, **k))
@@ -609,6 +675,30 @@ def test_pictures_of_every_kind(tmp_path, monkeypatch):
     monkeypatch.setattr(Image.Image, "convert", lambda *a: torch.empty(1 << 60) if a[1] == "RGB" else a[0])
     with pytest.raises(UnreadablePicture, match="allocate"):
         square(tmp_path / "noise.png", 16)
+
+
+@pytest.mark.parametrize("size", [(95, 37), (640, 480), (333, 1001), (100, 65), (1000, 30)])
+def test_pictures_are_resized_as_the_released_code_does(size, tmp_path):
+    """CLIPImageProcessor: the longer side is rounded down, bicubic, the middle rounded to the left; (100, 65) tells both from rounding."""
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), dtype=np.uint8))
+    image.save(tmp_path / "x.png")
+    whole = np.asarray(image.resize(tuple(64 * n // min(size) for n in size), Image.Resampling.BICUBIC)).astype(int)
+    top, left = ((n - 64) // 2 for n in whole.shape[:2])
+    got = square(tmp_path / "x.png", 64).permute(1, 2, 0).numpy()
+    assert np.abs(got - whole[top:top + 64, left:left + 64]).max() <= 1
+
+
+def test_exif_turns_a_picture(tmp_path):
+    """A telephone's photograph stands upright, and damaged EXIF leaves the pixels as they are."""
+    pixels = np.zeros((64, 32, 3), np.uint8)
+    pixels[:32], pixels[32:] = (255, 0, 0), (0, 0, 255)                 # red above blue
+    exif = Image.Exif()
+    exif[274] = 6
+    Image.fromarray(pixels).save(tmp_path / "upright.png")
+    Image.fromarray(pixels).transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.png", exif=exif)
+    Image.fromarray(pixels).save(tmp_path / "damaged.png", exif=b"Exif\0\0nonsense")
+    want = square(tmp_path / "upright.png", 16)
+    assert all(torch.equal(square(tmp_path / name, 16), want) for name in ("turned.png", "damaged.png"))
 
 
 @pytest.mark.parametrize("broken", ["predicted_pixels", "pair_scores"])
@@ -633,6 +723,93 @@ def test_what_is_not_finite_is_reported_skipped_and_ends_the_run_after_ten(kind,
     state = torch.load(tmp_path / "always/checkpoint-000010.pt", weights_only=True)
     start = load_clip(kind[kind.index("--pickscore") + 1].__str__()).state_dict()
     assert all(torch.equal(v, state["models"][1][k]) for k, v in start.items())
+
+
+def test_a_validation_set_of_its_own(kind, pairs, whole, tmp_path):
+    """All pairs are trained on, the table is of the others' labelled ones; a number holds back so many, as ever."""
+    others = tmp_path / "data"
+    write_parquet(pairs, others / "train-00000.parquet")
+    write_parquet(pairs, others / "validation-00000.parquet", label_0=[0.0] * 20, has_label=[i > 16 for i in range(20)])
+    write_parquet(pairs, others / "validation_unique-00000-of-00001.parquet", label_0=[1.0] * 20, has_label=[i < 12 for i in range(20)])
+    words = ("spm_train", *kind, "--steps", 1)
+    said = call(*words, "--validation", others, "--out", tmp_path / "own")
+    assert "20 training and 12 validation pairs" in said
+    table = json.loads((tmp_path / "own/results.json").read_text())
+    assert {row["0"][2] for row in table.values()} == {12} and json.loads((tmp_path / "own/config.json").read_text())["validation"] == str(others)
+    assert "15 training and 5 validation pairs" in call(*words, "--out", tmp_path / "number")
+    config = json.loads((tmp_path / "number/config.json").read_text())
+    assert config["validation"] == 5 == json.loads((whole / "config.json").read_text())["validation"]
+    with pytest.raises(InputError, match="^nowhere: neither an existing file"):
+        call(*words, "--validation", "nowhere", "--out", tmp_path / "none")
+
+
+def test_ties_count_half_where_asked(setting, pickscore, spm):
+    """As the released code counts people's labels: a tie is half right whatever a model says."""
+    models, rows = {"PickScore": load_clip(str(pickscore)), "SPM": load_clip(str(spm))}, list(range(20))
+    plain = accuracy_table(setting, models, rows)
+    setting.config.ties = "half"
+    half = accuracy_table(setting, models, rows)
+    for name in models:
+        for t, (accuracy, _, n, difference, _) in half[name].items():
+            right, _, sure, more, _ = plain[name][t]
+            assert (sure, n) == (15, 20) and accuracy == pytest.approx((right * 15 + 0.5 * 5) / 20, abs=1e-6)
+            assert difference == pytest.approx(more * 15 / 20, abs=1e-6)
+
+
+def test_unlabelled_pairs_are_trained_on_as_pickscore_labels_them(kind, pairs, tmp_path):
+    """A row nobody labelled is one more pair; with people's labels it is left out."""
+    file = write_parquet(pairs, tmp_path / "x.parquet", label_0=[1.0, None] * 10)
+    words = ("spm_train", *kind, "--pairs", file, "--steps", 1, "--validation", 0)
+    assert "20 training and 0 validation" in call(*words, "--labels", "pickscore", "--out", tmp_path / "a")
+    assert log_of(tmp_path / "a")[0]["loss"] > 0
+    assert "10 training and 0 validation" in call(*words, "--out", tmp_path / "b")
+
+
+def test_labels_and_weights_are_part_of_a_run(kind, pairs, tmp_path):
+    """Turned round or weighed otherwise under the same name, they are another run; a checkpoint that says nothing of weights goes on."""
+    folder = shutil.copytree(pairs, tmp_path / "pairs")
+    lines = [json.loads(line) for line in (pairs / "pairs.jsonl").read_text().split("\n") if line]
+    words = ("spm_train", *kind, "--pairs", folder, "--save_every", 1, "--out", tmp_path / "run")
+    call(*words, "--steps", 5)
+    checkpoint = tmp_path / "run/checkpoint-000005.pt"
+    for change, says in ((dict(num_example_per_prompt=7), "the pair weights"), (dict(label_0=1, label_1=0), "the pairs")):
+        (folder / "pairs.jsonl").write_text("\n".join(json.dumps(line | change) for line in lines[:1]) + "\n"
+                                            + "\n".join(json.dumps(dict(num_example_per_prompt=1) | line | change) for line in lines[1:]))
+        with pytest.raises(InputError, match=f"{says}.* that this run was trained with had the same name but another content"):
+            call(*words)
+    (folder / "pairs.jsonl").write_text("\n".join(json.dumps(dict(num_example_per_prompt=7) | line) for line in lines))
+    state = torch.load(checkpoint, weights_only=True)
+    del state["identity"]["pair_weights"]
+    torch.save(state, checkpoint)
+    note = json.loads(checkpoint.with_suffix(".json").read_text())
+    checkpoint.with_suffix(".json").write_text(json.dumps(note | dict(sha256=hashlib.sha256(checkpoint.read_bytes()).hexdigest())))
+    assert "starting at step 5" in call(*words)
+
+
+def test_a_set_of_damaged_pictures_ends_the_run_however_small(kind, pairs, tmp_path):
+    """Three damaged pairs of three are no accident."""
+    bad = damaged_copy(pairs, tmp_path / "bad", range(20))
+    lines = (bad / "pairs.jsonl").read_text().split("\n")
+    (bad / "pairs.jsonl").write_text("\n".join(lines[:3]))
+    with pytest.raises(InputError, match="^3 of the 3 pairs read so far have damaged pictures"):
+        call("spm_train", *kind, "--pairs", bad, "--validation", 0, "--batch", 3, "--out", tmp_path / "run")
+
+
+def test_a_signal_while_pairs_are_read_ends_at_once():
+    """Nothing is done yet; afterwards signals are what they were."""
+    from pairs import read_or_leave
+    from training import Stopped
+    from helpers import ALONE
+    processes, want = dataclasses.replace(ALONE), object()
+    assert read_or_leave(processes, lambda: want) is want and not processes.dropping
+
+    def interrupted():
+        assert processes.dropping
+        processes.stop, processes.dropping = 2, False           # what the handler does
+        raise Stopped
+
+    with pytest.raises(SystemExit, match="130"):
+        read_or_leave(processes, interrupted)
 
 
 def test_the_other_options_run(kind, tmp_path, sdxl):

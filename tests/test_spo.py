@@ -1,8 +1,12 @@
 """spo_train.py: pools, pairs, the loss and its gradients, MSPO's slots, and every option for one round."""
 import dataclasses
 import functools
+import hashlib
 import json
 import math
+import os
+import shutil
+import signal
 from collections import Counter
 from types import SimpleNamespace
 
@@ -27,7 +31,7 @@ from loading import judge_source
 from observers import FAULTS, DecoderCheck, Faults, report
 from report import draw_trace
 from spo_train import Batch, Pairs, SPOConfig, Steps, choose_pair, pool_groups, spo_loss
-from training import generator, parse_options
+from training import Processes, generator, parse_options
 from weights import InputError
 
 STEPS_20 = [951 - 50 * i for i in range(20)]
@@ -218,10 +222,10 @@ def test_paths_of_winner_and_loser_connect(parts, j):
 def test_trajectory_goes_on_from_the_chosen_candidate(parts, j):
     ends = [i for i, g in enumerate(g for group in pool_groups(STEPS_6, 0, 751, j) for g in [0] * (len(group) - 1) + [1]) if g][:-1]
     for start, place in (("win", 0), ("lose", 1)):
-        pairs = sample(parts, j=j, start=start)
+        pairs = sample(parts, j=j, continue_from=start)
         for end in ends:
             assert torch.equal(pairs.x_t[:, end + 1, 0], pairs.x_next[:, end, place])
-    pairs = sample(parts, j=j, k=2, start="random")         # of two candidates one is the winner, the other the loser
+    pairs = sample(parts, j=j, k=2, continue_from="random")         # of two candidates one is the winner, the other the loser
     taken = torch.stack([(pairs.x_t[:, e + 1, :1] == pairs.x_next[:, e]).flatten(2).all(-1) for e in ends])
     assert (taken.sum(-1) == 1).all() and 0 < taken[..., 0].float().mean() < 1
 
@@ -523,6 +527,20 @@ def test_ten_in_a_row_stop_the_run_and_keep_the_last_good_lora(small, spm, promp
     assert sum(row["skipped"] for row in log_of(tmp_path / "run")) == 10
 
 
+def test_only_the_main_process_keeps_copies_of_the_lora_and_a_checkpoint_makes_none(small, tmp_path):
+    pipe = load_pipeline(str(small))
+    lora.add(pipe.unet, 2)
+    kept = bare_trainer(pipe, SPOConfig()).copy()
+    assert all(torch.equal(a, b) and a.data_ptr() != b.data_ptr() for a, b in zip(kept, lora.parameters(pipe.unet), strict=True))
+    other = bare_trainer(pipe, SPOConfig(), torch.optim.AdamW(lora.parameters(pipe.unet)), Processes(1, 2, torch.device("cpu")))
+    assert other.copy() == []
+    saved = {}
+    other.scaler = torch.amp.GradScaler("cpu", enabled=False)
+    other.rounds = SimpleNamespace(take_score=lambda: None, save=lambda score, **state: saved.update(state))
+    other.save()
+    assert [p.data_ptr() for p in saved["lora"]] == [p.data_ptr() for p in other.weights] and not saved["lora"][0].requires_grad
+
+
 def test_a_lora_that_draws_nothing_finite_is_not_the_last_good_one(small, spm, prompts, tmp_path, monkeypatch):
     """The second round's update ruins the pictures: what is left behind is the LoRA of after the first, and no checkpoint of the ruin."""
     words = ("spo_train", "--model", small, "--spm", spm, "--prompts", prompts, "--dtype", "fp32", "--steps", 4, "--k", 2, "--threshold", 0,
@@ -652,7 +670,7 @@ BASE = ("--dtype", "fp32", "--steps", "4", "--k", "2", "--prompts_per_round", "3
 
 
 @pytest.mark.parametrize("options", [
-    ("--k", 3), ("--j", 2), ("--j", 99, "--k", 4), ("--t_min", 300, "--t_max", 600), ("--t_max", 1000), ("--start", "win"),
+    ("--k", 3), ("--j", 2), ("--j", 99, "--k", 4), ("--t_min", 300, "--t_max", 600), ("--t_max", 1000), ("--continue_from", "win"),
     ("--start", "lose"), ("--pair", "random"), ("--dtype", "bf16"), ("--clamp", 0), ("--eta", 0.5), ("--rank", 8, "--targets", "to_q,to_v"),
     ("--guidance_scale", 1), ("--threshold", 1), ("--checkpointing",), ("--resolution", 32), ("--grid_every", 1), ("--start=win", "--j", 3)])
 def test_every_option_runs_one_round(small, spm, prompts, tmp_path, options):
@@ -762,6 +780,89 @@ def test_the_best_lora_is_kept_and_survives_a_stop(small, spm, prompts, tmp_path
     best = load_file(tmp_path / "one" / name)
     assert sorted(v.double().norm().item() for v in best.values()) == sorted(v.double().norm().item() for v in state["lora"])
     assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+
+
+def test_a_stop_right_after_a_checkpoint_keeps_its_score(small, spm, prompts, tmp_path, monkeypatch):
+    """SIGTERM while the next round is being sampled: what was saved is not saved once more, without its score."""
+    words = ("spo_train", "--model", small, "--spm", spm, "--prompts", prompts, *BASE, "--rounds", 3, "--save_every", 1, "--out", tmp_path / "run")
+    sample, rounds = spo_train.sample_pools, []
+
+    def stopping(pipe, judge, batch, config, observers=()):
+        rounds.append(len(log_of(tmp_path / "run")) if (tmp_path / "run/log.jsonl").exists() else 0)
+        if rounds[-1] == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return sample(pipe, judge, batch, config, observers)
+    monkeypatch.setattr(spo_train, "sample_pools", stopping)
+    with pytest.raises(SystemExit) as caught:
+        call(*words)
+    assert caught.value.code == 143 and rounds[-1] == 2
+    scores = [json.loads((tmp_path / f"run/checkpoint-{i:06d}.json").read_text())["score"] for i in (1, 2)]
+    assert scores == pytest.approx([row["score"] for row in log_of(tmp_path / "run")], rel=1e-5)
+
+
+def test_a_grid_that_a_killed_run_owes_is_drawn_on_resuming(small, spm, prompts, tmp_path, monkeypatch):
+    """Killed between checkpoint and grid: the same picture is there in the end, and one that is there is not drawn again."""
+    words = ("spo_train", "--model", small, "--spm", spm, "--prompts", prompts, *BASE, "--save_every", 1, "--grid_every", 1)
+    call(*words, "--rounds", 2, "--out", tmp_path / "whole")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("finetune.draw_samples", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        call(*words, "--rounds", 1, "--out", tmp_path / "run")
+    grid = tmp_path / "run/samples-00001.png"
+    assert not grid.exists() and (tmp_path / "run/checkpoint-000001.pt").exists()
+    call(*words, "--rounds", 2, "--out", tmp_path / "run")
+    assert all((tmp_path / "run" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes() for name in ("samples-00001.png", "samples-00002.png"))
+    monkeypatch.setattr("finetune.draw_samples", pytest.fail)
+    call(*words, "--rounds", 2, "--out", tmp_path / "run")
+
+
+@pytest.mark.parametrize("change", [
+    dict(lora=None), dict(lora=lambda v: v[:-1]), dict(lora=lambda v: [w.t() for w in v]), dict(lora=lambda v: [w[:1] for w in v]),
+    dict(lora=lambda v: [w.int() for w in v]), dict(lora="x"), dict(optimizer=None), dict(optimizer={}), dict(optimizer=3),
+    dict(optimizer=lambda o: o | dict(state={k: v | dict(exp_avg=v["exp_avg"][:1]) for k, v in o["state"].items()})),
+    dict(optimizer=lambda o: o | dict(state={k: dict(step=v["step"]) for k, v in o["state"].items()})), dict(recent="abc"), dict(bad=[1])],
+    ids=lambda c: f"{c}"[:30])
+def test_a_checkpoint_of_another_content_is_one_line(trained, tmp_path, change):
+    """Its checksum is right: somebody wrote it so."""
+    words, run = trained
+    shutil.copytree(run, tmp_path / "run")
+    path = tmp_path / "run/checkpoint-000001.pt"
+    state = torch.load(path, weights_only=True)
+    for key, value in change.items():
+        state[key] = value(state[key]) if callable(value) else value
+    torch.save({k: v for k, v in state.items() if v is not None}, path)
+    path.with_suffix(".json").write_text(json.dumps(dict(step=1, score=None, sha256=hashlib.sha256(path.read_bytes()).hexdigest())))
+    lora = (tmp_path / "run/pytorch_lora_weights.safetensors").read_bytes()
+    with pytest.raises(InputError, match="newest checkpoint is whole, but not of such a run") as caught:
+        call(*words, "--rounds", 2, "--out", tmp_path / "run")
+    assert "\n" not in str(caught.value) and (tmp_path / "run/pytorch_lora_weights.safetensors").read_bytes() == lora
+
+
+@pytest.fixture(scope="module")
+def trained(small, spm, tmp_path_factory):
+    """A command, and the folder of its one round."""
+    folder = tmp_path_factory.mktemp("trained")
+    (folder / "prompts.txt").write_text("\n".join(PROMPTS) + "\n")
+    words = ("spo_train", "--model", small, "--spm", spm, "--prompts", folder / "prompts.txt", *BASE)
+    call(*words, "--out", folder / "run")
+    return words, folder / "run"
+
+
+def test_a_run_of_tiny_can_be_moved(trained, tmp_path):
+    """Its folder names no place on the machine; one of before, which does, goes on all the same."""
+    words = ("spo_train", "--spm", "tiny/model/spm", *BASE[2:], "--sample_prompts", 3)
+    call(*words, "--out", tmp_path / "run")
+    config = json.loads((tmp_path / "run/config.json").read_text())
+    assert config["prompts"] == "tiny/model/train_prompts.txt" and not any(str(v).startswith("/") for k, v in config.items() if k != "out")
+    config |= dict(prompts="/elsewhere/spo/tiny/model/train_prompts.txt", start=config.pop("continue_from"))
+    (tmp_path / "run/config.json").write_text(json.dumps(config))
+    call(*words, "--rounds", 2, "--out", tmp_path / "run")
+    assert len(log_of(tmp_path / "run")) == 2
+
+
+def test_the_configuration_is_printed_before_anything_is_loaded(small, spm, prompts, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("finetune.load_pipeline", lambda *_, **__: (_ for _ in ()).throw(InputError("loading")))
+    done = command("spo_train", "--model", small, "--spm", spm, "--prompts", prompts, "--out", tmp_path / "run", "--device", "cpu")
+    assert done.returncode == 2 and "loading" in done.stderr and "threshold          0.3\n" in done.stdout
 
 
 @pytest.mark.parametrize("words, says", [

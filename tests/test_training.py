@@ -1,18 +1,34 @@
 """training.py: options, keyed random numbers, run folders, checkpoints, prompts files."""
+import ast
+import fcntl
+import functools
+import hashlib
+import importlib
+import importlib.util
+import io
 import json
 import math
 import os
+import re
 import signal
+import subprocess
+import sys
+import time
+import typing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.run
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
+
+import training
 
 from calls import Calls
-from helpers import log_of
+from helpers import ROOT, log_of
 from loading import load_pipeline
 from training import (
     Processes,
@@ -20,6 +36,7 @@ from training import (
     Stopped,
     fingerprint,
     generator,
+    lock,
     opt,
     parse_options,
     permutation,
@@ -33,6 +50,11 @@ from weights import InputError
 ALONE = Processes(0, 1, torch.device("cpu"))
 
 
+OURS = [ROOT / name for name in (
+    "training.py", "finetune.py", "calls.py", "observers.py", "needs.py", "tiny/build.py", *(f"experiments/{n}.py" for n in (
+        "alignment", "effect", "judges", "tables")))]
+
+
 # Options
 
 @dataclass
@@ -44,7 +66,8 @@ class Options:
     checkpointing: bool = opt(False, "yes or no")
     names: tuple[str, ...] = opt(("a",), "several words")
     seed_or_none: int | None = opt(None, "a number or none")
-    start: str = opt("random", "where from", ("random", "win"))
+    start: str = opt("random", "where from", ("random", "win"), old="from_where")
+    kind: str = opt("", "of which", ("", "epsilon"))
     share: float = opt(0.5, "of it", above=0, most=1)
     batch: int = opt(4, "at a time", least=1, below=9)
 
@@ -69,7 +92,7 @@ def test_kinds_of_options():
     assert parse("--checkpointing", "--steps", "3").steps == 3 and parse().checkpointing is False
     assert parse("--names", "base=", "spo=x").names == ("base=", "spo=x") and parse("--names", "b").names == ("b",)
     assert parse("--seed_or_none", "7").seed_or_none == 7 and parse("--seed-or-none", "None").seed_or_none is None
-    assert parse("--start=win").start == "win" and parse("--lr", "-1e-3").lr == -0.001
+    assert parse("--start=win").start == parse("--from_where", "win").start == "win" and parse("--lr", "-1e-3").lr == -0.001
 
 
 @pytest.mark.parametrize("words, says", [
@@ -78,6 +101,9 @@ def test_kinds_of_options():
     (("--start", "lose"), "choose one of random, win"), (("--steps",), "--steps"), (("word",), "'word'"),
     (("--lr", "nan"), "--lr nan: must be a finite number"), (("--lr=-inf",), "finite"), (("--steps", "1" + 30 * "0"), "at most 18 digits"),
     (("--steps", "9" * 5000), "whole number"), (("--share", "0"), "--share 0.0: must be above 0 and at most 1"), (("--share", "1.1"), "--share 1.1"),
+    (("--steps", "9" * 19), "at most 18 digits"), (("--steps=--",), "--steps=--: -- is no value"), (("--names=--",), "-- is no value"),
+    (("--kind", "x"), "--kind x: choose one of epsilon"), (("--learning_rate", "1"), "did you mean --lr?"), (("--batch-size=3",), "did you mean --batch?"),
+    (("--pretrained_model_name_or_path", "x"), "did you mean --model?"), (("--gradient_checkpointing",), "did you mean --checkpointing?"),
     (("--share", "nan"), "finite"), (("--batch", "0"), "must be at least 1 and below 9"), (("--batch", "9"), "--batch 9")])
 def test_mistakes_are_one_line_with_a_suggestion(words, says):
     with pytest.raises(InputError) as caught:
@@ -90,7 +116,85 @@ def test_help_shows_every_option_with_its_default(capsys):
         parse("--help")
     text = capsys.readouterr().out
     assert all(f"--{name}" in text for name in Options.__dataclass_fields__) and "100 % of it [0.0001; sdxl: 1e-05; tiny: 0.5]" in text and "one of random, win [random]" in text
-    assert "of it; above 0 and at most 1 [0.5]" in text
+    assert "of it; above 0 and at most 1 [0.5]" in text and "one of epsilon []" in text
+
+
+SCRIPTS = dict(spo_train="SPOConfig", spm_train="SPMConfig", baselines="BaselineConfig", evaluate="EvaluateConfig")
+TOO_OLD = ("--start", "--logs")         # torchrun takes them for abbreviations; they stay for whoever starts without it
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_torchrun_passes_every_option_on(script):
+    """Its parser also looks for abbreviations of its own options behind the script's name."""
+    config = getattr(importlib.import_module(script), SCRIPTS[script])
+    parser = training._parser(config, typing.get_type_hints(config), {}, "")
+    words = [word for name in parser._option_string_actions if name not in (*TOO_OLD, "--help", "-h") for word in (name, "x")]
+    assert len(words) > 60
+    assert torch.distributed.run.parse_args(["--nproc_per_node=2", script + ".py", *words]).training_script_args == words
+    for name in set(TOO_OLD) & parser._option_string_actions.keys():
+        with pytest.raises(SystemExit):
+            torch.distributed.run.parse_args(["--nproc_per_node=2", script + ".py", name, "x"])
+
+
+@pytest.mark.parametrize("script", ["experiments/alignment.py", "experiments/effect.py", "experiments/judges.py", "experiments/tables.py", "tiny/build.py"])
+@pytest.mark.parametrize("word, status", [("--help", 0), ("bogus", 2), ("--bogus", 2)])
+def test_other_scripts_start_no_work_unasked(script, word, status, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [script, word])
+    monkeypatch.setattr(sys, "path", sys.path[:])
+    monkeypatch.setattr("subprocess.run", pytest.fail)
+    spec = importlib.util.spec_from_file_location("script", ROOT / script)
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "script", module)
+    spec.loader.exec_module(module)
+    with pytest.raises(SystemExit) as caught:
+        run_script(module.main)
+    said = capsys.readouterr()
+    assert (caught.value.code or 0) == status and (said.out.startswith("usage") if not status else re.fullmatch("error: .*\n", said.err))
+
+
+@pytest.mark.parametrize("words, says", [(("--seed", "9" * 19), "at most 18 digits"), (("--device", "foo"), "--device foo"), (("--stages", "x"), "choose one of vae")])
+def test_mistakes_of_the_build_are_one_line(words, says, monkeypatch):
+    from tiny import build
+    monkeypatch.setattr(sys, "argv", ["build.py", *words])
+    with pytest.raises(InputError, match=says):
+        build.main()
+
+
+@pytest.mark.parametrize("script", ["experiments/alignment.py", "experiments/effect.py", "experiments/judges.py", "experiments/tables.py", "tiny/build.py"])
+def test_missing_packages_are_one_line(script):
+    """As of a Python outside the environment: -S leaves its packages out."""
+    done = subprocess.run([sys.executable, "-S", script, "--help"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == "" and re.fullmatch("error: .* lacks torch, .*make demo.*\n", done.stderr)
+
+
+def test_an_old_python_is_one_line():
+    words = "import sys; sys.version_info = (3, 9); sys.version = '3.9.2 (x)'; import needs"
+    done = subprocess.run([sys.executable, "-c", words], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and "lacks Python 3.11 or later (this is 3.9.2)" in done.stderr and done.stderr.count("\n") == 1
+
+
+# Processes
+
+@pytest.mark.parametrize("given", [
+    dict(WORLD_SIZE="abc", RANK="0"), dict(RANK="1"), dict(RANK="0"), dict(WORLD_SIZE="2"), dict(WORLD_SIZE="2", RANK="2"),
+    dict(WORLD_SIZE="2", RANK="-1"), dict(WORLD_SIZE="1", RANK="0", LOCAL_RANK="x")], ids=str)
+def test_surroundings_that_are_not_torchruns_are_one_line(given, monkeypatch):
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(InputError, match=f"{list(given)[0]}={list(given.values())[0]}.*: not what torchrun sets; start with torchrun, or unset"):
+        start_processes("cpu")
+
+
+@pytest.mark.parametrize("given", [{}, dict(MASTER_ADDR="127.0.0.1"), dict(MASTER_ADDR="127.0.0.1", MASTER_PORT="abc")], ids=str)
+def test_processes_without_an_address_are_one_line(given, monkeypatch):
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in (dict(WORLD_SIZE="2", RANK="0") | given).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(InputError, match="MASTER_ADDR and MASTER_PORT lead to no other process .*; start with torchrun"):
+        start_processes("cpu")
 
 
 # Random numbers
@@ -155,6 +259,77 @@ def test_write_atomic_leaves_the_old_file_on_failure(tmp_path, error):
     assert [p.name for p in (tmp_path / "new" / "folder").iterdir()] == ["such.json"]
 
 
+@pytest.mark.parametrize("mask, mode", [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600)])
+def test_files_follow_the_umask(tmp_path, mask, mode):
+    """safetensors makes files that only their owner reads."""
+    before = os.umask(mask)
+    try:
+        write_atomic(tmp_path / "a.safetensors", functools.partial(save_file, dict(a=torch.zeros(2))))
+        write_json(tmp_path / "a.json", 1)
+        run = open_run(tmp_path / "run")
+        run.log(dict(a=1))
+        run.save(1, dict(value=1))
+    finally:
+        os.umask(before)
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(files) == 7 and {path.stat().st_mode & 0o777 for path in files} == {mode}
+
+
+class Full(io.BytesIO):
+    """A file on a full disk."""
+
+    def write(self, data) -> int:
+        raise OSError(28, "No space left on device")
+
+
+def test_a_full_disk_is_called_so(tmp_path, monkeypatch):
+    """torch.save fails once more while it closes its archive, with "unexpected pos 704 vs 598"."""
+    run = open_run(tmp_path)
+    run.save(1, dict(value=1))
+    real = open
+    monkeypatch.setattr("builtins.open", lambda path, *a, **k: Full() if a == ("wb",) else real(path, *a, **k))
+    with pytest.raises(InputError, match=r"checkpoint-000002.pt: cannot be written \(No space left on device\); what was saved before is untouched$"):
+        run.save(2, dict(value=torch.zeros(9999)))
+    monkeypatch.undo()
+    assert run.resume()["value"] == 1
+
+
+def test_what_is_written_is_utf8_whatever_the_locale(tmp_path, monkeypatch):
+    """And half a character, of a file name in another code page, is spelt out."""
+    monkeypatch.setattr("locale.getpreferredencoding", lambda *_: "ascii")
+    monkeypatch.setattr("io.text_encoding", lambda encoding, *_: encoding or "ascii", raising=False)
+    training.write_text(tmp_path / "a.md", "± 提示 \udcff\n")
+    assert (tmp_path / "a.md").read_bytes() == "± 提示 \\udcff\n".encode()
+
+
+def test_every_text_file_names_its_encoding():
+    """Elsewhere than on a machine of UTF-8 these would be written, or read, in another one."""
+    nameless = [f"{path.relative_to(ROOT)}:{call.lineno}" for path in OURS for call in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+                if isinstance(call, ast.Call) and getattr(call.func, "attr", getattr(call.func, "id", "")) in ("write_text", "read_text", "open")
+                and not (isinstance(call.func, ast.Name) and call.func.id == "write_text")          # training's own
+                and not any(k.arg == "encoding" for k in call.keywords) and "Image.open" not in ast.unparse(call.func)
+                and "os.open" != ast.unparse(call.func) and "'rb" not in ast.unparse(call) and "'wb'" not in ast.unparse(call)]
+    assert not nameless
+
+
+@pytest.mark.parametrize("code_page", ["ascii", "cp1252"])
+def test_what_is_printed_survives_every_code_page(code_page, monkeypatch):
+    """A picture's path, a caption, half a character of a file name."""
+    out, errors = (io.TextIOWrapper(io.BytesIO(), encoding=code_page) for _ in range(2))
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setattr(sys, "stderr", errors)
+
+    def main():
+        print("提示/p.png ± \udcff")
+        training.warn("Привет")
+        raise InputError("一只猫: not found")
+    with pytest.raises(SystemExit) as caught:
+        run_script(main)
+    out.flush()
+    assert caught.value.code == 2 and out.buffer.getvalue().startswith(b"\\u63d0\\u793a/p.png ")
+    assert errors.buffer.getvalue().endswith(b"error: \\u4e00\\u53ea\\u732b: not found\n")
+
+
 @pytest.mark.parametrize("device", ["foo", "cuda", "cuda:0", "cuda:", "meta"])
 def test_a_device_that_is_not_there_is_one_line(device, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
@@ -190,7 +365,7 @@ def test_run_refuses_another_configuration(tmp_path):
     open_run(folder).log(dict(step=1))                                          # corrected before anything was done
     open_run(folder, rounds=9)                                                  # free
     assert json.loads(config.read_text())["rounds"] == 9
-    with pytest.raises(InputError, match=r"holds a run with other options \(lr\)"):
+    with pytest.raises(InputError, match=r"holds a run with other options \(lr 1.0, now 2.0\); choose another --out or repeat its options"):
         open_run(folder, lr=2.0)
     assert json.loads(config.read_text())["lr"] == 1.0                          # refused, not overwritten
     config.write_text(json.dumps(dict(out="x", rounds=3)))                      # from before --lr existed: it had what is the default now
@@ -211,11 +386,153 @@ def test_run_refuses_another_configuration(tmp_path):
 
 def test_what_killed_writes_left_is_swept_up(tmp_path):
     (tmp_path / "best").mkdir()
-    for name in (".lora.bin.123.tmp", "best/.lora.bin.77.tmp", "mine.tmp", ".mine.tmp"):
+    for name in (".lora.bin.123.tmp", "best/.lora.bin.77.tmp", "best/.tmpDyRXjF", "mine.tmp", ".mine.tmp"):
         (tmp_path / name).write_text("")
     open_run(tmp_path)
-    assert sorted(p.name for p in tmp_path.iterdir()) == [".mine.tmp", "best", "config.json", "mine.tmp"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".lock", ".mine.tmp", "best", "config.json", "mine.tmp"]
     assert not list((tmp_path / "best").iterdir())
+
+
+def test_the_sweep_leaves_other_runs_alone(tmp_path):
+    """Whatever lies in a folder below that is no part of this run, and a run there even if it is called as a part is."""
+    kept = [tmp_path / name for name in ("child/.checkpoint-000001.pt.99.tmp", "best/.checkpoint-000001.pt.99.tmp", "best/.lock")]
+    for path in kept:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("")
+    open_run(tmp_path)
+    assert all(path.exists() for path in kept)
+
+
+def test_two_processes_never_share_a_folder(tmp_path):
+    """Another process is refused while this one is there; a killed one has given the folder back."""
+    with pytest.raises(InputError, match="file/run: cannot be used as a run folder"):
+        (tmp_path / "file").write_text("")
+        lock(tmp_path / "file/run")
+    ready, dead = os.pipe(), tmp_path / "run"
+    child = os.fork()
+    if not child:
+        lock(dead)
+        os.write(ready[1], b"!")
+        time.sleep(60)
+        os._exit(0)
+    assert os.read(ready[0], 1) == b"!"
+    with pytest.raises(InputError, match=rf"{dead}: another process is at work in it \(.*process {child}\); wait until that ends"):
+        open_run(dead)
+    assert [p.name for p in dead.iterdir()] == [".lock"]
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    open_run(dead)
+    open_run(dead)                                  # the same process may
+
+
+def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch, capsys):
+    def none(*_):
+        raise OSError(37, "No locks available")
+    monkeypatch.setattr(fcntl, "lockf", none)
+    lock(tmp_path)
+    assert "no locks here ([Errno 37] No locks available); never start two runs" in capsys.readouterr().err
+
+
+def test_a_checkpoint_belongs_to_the_configuration_inside_it(tmp_path):
+    """Also where config.json was removed, or made to say what the new command does."""
+    open_run(tmp_path, lr=5.0).save(1, dict(value=1))
+    config = tmp_path / "config.json"
+    for content in (None, json.dumps(dict(out="", lr=2.0, rounds=3))):
+        config.unlink()
+        if content:
+            config.write_text(content)
+        with pytest.raises(InputError, match=r"holds a run with other options \(lr 5.0, now 2.0\)"):
+            open_run(tmp_path, lr=2.0)
+        assert (config.read_text() if content else config.exists()) == (content or False)
+        config.unlink(missing_ok=True)
+        assert open_run(tmp_path, lr=5.0, rounds=9).resume()["value"] == 1 and json.loads(config.read_text())["lr"] == 5.0
+
+
+def rewrite(path: Path, **changes) -> None:
+    """Another content of a checkpoint, with a checksum that is right; None takes a key out."""
+    state = torch.load(path, weights_only=True) | changes
+    torch.save({k: v for k, v in state.items() if v is not None}, path)
+    write_json(path.with_suffix(".json"), dict(step=1, score=None, sha256=hashlib.sha256(path.read_bytes()).hexdigest()))
+
+
+def test_a_checkpoint_of_before_it_held_its_configuration_resumes(tmp_path):
+    run = open_run(tmp_path)
+    run.save(1, dict(value=1))
+    rewrite(tmp_path / "checkpoint-000001.pt", config=None)
+    assert open_run(tmp_path).resume()["value"] == 1
+
+
+@pytest.mark.parametrize("change", [
+    dict(step=None), dict(step="1"), dict(step=2), dict(log_bytes=None), dict(log_bytes="x"), dict(log_bytes=-5), dict(identity=3), dict(identity=["x"])], ids=str)
+def test_another_content_under_a_right_checksum_is_one_line(tmp_path, change):
+    run = open_run(tmp_path)
+    run.log(dict(a=1))
+    run.save(1, dict(value=1))
+    rewrite(tmp_path / "checkpoint-000001.pt", **change)
+    with pytest.raises(InputError, match="its newest checkpoint is whole, but not of such a run") as caught:
+        run.resume()
+    assert "\n" not in str(caught.value) and log_of(tmp_path) == [dict(a=1)]
+
+
+@pytest.mark.parametrize("content", [[1], 3, torch.zeros(3)], ids=str)
+def test_a_checkpoint_that_is_none_is_one_line(tmp_path, content):
+    open_run(tmp_path).save(1, dict(value=1))
+    path = tmp_path / "checkpoint-000001.pt"
+    torch.save(content, path)
+    write_json(path.with_suffix(".json"), dict(step=1, sha256=hashlib.sha256(path.read_bytes()).hexdigest()))
+    with pytest.raises(InputError, match="but not of such a run"):
+        open_run(tmp_path).resume()
+
+
+@pytest.mark.parametrize("content", [b"", b"text", b"PK\x03\x04 no archive"], ids=str)
+def test_a_file_with_a_right_checksum_that_is_no_archive_is_damaged(tmp_path, content):
+    run = open_run(tmp_path)
+    run.save(1, dict(value=1))
+    run.save(2, dict(value=2))
+    path = tmp_path / "checkpoint-000002.pt"
+    path.write_bytes(content)
+    write_json(path.with_suffix(".json"), dict(step=2, sha256=hashlib.sha256(content).hexdigest()))
+    assert open_run(tmp_path).resume()["value"] == 1
+
+
+def test_moments_of_another_shape_are_refused():
+    weight = torch.nn.Parameter(torch.zeros(2, 3))
+    optimizer = torch.optim.AdamW([weight])
+    weight.grad = torch.ones(2, 3)
+    optimizer.step()
+    saved = optimizer.state_dict()
+    training.restore_optimizer(optimizer, saved)
+    saved["state"][0]["exp_avg"] = torch.zeros(3)
+    with pytest.raises(ValueError, match="moments of the shape"):
+        training.restore_optimizer(optimizer, saved)
+
+
+@dataclass
+class Renamed:
+    """The same configuration after `lr` was called otherwise, with a word of tiny's files."""
+    out: str = ""
+    rate: float = opt(1.0, "x", old="lr")
+    rounds: int = 3
+    prompts: str = "/here/tiny/model/train_prompts.txt"
+
+
+def test_old_names_and_other_places_resume(tmp_path):
+    """An option's old name in config.json and checkpoint, and the project at another place."""
+    def renamed(**options) -> Run:
+        return Run(str(tmp_path), Renamed(**options), Processes(0, 1, torch.device("cpu")), ("out", "rounds"))
+
+    open_run(tmp_path, lr=5.0).save(1, dict(value=1))
+    assert renamed(rate=5.0).resume()["value"] == 1
+    (tmp_path / "config.json").write_text(json.dumps(dict(out="", lr=5.0, rounds=3, prompts="/there/and/tiny/model/train_prompts.txt")))
+    assert renamed(rate=5.0).resume()["value"] == 1
+    assert json.loads((tmp_path / "config.json").read_text()) == dict(out="", rate=5.0, rounds=3, prompts="tiny/model/train_prompts.txt")
+    with pytest.raises(InputError, match=r"\(prompts 'tiny/model/train_prompts.txt', now 'other.txt'; rate 5.0, now 2.0\)"):
+        renamed(rate=2.0, prompts="other.txt")
+
+
+def test_the_configuration_is_printed_at_once(tmp_path, capsys):
+    open_run(tmp_path, lr=0.25)
+    assert "lr                 0.25\n" in capsys.readouterr().out
 
 
 def flip(path: Path) -> None:
@@ -353,9 +670,10 @@ def test_any_damage_is_noticed(tmp_path_factory, place, flip, cut, sidecar):
     assert state["value"].tolist() == [state["step"]] * 8 and (state["step"] == 1 or sidecar)
 
 
-def test_too_little_memory_names_the_options(capsys):
+@pytest.mark.parametrize("shape", [(1 << 60,), (1, 10 ** 17, 4, 8, 8), (10 ** 17, 10 ** 17)], ids=str)
+def test_too_little_memory_names_the_options(capsys, shape):
     def main():
-        torch.empty(1 << 60, dtype=torch.uint8)
+        torch.empty(shape, dtype=torch.uint8)
     with pytest.raises(SystemExit) as caught:
         run_script(main)
     assert caught.value.code == 2 and "--sample_batch" in capsys.readouterr().err
@@ -423,10 +741,13 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "replace", denied)
     with pytest.raises(InputError, match="Permission denied.*what was saved before is untouched"):
         run.save(1, dict(value=1))
-    assert sorted(p.name for p in run.folder.iterdir()) == ["config.json"]
+    assert sorted(p.name for p in run.folder.iterdir()) == [".lock", "config.json"]
 
 
 def test_a_log_value_may_not_be_finite(tmp_path):
-    """A diverged run can still be read."""
-    open_run(tmp_path).log(dict(loss=math.nan))
-    assert math.isnan(log_of(tmp_path)[0]["loss"])
+    """A diverged run can still be read, by every reader of JSON."""
+    open_run(tmp_path).log(dict(loss=math.nan, norms=[math.inf, 1.0], parts=dict(a=-math.inf), step=3))
+    write_json(tmp_path / "new.json", dict(a=(1.5, math.nan)))
+    assert json.loads((tmp_path / "log.jsonl").read_text(), parse_constant=pytest.fail) == dict(
+        loss=None, norms=[None, 1.0], parts=dict(a=None), step=3)
+    assert json.loads((tmp_path / "new.json").read_text(), parse_constant=pytest.fail) == dict(a=[1.5, None])

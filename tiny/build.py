@@ -7,7 +7,6 @@ The hours are estimated from single steps. Every stage is seeded, ends with a qu
 stops the build if it is missed, and writes its part of the checkpoint in the layout of an official
 one. Held-out captions (`world.split_captions`) appear in no stage.
 """
-import argparse
 import itertools
 import math
 import re
@@ -15,15 +14,17 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT)]
+import needs  # noqa: F401
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT)]
 import ddim
 from clip_spm import CLIP, CLIPConfig, preference_loss, preprocess_decoded
 from diffusion import generate
@@ -31,7 +32,7 @@ from loading import TINY, first_tokenizer, load_clip, load_pipeline
 from pairs import Pairs
 from spm_train import PRESETS, Setting, SPMConfig, accuracy_table
 from tiny import world
-from training import start_processes, write_json
+from training import opt, parse_options, run_script, start_processes, write_json, write_text
 from unet import UNet, UNetConfig
 from vae import VAE, VAEConfig
 from weights import read_json
@@ -208,7 +209,7 @@ def build_tokenizer(out: Path) -> None:
     tokens = symbols + [s + "</w>" for s in symbols] + [m.replace(" ", "") for m in merges]
     special = dict(bos_token=start, eos_token=end, pad_token=end, unk_token=end)
     write_json(out / "tokenizer/vocab.json", {t: i for i, t in enumerate([*tokens, start, end])})
-    (out / "tokenizer/merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]))
+    write_text(out / "tokenizer/merges.txt", "\n".join(["#version: 0.2", *merges, ""]))
     write_json(out / "tokenizer/special_tokens_map.json", special)
     write_json(out / "tokenizer/tokenizer_config.json", dict(
         special, tokenizer_class="CLIPTokenizer",
@@ -515,8 +516,8 @@ def pack(out: Path, device: torch.device, seed: int) -> None:
 def write_prompts(out: Path) -> None:
     """The two prompt lists, so that every script reads them like anybody's."""
     train, held = world.split_captions()
-    (out / "train_prompts.txt").write_text("".join(c.text + "\n" for c in train))
-    (out / "held_out_prompts.txt").write_text("".join(c.text + "\n" for c in held))
+    write_text(out / "train_prompts.txt", "".join(c.text + "\n" for c in train))
+    write_text(out / "held_out_prompts.txt", "".join(c.text + "\n" for c in held))
 
 
 STAGES = {
@@ -525,23 +526,26 @@ STAGES = {
 }
 
 
+@dataclass
+class BuildConfig:
+    """What to build, and where."""
+    out: str = opt(str(TINY), "folder of the checkpoint")
+    stages: tuple[str, ...] = opt(tuple(STAGES), "which parts, in this order", tuple(STAGES))
+    seed: int = opt(0, "every random number is keyed by it", least=0)
+    device: str = opt("", "cpu or cuda; empty: a GPU if there is one")
+
+
 def main() -> None:
     """Run the stages asked for, and say how long each took."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--out", default=str(TINY), help="folder of the checkpoint")
-    parser.add_argument("--stages", nargs="+", choices=list(STAGES), default=list(STAGES))
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    options = parser.parse_args()
+    options = parse_options(BuildConfig, {}, description=__doc__)
+    device = start_processes(options.device or None).device
     out = Path(options.out).resolve()
     out.mkdir(parents=True, exist_ok=True)
     write_prompts(out)
     minutes = {}
     for name in options.stages:
         begin = time.perf_counter()
-        STAGES[name](out, torch.device(options.device), options.seed)
+        STAGES[name](out, device, options.seed)
         minutes[name] = (time.perf_counter() - begin) / 60
     print("stage      minutes")
     for name, spent in minutes.items():
@@ -549,4 +553,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -16,6 +16,7 @@ Shapes of tensors: N pictures, 3 channels, S x S pixels (S = 64), values in [0, 
 import functools
 import itertools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -135,8 +136,9 @@ def render(
     vividness: torch.Tensor | None = None,
     cleanliness: torch.Tensor | None = None,
     slip: torch.Tensor | None = None,
+    only: slice = slice(None),
 ) -> torch.Tensor:
-    """Draw one picture per caption -> [N, 3, S, S] in [0, 1].
+    """Draw one picture per caption, or of all these `only` some -> [N, 3, S, S] in [0, 1].
 
     `vividness` and `cleanliness` [N] in [0, 1]; uniform if not given. `slip` [N] in [-1, 1], a
     painter who misses the hue: the share of the colour circle's next colour (< 0: the last one's).
@@ -144,7 +146,9 @@ def render(
     n = len(captions)
     vividness = torch.rand(n, generator=generator) if vividness is None else vividness
     cleanliness = torch.rand(n, generator=generator) if cleanliness is None else cleanliness
-    pool = iter(torch.rand(n * 400, generator=generator).tolist())
+    slip = torch.zeros(n) if slip is None else slip
+    places, tone, tint, blotch = chance(n, generator)
+    pool = iter(places.tolist())
     names = list(COLOURS)
     rows = torch.zeros(n, 3, 5)                         # colour, shape, x, y, radius
     rows[:, :, 3] = -1e3                                # an absent object lies far away
@@ -153,12 +157,14 @@ def render(
         for j, ((c, s), spot) in enumerate(zip(caption.objects, spots)):
             rows[i, j] = torch.tensor([names.index(c), SHAPES.index(s), *spot])
 
+    rows, tone, tint, blotch, vividness, cleanliness, slip = (
+        values[only] for values in (rows, tone, tint, blotch, vividness, cleanliness, slip))
+    n = len(rows)
     axis = torch.arange(SIZE) + 0.5
     y, x = axis[:, None], axis[None, :]
     # The ground: light, a little darker further down, with grey blotches where it is not clean.
-    tone = 0.955 + 0.03 * torch.rand(n, 1, 1, 1, generator=generator) - 0.07 * (y / SIZE)
-    tint = 0.012 * (torch.rand(n, 3, 1, 1, generator=generator) - 0.5)
-    blotch = torch.randn(n, 1, 5, 5, generator=generator)
+    tone = 0.955 + 0.03 * tone - 0.07 * (y / SIZE)
+    tint = 0.012 * (tint - 0.5)
     blotch = F.interpolate(blotch, SIZE, mode="bicubic", align_corners=True)
     blotch = blotch.clamp(-1.5, 1.5) / 3 + 0.5
     image = tone + tint - BLOTCH * (1 - cleanliness.view(n, 1, 1, 1)) * blotch
@@ -169,15 +175,21 @@ def render(
         image = image * (1 - 0.10 * ((2 - shadow) / 4).clamp(0, 1)[:, None])
         hue = rows[:, j, 0].long()
         pure = RGB[hue].view(n, 3, 1, 1)
-        if slip is not None:
-            other = RGB[(hue + slip.sign().long()) % len(RGB)].view(n, 3, 1, 1)
-            pure = pure + slip.abs().view(n, 1, 1, 1) * (other - pure)
+        other = RGB[(hue + slip.sign().long()) % len(RGB)].view(n, 3, 1, 1)
+        pure = pure + slip.abs().view(n, 1, 1, 1) * (other - pure)
         grey = pure.mean(1, keepdim=True) * 0.4 + 0.42
         strength = (PALE + (1 - PALE) * vividness).view(n, 1, 1, 1)
         light = 1 - 0.09 * ((x - cx + y - cy) / (2 * r.clamp(min=1))).clamp(-1, 1)[:, None]
         cover = (0.5 - edge).clamp(0, 1)[:, None]                       # [N, 1, S, S], anti-aliased
         image = image * (1 - cover) + cover * (grey + strength * (pure - grey)) * light
     return image.clamp(0, 1)
+
+
+def chance(n: int, generator: torch.Generator) -> tuple[torch.Tensor, ...]:
+    """Random numbers of n pictures: for places, and for the ground's tone, tint and blotches."""
+    return (*(torch.rand(*shape, generator=generator)
+              for shape in ((n * 400,), (n, 1, 1, 1), (n, 3, 1, 1))),
+            torch.randn(n, 1, 5, 5, generator=generator))
 
 
 @dataclass
@@ -370,6 +382,19 @@ def preference_pairs(
 ) -> tuple[torch.Tensor, list[str], torch.Tensor]:
     """Generic preference data: pictures uint8 [N, 2, 3, S, S], captions, labels [N] (1: the first).
 
+    As `pairs_to_paint` has them, all painted.
+    """
+    captions, paint = pairs_to_paint(count, seed, mistakes)
+    parts = [paint(i, min(i + 128, count)) for i in tqdm(
+        range(0, count, 128), desc="painting pairs", disable=count < 4000)]
+    images, labels = (torch.cat(part) for part in zip(*parts))
+    return images, captions, labels
+
+
+def pairs_to_paint(count: int, seed: int, mistakes: float = 0.35) -> tuple[list[str], Callable]:
+    """Generic preference data, painted when it is asked for: captions and a function `paint`.
+
+    `paint(first, last)` gives these pairs' pictures and labels; both are of one 128, as 0..127.
     Two painters paint each training caption with their own rendering; each gets the content wrong
     with probability `mistakes`, and half of the time misses the hue by anything up to a whole
     neighbouring colour. What the labels blend is the truth as read from the pixels.
@@ -382,13 +407,24 @@ def preference_pairs(
     painted = [mistaken(c, train, rand) if w else c for c, w in zip(asked, wrong.tolist())]
     shift, misses = torch.rand(2, 2 * count, generator=rand)
     slip = (2 * shift - 1) * (misses < 0.5)
-    images, aligned, beauty = [], [], []
-    for i in tqdm(range(0, 2 * count, 256), desc="painting pairs", disable=count < 4000):
-        drawn = render(painted[i:i + 256], rand, slip=slip[i:i + 256])
-        images.append((drawn * 255).round().byte())
-        aligned.append(alignment(images[-1] / 255, asked[i:i + 256]))
-        beauty.append(aesthetics(images[-1] / 255))
-    labels = generic_preference(
-        torch.cat(aligned).view(count, 2), torch.cat(beauty).view(count, 2), rand
-    )
-    return torch.cat(images).view(count, 2, 3, SIZE, SIZE), [c.text for c in captions], labels
+    states = []                             # of the random numbers, before each 128 pairs
+    for i in range(0, count, 128):
+        n = min(256, 2 * (count - i))
+        states.append(rand.clone_state())
+        torch.rand(2 * n, generator=rand)                           # vividness, cleanliness
+        chance(n, rand)
+
+    def paint(first: int, last: int) -> tuple[torch.Tensor, torch.Tensor]:
+        begin = first // 128 * 256
+        some, only = slice(begin, begin + 256), slice(2 * first - begin, 2 * last - begin)
+        drawn = render(painted[some], states[first // 128].clone_state(), slip=slip[some],
+                       only=only)
+        drawn = (drawn * 255).round().byte()
+        truth = torch.zeros(2, count, 2)                            # of the others: no matter
+        truth[:, first:last] = torch.stack(
+            [alignment(drawn / 255, asked[2 * first:2 * last]), aesthetics(drawn / 255)]
+        ).view(2, -1, 2)
+        return (drawn.unflatten(0, (-1, 2)),
+                generic_preference(*truth, rand.clone_state())[first:last])
+
+    return [c.text for c in captions], paint
