@@ -19,6 +19,7 @@ changes: when the preference is asked for.
 
 Shapes: N pairs or slots, S steps, C H W latent.
 """
+import needs  # noqa: F401
 import dataclasses
 import functools
 from collections.abc import Callable
