@@ -1,6 +1,6 @@
 """One self-contained page per evaluation: what got better, the pictures, the numbers, the curves.
 
-    python evaluate.py --lora base= spo=runs/spo --logs spo=runs/spo    # writes report.html, too
+    python evaluate.py --lora base= spo=runs/spo --curves spo=runs/spo  # writes report.html, too
 
 The page needs no network and no server: pictures are embedded as thumbnails, charts are SVG, a
 short script sorts, compares two models on one picture, and enlarges.
@@ -441,7 +441,7 @@ def read_logs(words: tuple[str, ...]) -> dict[str, list[dict]]:
         name, equals, source = word.partition("=")
         path = Path(source) / "log.jsonl" if os.path.isdir(source) else Path(source)
         if not equals or not name or not source or name in out:
-            raise InputError(f"--logs {word}: write name=RUNFOLDER, each name once")
+            raise InputError(f"--curves {word}: write name=RUNFOLDER, each name once")
         if not os.path.isfile(path):
             raise InputError(f"{path}: cannot be read (no such file)")
         try:

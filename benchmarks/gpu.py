@@ -117,12 +117,15 @@ class Place:
             text.flush()
             process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=text, stderr=text,
                                        start_new_session=True)
+        weigh = 0.0                                     # when its memory is looked at next
         try:
             while process.poll() is None:
-                if time.monotonic() > self.end:
+                now = time.monotonic()
+                if now > self.end:
                     raise Cut("its time was over")
-                if memory_of(process.pid) > self.ram:
-                    raise Cut(f"took more than {self.ram / 1e9:.0f} GB of the machine's memory")
+                if now > weigh and memory_of(process.pid) > self.ram:
+                    raise Cut(f"took more than {self.ram / 1e9:.1f} GB of the machine's memory")
+                weigh = now + 1 if now > weigh else weigh
                 if watch:
                     watch(process)
                 time.sleep(0.05)

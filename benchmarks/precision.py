@@ -9,10 +9,9 @@ rounding errors are, relative to what tells candidates apart, and drawn numbers 
 that would change. TF32 products are imitated by rounding a linear layer's weights and inputs to ten
 bits of mantissa. Writes benchmarks/results/precision.json.
 """
-import itertools
 import sys
 import time
-from dataclasses import replace
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -21,17 +20,17 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT)]
-from clip_spm import CLIP, clip_h
+from clip_spm import CLIP, clip_h, preprocess_decoded
 from diffusion import encode_empty, encode_prompts, judge_features, negative
 from loading import DTYPES, TINY, load_clip, load_pipeline
 from prompt_sets import read_prompts
-from spo_train import PRESETS, Batch, Judge, SPOConfig, choose_pair, load_judge, sample_pools
+from spo_train import PRESETS, Batch, SPOConfig, choose_pair, load_judge, sample_pools
 from training import generator, run_script, write_json
+from vae import VAE
 
 PROMPTS, CHUNK, PICTURES, DRAWN = 128, 32, 6, 200_000
 KINDS = ("fp32", "tf32", "fp16", "bf16")
-CHOICES = [(decoder, judge) for decoder, judge in itertools.product(KINDS, KINDS)
-           if decoder != "tf32"]
+DECODERS = ("fp32", "fp16", "bf16")
 
 
 def rounded(values: torch.Tensor) -> torch.Tensor:
@@ -51,54 +50,51 @@ def in_precision(clip: CLIP, kind: str) -> CLIP:
 
 
 class Compared:
-    """An observer of pools: every choice's pairs, and its flags, beside those in fp32."""
+    """An observer of pools: the pairs and flags of every choice, beside those in fp32."""
 
-    def __init__(self, judges: dict[tuple[str, str], Judge], texts: dict[str, torch.Tensor]):
-        self.judges, self.texts = judges, texts
+    def __init__(self, vaes: dict[str, VAE], clips: dict[str, CLIP]):
+        self.vaes, self.clips = vaes, clips
+        self.texts: dict[str, torch.Tensor] = {}            # of the batch, in each precision
         self.pools = 0
-        self.other = {choice: [0, 0] for choice in judges}          # pairs, flags
+        self.pairs, self.flags = Counter(), Counter()       # how many are other ones
 
     def __call__(self, pool, batch) -> None:
         self.pools += len(pool.scores)
-        for (decoder, kind), judge in self.judges.items():
-            scores = judge(pool.x0, pool.t, self.texts[kind])
-            win, lose, valid = choose_pair(scores, 0.1, "best-worst", pool.uniform[:, 1:])
-            changed = self.other[decoder, kind]
-            changed[0] += int(((win != pool.win) | (lose != pool.lose)).sum())
-            changed[1] += int((valid != pool.valid).sum())
+        latents, shape = pool.x0.flatten(0, 1), pool.scores.shape
+        timestep = torch.full((len(latents),), pool.t)
+        for decoder, vae in self.vaes.items():
+            pictures = vae.decode(latents.to(vae.quant_conv.weight.dtype)).float()
+            for kind, clip in self.clips.items():
+                pixels = preprocess_decoded(pictures, clip.config.vision.image_size)
+                features = clip.image_features(pixels, timestep).unflatten(0, shape)
+                scores = clip.score(features, self.texts[kind][:, None])
+                win, lose, valid = choose_pair(scores, 0.1, "best-worst", pool.uniform[:, 1:])
+                other = (win != pool.win) | (lose != pool.lose)
+                self.pairs[decoder, kind] += int(other.sum())
+                self.flags[decoder, kind] += int((valid != pool.valid).sum())
 
 
 def tiny_model() -> dict:
     """{decoder, judge: share of pools with another pair, share of flags turned}."""
     config = SPOConfig(**PRESETS["tiny"])
     pipe = load_pipeline("tiny")
-    plain = load_judge(config, pipe)
-    decoders = {kind: load_pipeline("tiny", DTYPES[kind]).vae for kind in KINDS if kind != "tf32"}
-    clips = {kind: in_precision(load_clip(str(TINY / "spm")), kind) for kind in KINDS}
-
-    def judge(decoder: str, kind: str) -> Judge:
-        vae, clip = decoders[decoder], clips[kind]
-        return Judge(clip, lambda latents: vae.decode(latents.to(DTYPES[decoder])).float(),
-                     clip.image_features, config.decode_batch)
-
-    empty, totals = encode_empty(pipe), Compared({}, {})
+    judge, empty = load_judge(config, pipe), encode_empty(pipe)
+    compared = Compared(
+        {kind: load_pipeline("tiny", vae_dtype=DTYPES[kind]).vae for kind in DECODERS},
+        {kind: in_precision(load_clip(str(TINY / "spm")), kind) for kind in KINDS})
     prompts = read_prompts(str(TINY / "train_prompts.txt"), PROMPTS)
     for begin in tqdm(range(0, PROMPTS, CHUNK), "pools"):
         part = prompts[begin:begin + CHUNK]
         cond = encode_prompts(pipe, part)
-        texts = {kind: judge_features(pipe, clip, part) for kind, clip in clips.items()}
-        compared = Compared({choice: judge(*choice) for choice in CHOICES}, texts)
-        batch = Batch(cond, negative(pipe, cond, empty), judge_features(pipe, plain.clip, part),
+        compared.texts = {k: judge_features(pipe, clip, part) for k, clip in compared.clips.items()}
+        batch = Batch(cond, negative(pipe, cond, empty), judge_features(pipe, judge.clip, part),
                       [generator(0, "precision", begin + i) for i in range(len(part))])
-        sample_pools(pipe, replace(plain), batch, config, [compared])
-        totals.pools += compared.pools
-        for choice, (pairs, flags) in compared.other.items():
-            had = totals.other.setdefault(choice, [0, 0])
-            totals.other[choice] = [had[0] + pairs, had[1] + flags]
-    return dict(pools=totals.pools, choices={
-        f"{decoder} decoder, {kind} judge": dict(pairs=pairs / totals.pools,
-                                                 flags=flags / totals.pools)
-        for (decoder, kind), (pairs, flags) in totals.other.items()})
+        sample_pools(pipe, judge, batch, config, [compared])
+    n = compared.pools
+    return dict(pools=n, choices={
+        f"{decoder} decoder, {kind} judge": dict(pairs=compared.pairs[decoder, kind] / n,
+                                                 flags=compared.flags[decoder, kind] / n)
+        for decoder in DECODERS for kind in KINDS})
 
 
 @torch.no_grad()

@@ -48,6 +48,7 @@ def test_links_lead_somewhere(page):
         assert path.startswith(("http:", "https:")) or (page.parent / path).exists(), path
 
 
+@pytest.mark.filterwarnings("ignore")       # setuptools' own, which pytest-xdist cannot hand on
 def test_pip_installs_everything(tmp_path, monkeypatch):
     """`pip install .`: a wheel holds every component and the tiny model, and nothing that is not committed as source."""
     build = pytest.importorskip("setuptools.build_meta")

@@ -105,7 +105,7 @@ def evaluated(tmp_path_factory):
     lora = f"spo={folder / 'run'}"
     call("evaluate", "--trace", PROMPTS[0], "--lora", lora, "--out", folder / "out")
     call("evaluate", "--lora", "base=", lora, "--prompts", prompts, "--metrics", "pickscore", "--steps", 2, "--images_per_prompt", 2,
-         "--out", folder / "out", "--logs", lora, "--study", folder / "study.html", "--seed", 3)
+         "--out", folder / "out", "--curves", lora, "--study", folder / "study.html", "--seed", 3)
     return folder
 
 

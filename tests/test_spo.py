@@ -616,7 +616,7 @@ def test_a_model_of_ones_own_gets_the_settings_of_its_kind(sd, sdxl, tmp_path):
         small = fit_memory(parse(*low), spo_train.PRESETS, torch.device("cpu"), low)
         assert small.preset == want and small.train_batch == LOW.get(want, LOW[""])["train_batch"]
         assert {"tiny": "tiny/model/spm", "sd15": "sd-v1-5_step", "sdxl": "/sdxl_step"}[want] in judge_source(config.model, config.preset, config.judge)
-    with pytest.raises(InputError, match="--preset mine: choose one of , tiny, sd15, sdxl"):
+    with pytest.raises(InputError, match="--preset mine: choose one of tiny, sd15, sdxl"):
         parse("--preset", "mine")
 
 
