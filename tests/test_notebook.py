@@ -6,12 +6,12 @@ import json
 import re
 import signal
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
-from helpers import ROOT
-
+ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOK = ROOT / "docs/walkthrough.ipynb"
 SIZES = "ROUNDS, PER_ROUND, VALIDATION = 4, 16, 32"     # of the training at the end
 
@@ -84,7 +84,7 @@ def test_it_finds_the_project(folder, monkeypatch):
     monkeypatch.setattr(sys, "path", [*sys.path])
     found: dict = {}
     exec(source(cells("code")[0]), found)
-    assert found["ROOT"] == ROOT == type(ROOT)(sys.path[0])
+    assert found["ROOT"] == ROOT == Path(sys.path[0])
 
 
 def test_the_notebook_runs(monkeypatch):
