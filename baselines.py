@@ -19,6 +19,7 @@ changes: when the preference is asked for.
 
 Shapes: N pairs or slots, S steps, C H W latent.
 """
+import needs  # noqa: F401
 import dataclasses
 import functools
 from collections.abc import Callable
@@ -335,8 +336,9 @@ def train_offline(config: BaselineConfig, run: Run, processes: Processes) -> Non
     captions, listed = [data.captions[i] for i in used], run.folder / "unreadable.txt"
     known = fingerprint([str(labels[i]) for i in used])
     with Trainer(config, run, pipe, captions, None, config.method, pair_labels=known) as trainer:
-        before = listed.read_text(encoding="utf-8") if trainer.begin and listed.exists() else ""
-        unreadable = {why: why for why in before.splitlines()}
+        resumed = trainer.rounds.done and listed.exists()
+        before = listed.read_text(encoding="utf-8").splitlines() if resumed else []
+        unreadable = {why: why for why in before}
         for turn in trainer.turns():
             stats, broken = offline_round(trainer, data, used, turn)
             if broken:

@@ -18,6 +18,7 @@
 
 The defaults are the paper's protocol (DDIM, 20 steps, guidance 5); it is written into every result.
 """
+import needs  # noqa: F401
 import datetime
 import hashlib
 import os

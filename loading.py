@@ -325,7 +325,7 @@ def load_judging(named: str, source: str, dtype: torch.dtype, pipe: Pipeline,
     """A CLIP to judge the pictures of `pipe`, whose words it must know; `named` by this option."""
     with option(named):
         clip = load_clip(source, dtype, pipe.device, step_aware=step_aware)
-        check_vocabulary(pipe.tokenizers[0], clip.config.text.vocab_size, source)
+    check_vocabulary(pipe.tokenizers[0], clip.config.text.vocab_size, f"--{named} {source}")
     return clip
 
 

@@ -18,6 +18,7 @@ Files in four formats are read; the first and the last are written:
        A1111)           module as underscores, also in the original layout's names,
                         input_blocks_4_1_...
 """
+import needs  # noqa: F401
 import argparse
 import contextlib
 import json

@@ -10,6 +10,7 @@ on the very same inputs.
 
 Shapes: N pairs, C H W latent, L tokens, S x S pixels of the CLIP, M models.
 """
+import needs  # noqa: F401
 import dataclasses
 import functools
 import math
@@ -364,11 +365,12 @@ class Trainer:
         self.unreadable: dict[int, str] = state.get("unreadable", {})       # pair -> why
         self.skipped = state.get("skipped", 0)                              # optimizer steps
         if state:
-            for clip, weights in zip(self.models.values(), state["models"], strict=True):
-                clip.load_state_dict(weights)
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.scaler.load_state_dict(state.get("scaler") or self.scaler.state_dict())
-            self.rounds.restore(state)
+            with run.restoring():
+                for clip, weights in zip(self.models.values(), state["models"], strict=True):
+                    clip.load_state_dict(weights)
+                self.optimizer.load_state_dict(state["optimizer"])
+                self.scaler.load_state_dict(state.get("scaler") or self.scaler.state_dict())
+                self.rounds.restore(state)
 
     def update(self, found: Found, step: int) -> dict:
         """Sum the gradients over the processes, clip, and update -> what the log says.

@@ -15,6 +15,7 @@ One round:
 Shapes: B prompts, K candidates, J inner steps, G pools of a trajectory, S steps that give pairs,
 C H W latent, L tokens, D width, P width of the judge's features, N pairs.
 """
+import needs  # noqa: F401
 import dataclasses
 import functools
 import math

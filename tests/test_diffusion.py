@@ -738,7 +738,7 @@ def test_a_judge_of_another_vocabulary_is_refused(small, pickscore, tmp_path, pr
     spm_train.save_spm(clip_spm.make_step_aware(other), tmp_path / "spm")
     for script, words in (("spo_train", ["--spm", tmp_path / "spm", "--prompts", prompts]), ("spm_train", ["--pickscore", tmp_path / "pickscore"])):
         done = command(script, "--model", small, *words, "--out", tmp_path / script, "--dtype", "fp32", "--device", "cpu")
-        assert done.returncode == 2 and "579 tokens" in done.stderr and "1000: they belong to different models" in done.stderr, done.stderr
+        assert done.returncode == 2 and "579 tokens" in done.stderr and f"{tmp_path}/{words[0][2:]} 1000: they belong to different models" in done.stderr, done.stderr
 
 
 # ftfy

@@ -195,10 +195,10 @@ def perturb(pipe, size: float, seed: int = 0) -> None:
 
 
 def test_pairs_have_fixed_slots(parts):
-    pairs = sample(parts, t_max=751, j=2)                   # 665, 499 | 333, 167 | 1
-    assert pairs.x_t.shape == pairs.x_next.shape == (7, 5, 2, 4, 8, 8) and pairs.valid.shape == (7, 5) and pairs.scores.shape == (7, 3, 3)
+    pairs = sample(parts, t_max=751, j=2)                   # 665, 499 | 333, 167, 1: the last step joins
+    assert pairs.x_t.shape == pairs.x_next.shape == (7, 5, 2, 4, 8, 8) and pairs.valid.shape == (7, 5) and pairs.scores.shape == (7, 2, 3)
     assert torch.isfinite(pairs.x_next).all() and pairs.scores.std() > 0
-    group = [0, 0, 1, 1, 2]
+    group = [0, 0, 1, 1, 1]
     best, worst = pairs.scores.amax(-1)[:, group], pairs.scores.amin(-1)[:, group]
     assert torch.equal(pairs.valid, torch.tanh((best - worst) / 2) > 0.0)
 

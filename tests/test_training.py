@@ -155,7 +155,7 @@ def test_mistakes_of_the_build_are_one_line(words, says, monkeypatch):
         build.main()
 
 
-@pytest.mark.parametrize("script", ["experiments/alignment.py", "experiments/effect.py", "experiments/judges.py", "experiments/tables.py", "tiny/build.py"])
+@pytest.mark.parametrize("script", ["spo_train.py", "spm_train.py", "baselines.py", "evaluate.py", "lora.py", "experiments/alignment.py", "experiments/effect.py", "experiments/judges.py", "experiments/tables.py", "tiny/build.py"])
 def test_missing_packages_are_one_line(script):
     """As of a Python outside the environment: -S leaves its packages out."""
     done = subprocess.run([sys.executable, "-S", script, "--help"], cwd=ROOT, capture_output=True, text=True)
