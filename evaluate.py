@@ -52,6 +52,7 @@ from loading import (
     SDXL_VAE,
     TINY,
     Pipeline,
+    build,
     check_schedule,
     clip_file,
     first_tokenizer,
@@ -71,9 +72,11 @@ from training import (
     opt,
     parse_options,
     run_script,
+    sha256,
     start_processes,
     write_atomic,
     write_json,
+    write_text,
     writing,
 )
 from unet import UNet
@@ -81,11 +84,11 @@ from weights import (
     InputError,
     clean,
     fetch,
+    find_weights,
     load_strict,
     preset_of,
     read_json,
     read_weights,
-    weight_file,
 )
 
 
@@ -172,11 +175,8 @@ def candidate_file(source: str) -> Path:
     path = fetch(source, ["unet/*.safetensors*", "diffusion_pytorch_model*.safetensors*",
                           "pytorch_lora_weights.safetensors", "unet/adapter_config.json",
                           "scheduler/*"])
-    if (path / "unet").is_dir() and not (path / "unet/adapter_config.json").is_file():
-        return weight_file(path / "unet")
-    if any(path.glob("diffusion_pytorch_model*")):
-        return weight_file(path)
-    return path if path.is_file() else lora.file_in(source, path)
+    unet = find_weights(path / "unet") or find_weights(path)
+    return unet or (path if path.is_file() else lora.file_in(source, path))
 
 
 def wear(pipe: Pipeline, source: str) -> None:
@@ -191,8 +191,7 @@ def wear(pipe: Pipeline, source: str) -> None:
         for folder in Path(file).resolve().parents[:2]:
             check_schedule(folder, pipe)
         own = next(pipe.unet.parameters())
-        with torch.device("meta"):
-            unet = UNet(pipe.unet.config)
+        unet = build(UNet, pipe.unet.config, Path(file))
         pipe.unet = load_strict(unet, clean(weights), source, own.dtype, own.device)
     elif source:
         try:
@@ -215,19 +214,18 @@ def find_images(folder: str, count: int) -> dict[str, list[Path]]:
 
     The base comes first. Raises InputError unless there are `count` pictures of every name.
     """
-    if not os.path.isdir(folder):
-        raise InputError(f"--images {folder}: no such folder")
-    homes = sorted(Path(folder).iterdir(), key=lambda p: (p.name != "base", p.name))
+    def place(path: Path) -> list[str | int]:
+        return [int(part) if i % 2 else part
+                for i, part in enumerate(re.split(r"(\d+)", path.name))]
+
+    homes = sorted(Path(folder).glob("*/"), key=lambda p: (p.name != "base", p.name))
     files = {home.name: sorted((p for p in home.iterdir()
-                                if p.suffix.lower() in SUFFIXES and p.is_file()),
-                               key=lambda p: [int(part) if i % 2 else part for i, part in
-                                              enumerate(re.split(r"(\d+)", p.name))])
-             for home in homes if home.is_dir()}
-    wrong = next((f"{name} holds {len(paths)}" for name, paths in files.items()
-                  if len(paths) != count), None if files else "holds no folder of")
-    if wrong:
-        raise InputError(f"--images {folder}: {wrong} pictures, the prompts ask for {count} "
-                         "(--images_per_prompt, --limit)")
+                                if p.suffix.lower() in SUFFIXES and p.is_file()), key=place)
+             for home in homes}
+    wrong = [f"{name} holds {len(paths)}" for name, paths in files.items() if len(paths) != count]
+    if wrong or not files:
+        raise InputError(f"--images {folder}: {[*wrong, 'holds no folder of'][0]} pictures, "
+                         f"the prompts ask for {count} (--images_per_prompt, --limit)")
     return files
 
 
@@ -424,27 +422,21 @@ def group_tables(by_group: dict[str, dict[str, dict[str, float]]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def weight_files(source: str) -> list[Path]:
-    """A candidate's files: its weights, shards if they are an index, peft's configuration."""
-    shards = read_json(source)["weight_map"].values() if source.endswith(".json") else []
-    names = (Path(source).name, *sorted(set(shards)), "adapter_config.json")
-    files = [Path(source).parent / name for name in names]
-    return [file for file in files if source and file.is_file()]
-
-
 def digest(paths: list[Path]) -> str:
-    """SHA-256 over the contents of files."""
-    total = hashlib.sha256()
-    for path in paths:
-        with open(path, "rb") as handle:
-            total.update(hashlib.file_digest(handle, "sha256").digest())
-    return total.hexdigest()
+    """SHA-256 over those of the files that there are."""
+    found = [bytes.fromhex(sha256(path)) for path in paths if path.is_file()]
+    return hashlib.sha256(b"".join(found)).hexdigest()
 
 
 def worn_by(source: str) -> str:
-    """By what a candidate's pictures are known: its files' contents, and its strength."""
+    """By what a candidate's pictures are known: its files' contents, and its strength.
+
+    Its files: the weights, shards if they are an index, peft's configuration.
+    """
     file, scale = strength(source)
-    return digest(weight_files(file)) + (f"@{scale}" if scale != 1 else "")
+    shards = read_json(file)["weight_map"].values() if file.endswith(".json") else []
+    names = (Path(file).name, *sorted(set(shards)), "adapter_config.json") if file else ()
+    return digest([Path(file).parent / n for n in names]) + (f"@{scale}" if scale != 1 else "")
 
 
 def claim(folder: Path, identity: dict, processes: Processes) -> None:
@@ -505,8 +497,8 @@ def draw_trajectories(pipe: Pipeline, models: dict[str, str], config: EvaluateCo
                       folder: Path) -> None:
     """Draw one SPO trajectory per candidate with the settings that the model is trained with."""
     preset = preset_of(config.model)
-    own = dict(model=config.model, preset=preset, spm=config.spm, dtype=config.dtype)
-    settings = spo_train.SPOConfig(**(spo_train.PRESETS[preset] | own))
+    settings = spo_train.SPOConfig(**(spo_train.PRESETS[preset] | dict(
+        model=config.model, preset=preset, spm=config.spm, dtype=config.dtype)))
     judge = spo_train.load_judge(settings, pipe)
     for name, source in models.items():
         wear(pipe, source)
@@ -612,7 +604,7 @@ def write_results(config: EvaluateConfig, protocol: dict, chosen: PromptSet,
         table(results, list(formulas)), group_tables(by_group) if groups else "",
         ", ".join(f"{k} {v}" for k, v in protocol.items()),
         *(f"- {m}: {formula}" for m, formula in formulas.items()), ""])
-    write_atomic(folder / "results.md", lambda p: p.write_text(text, encoding="utf-8"))
+    write_text(folder / "results.md", text)
     columns = min(12, len(prompts))             # same prompt and seed below each other
     save_png(folder / "grid.png", grid(
         load_images([path for paths in files.values() for path in paths[:columns]]), columns,
@@ -680,8 +672,7 @@ def main() -> None:
     if config.images:
         claim(folder, dict(protocol, lora={}), processes)
     else:
-        base = fingerprint(*pipe.identity)
-        claim(folder, dict(protocol, base=base, lora={
+        claim(folder, dict(protocol, base=fingerprint(*pipe.identity), lora={
             name: worn_by(source) for name, source in models.items()}), processes)
         todo = undrawn(models, len(prompts), processes, folder / "images")
         if any(todo.values()):

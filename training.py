@@ -627,7 +627,7 @@ class Run:
                 with open(temporary, "wb") as handle:   # so that a full disk is said to be one
                     torch.save(state, handle)
                 write_json(path.with_suffix(".json"),
-                           dict(step=step, score=score, sha256=_sha256(temporary)))
+                           dict(step=step, score=score, sha256=sha256(temporary)))
 
             write_atomic(path, write)
             scores = self._scores()
@@ -809,7 +809,8 @@ class Rounds:
         sys.exit(128 + (self.processes.stop or signal.SIGTERM))
 
 
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
+    """Of a file's contents, in hexadecimal."""
     with open(path, "rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
@@ -822,7 +823,7 @@ def _damage(path: Path) -> str:
         return "its .json is missing"
     except (ValueError, KeyError, TypeError, RecursionError):
         return "its .json is damaged"
-    if _sha256(path) != expected:
+    if sha256(path) != expected:
         return "checksum differs"
     try:
         torch.load(path, map_location="cpu", weights_only=True, mmap=True)
