@@ -340,12 +340,12 @@ def learning_rate(step: int, config: SPMConfig) -> float:
 
     `released` is DeepSpeed's WarmupDecayLR as the official training runs it: nothing at step 0.
     """
-    if config.rate == "released":
-        if step < config.warmup:
-            return config.lr * math.log(step + 1) / math.log(max(config.warmup, 2))
-        return config.lr * (config.steps - step) / max(config.steps - config.warmup, 1)
-    lr = config.lr * min(1.0, (step + 1) / max(config.warmup, 1))
-    return lr * (1 - step / config.steps) if config.rate == "linear" else lr
+    lr, steps, warmup = config.lr, config.steps, config.warmup
+    warmed = lr * min(1.0, (step + 1) / max(warmup, 1))
+    return dict(
+        released=lr * math.log(step + 1) / math.log(max(warmup, 2)) if step < warmup else
+        lr * (steps - step) / max(steps - warmup, 1),
+        linear=warmed * (1 - step / steps), constant=warmed)[config.rate]
 
 
 class Trainer:
@@ -384,8 +384,8 @@ class Trainer:
         broken = torch.tensor([float(len(found.broken))], device=processes.device)
         processes.sum([p.grad for p in weights] + [found.stats, broken])
         if broken.item():
-            broken = processes.union(found.broken)
-            self.unreadable = list_unreadable(self.unreadable, broken, self.run)
+            self.unreadable = list_unreadable(self.unreadable, processes.union(found.broken),
+                                              self.run)
         self.scaler.unscale_(self.optimizer)
         norms = [float(torch.nn.utils.clip_grad_norm_(list(clip.parameters()), config.clip_norm))
                  for clip in models.values()]
