@@ -84,11 +84,11 @@ from weights import (
     InputError,
     clean,
     fetch,
-    find_weights,
     load_strict,
     preset_of,
     read_json,
     read_weights,
+    weight_file,
 )
 
 
@@ -175,8 +175,11 @@ def candidate_file(source: str) -> Path:
     path = fetch(source, ["unet/*.safetensors*", "diffusion_pytorch_model*.safetensors*",
                           "pytorch_lora_weights.safetensors", "unet/adapter_config.json",
                           "scheduler/*"])
-    unet = find_weights(path / "unet") or find_weights(path)
-    return unet or (path if path.is_file() else lora.file_in(source, path))
+    if (path / "unet").is_dir() and not (path / "unet/adapter_config.json").is_file():
+        return weight_file(path / "unet")
+    if any(path.glob("diffusion_pytorch_model*")):
+        return weight_file(path)
+    return path if path.is_file() else lora.file_in(source, path)
 
 
 def wear(pipe: Pipeline, source: str) -> None:
@@ -557,11 +560,9 @@ def lone_tokenizer(config: EvaluateConfig, sources: dict):
              and not (name.startswith("hpsv2") and sources[name][1])]
     if not needy:
         return None
-    try:
+    with option(f"metrics {needy[0]}: reads prompts by the tokenizer of --model or "
+                "--tokenizer FOLDER, else the official one;"):
         return first_tokenizer(config.model, config.tokenizer)
-    except InputError as error:
-        raise InputError(f"--metrics {needy[0]}: reads prompts by the tokenizer of --model or "
-                         f"--tokenizer FOLDER, else the official one; {error}") from None
 
 
 def describe(config: EvaluateConfig, chosen: PromptSet, pipe: Pipeline | None) -> dict:

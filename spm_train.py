@@ -154,8 +154,8 @@ class Setting:
         """[N] of these pairs, on the device: people's, or PickScore's."""
         if self.config.labels == "human":
             return upload(self.pairs.label[index], self.pipe.device)
-        ids = upload(self.ids[index], self.pipe.device)
-        return relabel(self.pickscore, images, self.pickscore.text_features(ids))
+        return relabel(self.pickscore, images, self.pickscore.text_features(
+            upload(self.ids[index], self.pipe.device)))
 
 
 @torch.no_grad()
@@ -559,9 +559,9 @@ def main() -> None:
     if isinstance(config.validation, int):
         held, used = hold_out(pairs, config.validation, config.seed)
     else:
-        others = load_pairs(config.validation, side, splits=VALIDATION)
-        judged = Setting(pipe, pickscore, others, config, processes)
-        held, used = list(range(len(others.captions))), set(range(len(pairs.captions)))
+        judged = Setting(pipe, pickscore, load_pairs(config.validation, side, splits=VALIDATION),
+                         config, processes)
+        held, used = list(range(len(judged.ids))), set(range(len(setting.ids)))
     trainer = Trainer(setting, run, len(used))
     models, rounds = trainer.models, trainer.rounds
     if config.compile:

@@ -283,10 +283,9 @@ def find_things(images: torch.Tensor) -> list[list[Thing]]:
 
 def fulfils(things: list[Thing], caption: Caption) -> bool:
     """True if exactly the caption's objects are there and stand as it says."""
-    if sorted((t.colour, t.shape) for t in things) != sorted(caption.objects):
-        return False
-    if caption.kind != "relation":
-        return True
+    same = sorted((t.colour, t.shape) for t in things) == sorted(caption.objects)
+    if not same or caption.kind != "relation":
+        return same
     first, second = (next(t for t in things if (t.colour, t.shape) == o) for o in caption.objects)
     return stands(first, second, caption.relation)
 
