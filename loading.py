@@ -163,9 +163,9 @@ def _fill_vae(vae: VAE, weights: dict, file: Path, dtype: torch.dtype,
     Channels last on a CPU, where all of it is convolutions: about 1.8 times as fast. On a GPU that
     is faster only once compiled; for a CPU's UNet it makes no difference.
     """
-    tensors = take(weights, "first_stage_model.") or weights
-    tensors = rename(vae, tensors, lambda key: original_vae_name(
-        key, len(vae.config.block_out_channels)))
+    levels = len(vae.config.block_out_channels)
+    tensors = rename(vae, take(weights, "first_stage_model.") or weights,
+                     lambda key: original_vae_name(key, levels))
     load_strict(vae, clean(tensors), file, dtype, device, weights)
     if device.type == "cpu":
         vae.to(memory_format=torch.channels_last)
@@ -304,8 +304,8 @@ def load_clip(source: str, dtype: torch.dtype = torch.float32,
     if step_aware not in (None, knows):
         raise InputError(f"{source}: is {'an SPM, which is' if knows else 'not'} step-aware; "
                          f"{'an SPM' if step_aware else 'PickScore or another CLIP'} is wanted")
-    clip = build(CLIP, replace(config, step_aware=knows), beside)
-    return load_strict(clip, weights, file, dtype, device)
+    return load_strict(build(CLIP, replace(config, step_aware=knows), beside), weights, file,
+                       dtype, device)
 
 
 def load_judging(named: str, source: str, dtype: torch.dtype, pipe: Pipeline,
@@ -346,8 +346,8 @@ def load_tiny_decoder(source: str, pipe: Pipeline,
         if ours != theirs:
             raise InputError(
                 f"{source}: a decoder with {ours} {what}, but {pipe.name} has {theirs}")
-    weights = original_tiny_decoder(read_weights(file, "decoder"))
-    load_strict(decoder, weights, file, dtype, pipe.device)
+    load_strict(decoder, original_tiny_decoder(read_weights(file, "decoder")), file, dtype,
+                pipe.device)
     return decoder.to(memory_format=torch.channels_last)
 
 
@@ -458,16 +458,18 @@ def _single_file(path: Path, dtype: torch.dtype, device: torch.device, tokenizer
     none yet.
     """
     weights = {k: v for k, v in read_weights(path, path.name).items() if not k.startswith(SPARE)}
-    if not any(key.startswith("model.diffusion_model.") for key in weights):
-        raise InputError(f"{path}: no model.diffusion_model.* tensors; not a Stable Diffusion "
-                         "checkpoint in the original layout; "
-                         f"the file looks like {layout(weights)}")
-    if own_vae and not any(key.startswith("first_stage_model.") for key in weights):
-        raise InputError(f"{path}: has no VAE (first_stage_model.*); give one with --vae")
     foreign = [key for key in weights if key.startswith(("edm_", "ztsnr"))]
-    if foreign:
-        raise InputError(f"{path}: trained with another noise process (EDM, or a zero-terminal-SNR "
-                         f"schedule), not supported; the file says so by {foreign[0]}")
+    faults = {
+        "no model.diffusion_model.* tensors; not a Stable Diffusion checkpoint in the original "
+        f"layout; the file looks like {layout(weights)}":
+            not any(key.startswith("model.diffusion_model.") for key in weights),
+        "has no VAE (first_stage_model.*); give one with --vae":
+            own_vae and not any(key.startswith("first_stage_model.") for key in weights),
+        "trained with another noise process (EDM, or a zero-terminal-SNR schedule), not supported; "
+        f"the file says so by {', '.join(foreign)}": foreign}
+    for fault, there in faults.items():
+        if there:
+            raise InputError(f"{path}: {fault}")
     with blaming(path):
         schedule = ddim.Schedule.from_json(dict(
             SCHEDULER, prediction_type=prediction_type or marked_prediction(path, weights)))
@@ -502,10 +504,10 @@ def _folder(source: str, root: Path, dtype: torch.dtype, device: torch.device,
     vae, vae_file = _planned(VAE, VAEConfig, root / "vae")
     if "vae" in other:
         vae, vae_file = _planned(VAE, VAEConfig, other["vae"], vae.config)
-    zero = index.get("force_zeros_for_empty_prompt", len(names) > 1)        # diffusers' default
     schedule = read_schedule(root, prediction_type)
     encoders = [clip for clip, _ in texts]
-    pipe = Pipeline(source, _tokenizers(root, encoders), encoders, unet, vae, schedule, bool(zero),
+    pipe = Pipeline(source, _tokenizers(root, encoders), encoders, unet, vae, schedule,
+                    bool(index.get("force_zeros_for_empty_prompt", len(names) > 1)),    # diffusers'
                     device=device)
     _check_fit(pipe, source)
     for n, (clip, file) in zip(names, texts):

@@ -91,10 +91,9 @@ class LoRALinear(nn.Module):
         else:
             self.lora_A = nn.Linear(inner, rank, **kind)
             self.lora_B = nn.Linear(rank, outer, **kind)
-        with torch.no_grad():           # drawn on the CPU: the same start on every device
-            start = torch.randn(self.lora_A.weight.shape, generator=generator)
-            self.lora_A.weight.copy_(start / rank)
-            self.lora_B.weight.zero_()
+        start = torch.randn(self.lora_A.weight.shape, generator=generator)
+        self.lora_A.weight.data.copy_(start / rank)     # drawn on the CPU: the same on every device
+        nn.init.zeros_(self.lora_B.weight)
         self.rank, self.alpha, self.scaling = rank, alpha, alpha / rank
         self.enabled = True
 
@@ -177,8 +176,8 @@ def state(model: nn.Module) -> dict[str, torch.Tensor]:
     out = {}
     for name, layer in layers(model).items():       # the format carries no alpha: fold it into B
         b = (layer.lora_B.weight * layer.scaling).detach().cpu().contiguous()
-        out[f"unet.{name}.lora_B.weight"] = b
-        out[f"unet.{name}.lora_A.weight"] = layer.lora_A.weight.detach().cpu().clone()
+        a = layer.lora_A.weight.detach().cpu().clone()
+        out |= {f"unet.{name}.lora_B.weight": b, f"unet.{name}.lora_A.weight": a}
     return out
 
 
@@ -188,8 +187,9 @@ def to_kohya(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     for key, value in weights.items():
         module, part = re.fullmatch(r"unet\.(.+)\.lora_([AB])\.weight", key).groups()
         name = "lora_unet_" + module.replace(".", "_")
-        out[f"{name}.lora_{'down' if part == 'A' else 'up'}.weight"] = value.contiguous()
-        out[f"{name}.alpha"] = torch.tensor(float(value.shape[0 if part == "A" else 1]))
+        side, rank = ("down", value.shape[0]) if part == "A" else ("up", value.shape[1])
+        out |= {f"{name}.lora_{side}.weight": value.contiguous(),
+                f"{name}.alpha": torch.tensor(float(rank))}
     return out
 
 
@@ -296,12 +296,13 @@ def fitted(model: nn.Module, weights: dict[str, torch.Tensor], source: str = "Lo
             raise ValueError(f"{source}: layer {name!r} has shapes {tuple(a.shape)}, "
                              f"{tuple(b.shape)}, this model needs {needed[0]}, {needed[1]}; "
                              "the LoRA is for another model")
-        b = b if scale == 1 else b.float() * scale
         out[key] = a.reshape(-1, *inner)
-        out[other] = b.reshape(outer, -1, *[1] * (len(inner) - 1))
+        out[other] = (b if scale == 1 else b.float() * scale).reshape(
+            outer, -1, *[1] * (len(inner) - 1))
     return out
 
 
+@torch.no_grad()
 def load(model: nn.Module, weights: dict[str, torch.Tensor], source: str = "LoRA",
          scale: float = 1.0) -> None:
     """Put a LoRA file (formats A to D) on `model`, replacing any LoRA that it has.
@@ -317,9 +318,8 @@ def load(model: nn.Module, weights: dict[str, torch.Tensor], source: str = "LoRA
         if found:
             layer = LoRALinear(model.get_submodule(name), rank=len(a), alpha=len(a))
             _replace(model, name, layer)
-            with torch.no_grad():
-                layer.lora_A.weight.copy_(a)
-                layer.lora_B.weight.copy_(weights[key.replace(".lora_A.", ".lora_B.")])
+            layer.lora_A.weight.copy_(a)
+            layer.lora_B.weight.copy_(weights[key.replace(".lora_A.", ".lora_B.")])
 
 
 @torch.no_grad()
@@ -352,8 +352,8 @@ def file_in(source: str, folder: Path) -> Path:
     files = [folder / name for name in LORA_NAMES if (folder / name).is_file()][:1] or sorted(
         fetch(source, ["*.safetensors", "adapter_config.json"]).glob("*.safetensors"))
     if len(files) != 1:
-        names = ", ".join(file.name for file in files) or "no .safetensors file"
-        raise InputError(f"{source}: holds {names}; say which with {source}/FILE")
+        raise InputError(f"{source}: holds {len(files)} LoRA files "
+                         f"({', '.join(file.name for file in files)}); say which: {source}/FILE")
     return files[0]
 
 
@@ -379,9 +379,8 @@ def parse() -> argparse.Namespace:
 
 def open_model(options: argparse.Namespace) -> tuple[UNet, Path, dict[str, torch.Tensor]]:
     """The model's UNet, yet without weights; where the model is; all tensors if it is one file."""
-    model = loading.NAMES.get(options.model, options.model)
-    root = (loading.fetch_model(model) if options.action == "merge" else
-            fetch(model, ["unet/config.json"]))
+    root = (loading.fetch_model(options.model) if options.action == "merge" else
+            fetch(loading.NAMES.get(options.model, options.model), ["unet/config.json"]))
     whole = read_weights(root) if root.is_file() else {}
     if whole and options.action == "merge" and options.target.suffix != ".safetensors":
         raise InputError(f"{options.target}: a single file is merged into another one, "
@@ -407,9 +406,9 @@ def save(weights: dict[str, torch.Tensor], target: Path, header: dict[str, str])
             size = int.from_bytes(file.read(8), "little")
             head = json.loads(file.read(size))
             head["__metadata__"] = dict(sorted(head["__metadata__"].items()))
-            text = json.dumps(head, separators=(",", ":"), ensure_ascii=False)
             file.seek(8)
-            file.write(text.encode().ljust(size))
+            file.write(json.dumps(head, separators=(",", ":"), ensure_ascii=False)
+                       .encode().ljust(size))
 
     write_atomic(target, write)
 
@@ -456,7 +455,6 @@ def write_folder(unet: UNet, root: Path, target: Path, file: Path) -> None:
     `file`: its UNet's weights; the new ones get the same variant (.fp16) and header.
     """
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    variant = ".fp16" if ".fp16." in file.name else ""
     index = read_json(root / "model_index.json")
     with writing(target):
         try:
@@ -472,8 +470,8 @@ def write_folder(unet: UNet, root: Path, target: Path, file: Path) -> None:
             if "safety_checker" in index:
                 index["requires_safety_checker"] = False
             write_json(temporary / "model_index.json", index)
-            name = f"unet/diffusion_pytorch_model{variant}.safetensors"
-            save(unet.state_dict(), temporary / name, read_header(file))
+            name = "diffusion_pytorch_model" + (".fp16" if ".fp16." in file.name else "")
+            save(unet.state_dict(), temporary / f"unet/{name}.safetensors", read_header(file))
             os.replace(temporary, target)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)

@@ -74,7 +74,6 @@ def read_weights(path: Path, part: str = "") -> dict[str, torch.Tensor]:
     header, or into an `adapter_config.json` beside it; there its names get diffusers' prefix. With
     the name of a `part` the main process says what is read, and its size: SDXL takes a minute.
     """
-    path = Path(path)
     if not path.is_file():
         raise InputError(f"{path}: no such weight file")
     if path.suffix == ".json":
@@ -205,8 +204,8 @@ def fetch(source: str, patterns: list[str], repo_type: str = "model") -> Path:
         return Path(hf_hub_download(match[1], match[2], repo_type=repo_type) if match[2] else
                     snapshot_download(source, allow_patterns=patterns, repo_type=repo_type))
     except Exception as error:
-        switch = os.environ.get("HF_HUB_OFFLINE", "").lower()
-        offline = " (HF_HUB_OFFLINE is set)" if switch in ("1", "true", "yes", "on") else ""
+        offline = " (HF_HUB_OFFLINE is set)" if os.environ.get(
+            "HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on") else ""
         kind = " --repo-type dataset" if repo_type == "dataset" else ""
         raise InputError(f"{source}: no such file or folder here; as a hub id not in the cache and "
                          f"not to be downloaded{offline} ({type(error).__name__}); on a machine "
@@ -246,18 +245,16 @@ def preset_of(model: str) -> str:
     if model and "/" not in model and not os.path.exists(model):
         raise InputError(f"--model {model}: neither tiny, sd15 or sdxl, nor a file or folder here, "
                          "nor a hub id of the form owner/name")
-    path = Path(model)
-    sdxl = False
     with contextlib.suppress(InputError, SafetensorError, OSError):     # loading will say why
-        if path.is_dir():
-            unet = read_json(path / "unet/config.json")
-            if unet == read_json(Path(__file__).parent / "tiny/model/unet/config.json"):
-                return "tiny"           # a merge, or a full fine-tune
-            sdxl = unet.get("addition_embed_type") == "text_time"
-        elif path.suffix == ".safetensors":
-            with safe_open(path, "pt") as file:
-                sdxl = is_sdxl(file.keys())
-    return "sdxl" if sdxl else "sd15"
+        if model.endswith(".safetensors"):
+            with safe_open(model, "pt") as file:
+                return "sdxl" if is_sdxl(file.keys()) else "sd15"
+        unet = read_json(Path(model) / "unet/config.json")
+        if unet == read_json(Path(__file__).parent / "tiny/model/unet/config.json"):
+            return "tiny"               # a merge, or a full fine-tune
+        if unet.get("addition_embed_type") == "text_time":
+            return "sdxl"
+    return "sd15"
 
 
 def is_sdxl(names) -> bool:
@@ -321,7 +318,7 @@ def load_strict(module: nn.Module, weights: dict[str, torch.Tensor], source: obj
     faults = {"missing": sorted(own.keys() - weights.keys()),
               "unexpected": sorted(weights.keys() - own.keys()),
               "of a wrong shape": [
-                  f"{key}: {tuple(weights[key].shape)}, expected {tuple(value.shape)}"
+                  f"{key} is {tuple(weights[key].shape)}, expected {tuple(value.shape)}"
                   for key, value in own.items() if weights.get(key, value).shape != value.shape]}
     listed = [f"{len(keys)} {fault} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
               for fault, keys in faults.items() if keys]
@@ -333,17 +330,17 @@ def load_strict(module: nn.Module, weights: dict[str, torch.Tensor], source: obj
     for key, value in weights.items():
         floating = value.is_floating_point()
         if own[key].is_floating_point() and not floating:
-            kind = str(value.dtype).removeprefix("torch.")
-            raise InputError(f"{source}: tensor {key} holds {kind}, not weights")
-        suspect = floating and not torch.isfinite(value.sum(dtype=torch.float32))   # or a large sum
-        if suspect and not torch.isfinite(value.float()).all():
+            raise InputError(f"{source}: tensor {key} holds "
+                             f"{str(value.dtype).removeprefix('torch.')}, not weights")
+        if floating and not torch.isfinite(value.sum(dtype=torch.float32)) and not (
+                torch.isfinite(value.float()).all()):       # or else it is only a large sum
             raise InputError(f"{source}: tensor {key} holds NaN or infinity; "
                              "the file is damaged, fetch it again")
         kind = (dtype if value.ndim else exact) if floating else None
         cast[key] = value.to(device=device, dtype=kind)
     same = [key for key, value in cast.items() if value is weights[key]]
-    small = 2 * sum(cast[key].nbytes for key in same) < sum(v.nbytes for v in cast.values())
-    if small:                           # or they would keep the whole file mapped
+    if 2 * sum(cast[key].nbytes for key in same) < sum(v.nbytes for v in cast.values()):
+        # or these few would keep the whole file mapped
         cast |= {key: cast[key].clone() for key in same}
     module.load_state_dict(cast, assign=True)
     return module.requires_grad_(False).eval()
@@ -377,34 +374,34 @@ OPEN_CLIP = {           # names outside the transformers' blocks
     "text_projection": "text_projection.weight",
     "visual.proj": "visual_projection.weight",
 }
-OPEN_CLIP_PARTS = {     # beginnings of names, within a block or outside
+OPEN_CLIP_PARTS = {     # parts of names, replaced one after the other
+    "visual.transformer.resblocks.": "vision_model.encoder.layers.",
+    "transformer.resblocks.": "text_model.encoder.layers.",
     "ln_final.": "text_model.final_layer_norm.", "visual.ln_pre.": "vision_model.pre_layrnorm.",
-    "visual.ln_post.": "vision_model.post_layernorm.", "ln_1.": "layer_norm1.",
-    "ln_2.": "layer_norm2.", "attn.out_proj.": "self_attn.out_proj.", "mlp.c_fc.": "mlp.fc1.",
-    "mlp.c_proj.": "mlp.fc2.",
+    "visual.ln_post.": "vision_model.post_layernorm.", ".ln_1.": ".layer_norm1.",
+    ".ln_2.": ".layer_norm2.", ".attn.": ".self_attn.", ".mlp.c_fc.": ".mlp.fc1.",
+    ".mlp.c_proj.": ".mlp.fc2.",
 }
 
 
 def from_open_clip(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """open_clip's names (SDXL's second text encoder in single files, HPSv2) -> transformers'.
 
-    Fused q, k, v are split in thirds; projections, stored [in, out], are transposed.
+    Fused q, k, v are split in thirds; projections, stored [in, out], are transposed. Names that are
+    transformers' already stay.
     """
     out = {}
     for key, value in weights.items():
-        block = re.fullmatch(r"(visual\.)?transformer\.resblocks\.(\d+)\.(.+)", key)
-        lead, rest = "", key
-        if block:
-            lead = f"{'vision' if block[1] else 'text'}_model.encoder.layers.{block[2]}."
-            rest = block[3]
-        if key in OPEN_CLIP:
-            out[OPEN_CLIP[key]] = value.T.contiguous() if "proj" in key else value
-        elif rest in ("attn.in_proj_weight", "attn.in_proj_bias"):
-            for name, third in zip("qkv", value.chunk(3)):
-                out[f"{lead}self_attn.{name}_proj.{rest.rpartition('_')[2]}"] = third
+        name = OPEN_CLIP.get(key, key)
+        for theirs, ours in OPEN_CLIP_PARTS.items():
+            name = name.replace(theirs, ours)
+        attention, fused, leaf = name.partition("in_proj_")     # then weight or bias
+        if fused:
+            for letter, third in zip("qkv", value.chunk(3)):
+                out[f"{attention}{letter}_proj.{leaf}"] = third
         else:
-            part = next((part for part in OPEN_CLIP_PARTS if rest.startswith(part)), None)
-            out[lead + OPEN_CLIP_PARTS[part] + rest[len(part):] if part else key] = value
+            transposed = key in OPEN_CLIP and "proj" in key
+            out[name] = value.T.contiguous() if transposed else value
     return out
 
 
