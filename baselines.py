@@ -362,7 +362,7 @@ def main() -> None:
     spo_train.check(d3po_as_spo(config))
     offline = config.method in OFFLINE
     prompts = [] if offline else training_prompts(config)
-    run = Run(config.out, config, processes, (*FREE, "max_unreadable"))
+    run = Run(config.out, config, processes, (*FREE, "max_unreadable"), PRESETS)
     if offline:
         train_offline(config, run, processes)
     else:

@@ -550,7 +550,7 @@ def main() -> None:
     """Train as the command line says; continue if the run folder holds the same run."""
     config = parse_options(SPMConfig, PRESETS, description=__doc__)
     processes = start_processes(config.device or None)
-    run = Run(config.out, config, processes, FREE)
+    run = Run(config.out, config, processes, FREE, PRESETS)
     pipe = load_model(config, processes)
     pickscore = load_judging("pickscore", config.pickscore, torch.float32, pipe, False)
     side = pipe.side(config.resolution)

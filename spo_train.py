@@ -434,7 +434,7 @@ def main() -> None:
     processes = start_processes(config.device or None)
     config = fit_memory(config, PRESETS, processes.device)
     prompts = training_prompts(config)
-    run = Run(config.out, config, processes, FREE)
+    run = Run(config.out, config, processes, FREE, PRESETS)
     pipe, judge, observers = prepare(config, processes)
     with Trainer(config, run, pipe, prompts, judge.clip) as trainer:
         for turn in trainer.turns():

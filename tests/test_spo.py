@@ -862,7 +862,7 @@ def test_a_run_of_tiny_can_be_moved(trained, tmp_path):
 def test_the_configuration_is_printed_before_anything_is_loaded(small, spm, prompts, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("finetune.load_pipeline", lambda *_, **__: (_ for _ in ()).throw(InputError("loading")))
     done = command("spo_train", "--model", small, "--spm", spm, "--prompts", prompts, "--out", tmp_path / "run", "--device", "cpu")
-    assert done.returncode == 2 and "loading" in done.stderr and "threshold          0.3\n" in done.stdout
+    assert done.returncode == 2 and "loading" in done.stderr and done.stdout == f"settings of sd15 --model {small} --out {tmp_path}/run --device cpu --prompts {prompts} --memory normal --spm {spm} (all: {tmp_path}/run/config.json)\n"
 
 
 @pytest.mark.parametrize("words, says", [
