@@ -541,6 +541,17 @@ def _as_kept(cls, options: dict) -> dict:
             for name, value in json.loads(to_json(options)).items()}
 
 
+def checkpoints(folder: Path) -> list[Path]:
+    """Those of a run folder, oldest first."""
+    found = {path.stem.removeprefix("checkpoint-"): path for path in folder.glob("checkpoint-*.pt")}
+    return [found[step] for step in sorted(filter(str.isdecimal, found), key=int)]
+
+
+def last_step(folder: Path) -> int:
+    """The step or round of a run folder's newest checkpoint; 0 if it has none."""
+    return max((int(path.stem[11:]) for path in checkpoints(folder)), default=0)
+
+
 def told(config, presets: dict[str, dict]) -> str:
     """The options that are not as the preset has them, as the command line takes them."""
     preset = getattr(config, "preset", "")
@@ -578,7 +589,7 @@ class Run:
         """Write the configuration; InputError if the folder cannot be used or holds another run."""
         path = self.folder / "config.json"
         lock(self.folder)
-        begun = self.log_file.exists() or self._checkpoints()
+        begun = self.log_file.exists() or checkpoints(self.folder)
         try:
             earlier = [_as_kept(type(config), old) for old in self._configurations(path)]
             changed = list(dict.fromkeys(
@@ -605,7 +616,7 @@ class Run:
     def _configurations(self, file: Path) -> list[dict]:
         """The options in config.json, if it is there, and in each checkpoint that says them."""
         found = [read_json(file)] if file.exists() else []
-        for path in self._checkpoints():
+        for path in checkpoints(self.folder):
             with contextlib.suppress(Exception):        # damaged: resume will say so
                 state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
                 found.append(dict(state["config"]))
@@ -649,16 +660,10 @@ class Run:
         text = self.log_file.read_text(encoding="utf-8") if self.log_file.exists() else ""
         return [json.loads(line) for line in text.splitlines()]
 
-    def _checkpoints(self) -> list[Path]:
-        """Oldest first."""
-        found = {path.stem.removeprefix("checkpoint-"): path
-                 for path in self.folder.glob("checkpoint-*.pt")}
-        return [found[step] for step in sorted(filter(str.isdecimal, found), key=int)]
-
     def _scores(self) -> dict[Path, float]:
         """The checkpoints on disk that were given a score."""
         scores = {}
-        for path in self._checkpoints():
+        for path in checkpoints(self.folder):
             with contextlib.suppress(InputError, KeyError, TypeError, ValueError):
                 scores[path] = float(read_json(path.with_suffix(".json"))["score"])
         return scores
@@ -692,7 +697,7 @@ class Run:
             write_atomic(path, write)
             scores = self._scores()
             best = max(scores, key=lambda p: (scores[p], p), default=None)
-            for old in set(self._checkpoints()[:-2]) - {best}:
+            for old in set(checkpoints(self.folder)[:-2]) - {best}:
                 old.unlink()
                 old.with_suffix(".json").unlink(missing_ok=True)
         self.processes.barrier()
@@ -721,7 +726,7 @@ class Run:
     def _newest_sound(self) -> str:
         """The name of the newest checkpoint that is sound, or "" if there is none at all."""
         damaged: list[Path] = []
-        for path in reversed(self._checkpoints()):
+        for path in reversed(checkpoints(self.folder)):
             try:
                 reason = _damage(path)
                 if not reason:
@@ -838,7 +843,7 @@ class Rounds:
         self.run.log(record)
         self.progress.set_postfix(shown, refresh=False)
         self.progress.update()
-        if self.config.compile and self.processes.main and len(self.took) == 2:
+        if self.config.compile is True and self.processes.main and len(self.took) == 2:
             tqdm.write(f"compiling took about {max(self.took[0] - seconds, 0):.0f} s "
                        f"(the first {self.unit} less the second)")
         if score is not None:
