@@ -187,6 +187,39 @@ def test_missing_packages_are_one_line(script):
     assert done.returncode == 2 and done.stdout == "" and re.fullmatch("error: .* lacks torch, .*make demo.*\n", done.stderr)
 
 
+HELP = """
+import contextlib, io, runpy, sys
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in names:
+            raise ModuleNotFoundError(f"No module named {name!r}")
+names, *scripts = sys.argv[1:]
+names = names.split()
+sys.meta_path.insert(0, Missing())
+path = sys.path[:]
+for script in scripts:
+    sys.argv, sys.path[:] = [script, "--help"], [script.rpartition("/")[0] or ".", *path]
+    said, status = io.StringIO(), "went on"
+    with contextlib.redirect_stdout(said):
+        try:
+            runpy.run_path(script, run_name="__main__")
+        except SystemExit as left:
+            status = left.code or 0
+        except Exception as error:
+            status = repr(error)
+    print(script, status, said.getvalue().startswith("usage: "), sep=": ")
+"""
+
+
+def test_help_of_every_script_without_the_development_packages():
+    names = ["diffusers", "peft", "pytest", "hypothesis", "scipy", "clip", "xdist", "ruff", "accelerate", "cv2", "torchvision", "matplotlib", "pandas", "pyarrow",
+             "fitz", "playwright", "nbclient", "tensorboard", "wandb", "ftfy", "conftest"]
+    files = [path for folder in (".", "benchmarks", "experiments", "tiny") for path in sorted((ROOT / folder).glob("*.py"))]
+    scripts = [str(path.relative_to(ROOT)) for path in files if "__main__" in path.read_text(encoding="utf-8")]
+    done = subprocess.run([sys.executable, "-c", HELP, " ".join(names), *scripts], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert len(scripts) > 15 and done.stdout.splitlines() == [f"{script}: 0: True" for script in scripts], done.stdout + done.stderr
+
+
 def test_an_old_python_is_one_line():
     words = "import sys; sys.version_info = (3, 9); sys.version = '3.9.2 (x)'; import needs"
     done = subprocess.run([sys.executable, "-c", words], cwd=ROOT, capture_output=True, text=True)
