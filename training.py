@@ -807,6 +807,7 @@ class Rounds:
         self.bad = 0                        # how many in a row were not finite
         self.recent: list[float] = []       # scores since the last checkpoint
         self.took: list[float] = []         # seconds of each
+        self.started = time.perf_counter()
 
     def restore(self, state: dict) -> None:
         """Go on where a checkpoint ends."""
