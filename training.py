@@ -10,8 +10,8 @@ import dataclasses
 import difflib
 import hashlib
 import io
+import itertools
 import json
-import math
 import operator
 import os
 import pickle
@@ -62,6 +62,7 @@ WRONG = (AttributeError, EOFError, IndexError, KeyError, RuntimeError, TypeError
 EXPECTED = {bool: "true or false", int: "must be a whole number", float: "must be a number"}
 LESS_MEMORY = ("try --memory low, or lower --sample_batch, --train_batch or --decode_batch "
                "(spm_train.py: lower --micro_batch; evaluate.py: lower --batch)")
+FULL = "out of memory|alloc_failed|can't allocate memory|(calculation|multiplication) overflow"
 WHOLE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}     # by bytes
 BATCHES = "batch_size train_batch_size per_device_train_batch_size eval_batch_size"
 ELSEWHERE = dict(       # our options -> what diffusers, TRL, peft and kohya call them
@@ -156,18 +157,15 @@ def _named(table: dict[str, str], name: str, otherwise: str) -> str:
 
 def _metavar(f: dataclasses.Field, kind: type) -> str:
     """What kind of value an option takes, as --help shows it."""
-    choices = [_shown(choice) for choice in f.metadata["choices"] if choice != ""]
-    if choices:
-        return "|".join(choices)
+    choices = "|".join(_shown(choice) for choice in f.metadata["choices"] if choice != "")
     first, *_ = typing.get_args(kind) or (kind,)
-    return SHOWN.get(first) or _named(PLACES, f.name, "TEXT")
+    return choices or SHOWN.get(first) or _named(PLACES, f.name, "TEXT")
 
 
 def _help(f: dataclasses.Field, presets: dict) -> str:
     """What --help says of an option: its meaning, limits and defaults."""
-    values = {preset: given.get(f.name, f.default) for preset, given in presets.items()}
-    others = [f"{preset}: {_shown(value)}" for preset, value in values.items()
-              if value != f.default]
+    others = [f"{preset}: {_shown(given[f.name])}" for preset, given in presets.items()
+              if given.get(f.name, f.default) != f.default]
     defaults = "; ".join(filter(None, (_shown(f.default), *others)))
     text = "; ".join(filter(None, (f.metadata["help"], f.metadata["words"])))
     return f"{text} [{defaults}]" if defaults else text
@@ -200,15 +198,12 @@ def _check(config) -> None:
             if choices and word not in choices:
                 listed = ", ".join(_shown(choice) for choice in choices if choice != "")
                 raise InputError(f"--{f.name} {word}: choose one of {listed}")
-        if isinstance(value, int | float):
-            must = f.metadata["words"]
-            sound = all(LIMITS[name][1](value, limit)
-                        for name, limit in f.metadata["limits"].items())
-            if not abs(value) < 10 ** 18:               # as 64 bits want it
-                must = "of at most 18 digits" if abs(value) < math.inf else "a finite number"
-                sound = False
-            if not sound:
-                raise InputError(f"--{f.name} {value}: must be {must}")
+        if isinstance(value, int | float) and not abs(value) < 10 ** 18:    # as 64 bits want it
+            raise InputError(f"--{f.name} {value}: must be a finite number of at most 18 digits")
+        limits = f.metadata["limits"].items()
+        if isinstance(value, int | float) and not all(
+                LIMITS[name][1](value, limit) for name, limit in limits):
+            raise InputError(f"--{f.name} {value}: must be {f.metadata['words']}")
 
 
 def plain_parser(description: str) -> argparse.ArgumentParser:
@@ -246,12 +241,9 @@ def run_script(main) -> None:
             raise
         sys.exit(_fail(f"{error.filename or 'a file'}: {error.strerror}; "
                        "what was saved before is untouched"))
-    except torch.cuda.OutOfMemoryError:
-        sys.exit(_fail("out of GPU memory; " + LESS_MEMORY))
     except (MemoryError, RuntimeError) as error:
         # Neither a full memory nor a peer that died has a type of its own.
-        if isinstance(error, MemoryError) or re.search(
-                "can't allocate memory|(calculation|multiplication) overflow", str(error)):
+        if isinstance(error, MemoryError) or re.search(FULL, str(error), re.I):
             sys.exit(_fail("out of memory; " + LESS_MEMORY))
         lost = re.search(r"gloo|nccl|connection (closed|reset)|broken pipe", str(error), re.I)
         if not lost or not dist.is_initialized():
@@ -499,11 +491,8 @@ def fingerprint(*things) -> str:
     Of networks (their configuration and weights, but no LoRA), tokenizers, schedules, tensors and
     plain values. Same things, same digits, on every device.
     """
-    digest = hashlib.sha256()
-    for thing in things:
-        for part in _identity(thing):
-            digest.update(part)
-    return digest.hexdigest()[:16]
+    parts = itertools.chain.from_iterable(map(_identity, things))
+    return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
 
 
 def _identity(thing) -> typing.Iterator[bytes]:
@@ -884,10 +873,8 @@ def _damage(path: Path) -> str:
     """What is wrong with a checkpoint's content, or ""; OSError where it cannot be read at all."""
     try:
         expected = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))["sha256"]
-    except FileNotFoundError:
-        return "its .json is missing"
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return "its .json is damaged"
+    except (FileNotFoundError, ValueError, KeyError, TypeError, RecursionError):
+        return "its .json is missing or damaged"
     if _sha256(path) != expected:
         return "checksum differs"
     try:

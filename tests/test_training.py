@@ -740,6 +740,15 @@ def test_too_little_memory_names_the_options(capsys, shape):
     assert caught.value.code == 2 and "--sample_batch" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("error", [torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB."), RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED"), MemoryError()], ids=str)
+def test_so_does_too_little_on_a_gpu(capsys, error):
+    def main():
+        raise error
+    with pytest.raises(SystemExit) as caught:
+        run_script(main)
+    assert caught.value.code == 2 and "error: out of memory; try --memory low" in capsys.readouterr().err
+
+
 def test_the_best_checkpoint_stays(tmp_path):
     run = open_run(tmp_path)
     assert run.is_best(-9) and not run.is_best(None)
