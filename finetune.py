@@ -12,6 +12,7 @@ SPO (spo_train.py) and its rivals (baselines.py) differ in what stands inside. E
 
 Shapes: N slots, a slot being whatever a method learns from: a step of a pair, a pair of pictures.
 """
+import contextlib
 import dataclasses
 import functools
 import math
@@ -45,6 +46,7 @@ from training import (
     Stopped,
     check_preset,
     fingerprint,
+    last_step,
     opt,
     parse_options,
     permutation,
@@ -86,7 +88,9 @@ class TrainConfig(ModelConfig):
     preset: str = opt("", "whose settings are the defaults; empty: the model's own, or what a "
                       "local folder or single file turns out to be, else sd15",
                       ("", "tiny", "sd15", "sdxl"))
-    compile: bool = opt(False, "torch.compile the UNet's blocks, the decoder and the judge")
+    compile: bool | str = opt("auto", "torch.compile the UNet's blocks, the decoder and the judge; "
+                              "auto: on a GPU, if the run is long enough to repay it",
+                              ("auto", True, False))
     profile: bool = opt(False, "write what the second round or step spends its time on: "
                         "profile.json (for Perfetto), profile.txt")
 
@@ -144,10 +148,54 @@ LOW = {         # estimates: sd15 within 10 GB at 512 pixels, sdxl within 24 GB 
     "sd15": dict(sample_batch=2, train_batch=4, decode_batch=2, checkpointing=True),
     "": dict(sample_batch=1, train_batch=1, decode_batch=1, checkpointing=True),    # all others
 }
+# Seconds that compiling takes, and saves a prompt, on an H100 (benchmarks/README.md); what SDXL
+# saves is calculated with SD-1.5's ratio. Other cards are slower, so they save more.
+COMPILING = {"sd15": (120, 0.94), "sdxl": (170, 4.4)}
 # May differ when a run is resumed. A preset may, because what it sets is compared itself.
 FREE = ("out", "preset", "device", "epochs", "rounds", "memory", "sample_batch", "train_batch",
         "decode_batch", "checkpointing", "compile", "decoder_check", "profile", "save_every",
         "grid_every", "snapshot_every")
+
+
+def fit_machine(config: RunConfig, presets: dict[str, dict], processes: Processes,
+                count: int) -> RunConfig:
+    """The configuration with `memory` and `compile` decided, for a run over `count` prompts."""
+    config = fit_memory(config, presets, processes.device)
+    rounds = config.epochs * -(-count // config.prompts_per_round)
+    rounds = min(config.rounds or rounds, rounds) - last_step(Path(config.out))
+    return decide_compiling(config, processes, rounds * config.prompts_per_round)
+
+
+def decide_compiling(config: TrainConfig, processes: Processes, prompts: float) -> TrainConfig:
+    """The configuration with `compile` decided, for so many prompts over all processes."""
+    if config.compile == "auto":
+        on, why = processes.device.type == "cuda", ""
+        if on:
+            on, why = repays(config.preset, prompts / processes.world)
+        config = dataclasses.replace(config, compile=on)
+        if why and processes.main:
+            print(f"--compile auto: {'on' if on else 'off'}, {why}", flush=True)
+    if config.compile:
+        keep_compiled()
+    return config
+
+
+def keep_compiled() -> None:
+    """Let later starts find what is compiled, also after a reboot: torch has it in /tmp."""
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    folder = os.path.join(cache, "spo", "compiled")
+    with contextlib.suppress(OSError):          # a home that cannot be written
+        os.makedirs(folder, exist_ok=True)
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", folder)
+
+
+def repays(preset: str, prompts: float) -> tuple[bool, str]:
+    """Does compiling repay its time over so many prompts of one process? And why, in words."""
+    if preset not in COMPILING:
+        return False, f"{preset} is too small to gain by it"
+    takes, saves = COMPILING[preset]
+    return prompts * saves > takes, (f"it takes about {takes} s and saves about "
+                                     f"{prompts * saves:.0f} s in what is left of the run")
 
 
 def fit_memory(config: RunConfig, presets: dict[str, dict], device: torch.device,
@@ -204,7 +252,7 @@ def prepare_policy(config: RunConfig, processes: Processes) -> Pipeline:
     except ValueError as error:
         raise InputError(f"--targets {config.targets}: {error}") from None
     pipe.unet.checkpointing = config.checkpointing
-    if config.compile:
+    if config.compile is True:
         compile_blocks(pipe.unet)
         pipe.vae.to(memory_format=torch.channels_last)
     return pipe
@@ -218,7 +266,7 @@ def rounded_less(dtype: str) -> str:
 def vae_decoder(pipe: Pipeline, config: RunConfig) -> Callable:
     """Latents [N, C, h, w] -> pictures [N, 3, H, W] in about [-1, 1], fp32."""
     decode, dtype = pipe.vae.decode, pipe.vae.post_quant_conv.weight.dtype
-    if config.compile:
+    if config.compile is True:
         decode = torch.compile(decode, dynamic=False)
     return pipe.calls.wrap(lambda latents: decode(latents.to(dtype)).float(), "decoding")
 
@@ -227,14 +275,14 @@ def small_decoder(pipe: Pipeline, config: RunConfig) -> Callable:
     """The same by the decoder that --decoder names."""
     dtype = DTYPES[config.vae_dtype or rounded_less(config.dtype)]
     decode = load_tiny_decoder(config.decoder, pipe, dtype)
-    if config.compile:
+    if config.compile is True:
         decode.compile(dynamic=False)
     return pipe.calls.wrap(lambda latents: decode(latents.to(dtype)).float(), "decoding")
 
 
 def compiled_sizes(config: RunConfig, world: int, k: int, rows: int) -> dict[str, tuple[int, ...]]:
     """How many samples compiled networks see in each phase: k candidates, up to `rows` a slot."""
-    if not config.compile:
+    if config.compile is not True:
         return {}
     prompts = min(config.sample_batch, -(-config.prompts_per_round // world))
     latents = (config.decode_batch, prompts * k % config.decode_batch)

@@ -82,7 +82,7 @@ class LoRALinear(nn.Module):
         super().__init__()
         self.weight, self.bias = base.weight, base.bias
         self.base = (base,)             # in a tuple: no submodule, whose names would change
-        kind = dict(bias=False, device=base.weight.device, dtype=torch.float32)
+        kind = dict(bias=False, device="meta", dtype=torch.float32)     # draws nothing
         outer, inner = base.weight.shape[:2]
         if isinstance(base, nn.Conv2d):
             self.lora_A = nn.Conv2d(inner, rank, base.kernel_size, base.stride, base.padding,
@@ -91,7 +91,9 @@ class LoRALinear(nn.Module):
         else:
             self.lora_A = nn.Linear(inner, rank, **kind)
             self.lora_B = nn.Linear(rank, outer, **kind)
-        start = torch.randn(self.lora_A.weight.shape, generator=generator)
+        for layer in (self.lora_A, self.lora_B):
+            layer.to_empty(device=base.weight.device)
+        start = torch.randn(self.lora_A.weight.shape, generator=generator or torch.Generator())
         self.lora_A.weight.data.copy_(start / rank)     # drawn on the CPU: the same on every device
         nn.init.zeros_(self.lora_B.weight)
         self.rank, self.alpha, self.scaling = rank, alpha, alpha / rank

@@ -34,7 +34,7 @@ from diffusion import (
     negative,
     tokenize,
 )
-from finetune import TrainConfig, load_model, loss_scaler, overflowed
+from finetune import TrainConfig, decide_compiling, load_model, loss_scaler, overflowed
 from loading import DTYPES, SDXL_VAE, TINY, Pipeline, load_judging
 from pairs import (
     Pairs,
@@ -59,6 +59,7 @@ from training import (
     Run,
     fingerprint,
     generator,
+    last_step,
     opt,
     parse_options,
     run_script,
@@ -70,6 +71,7 @@ from training import (
 from unet import compile_blocks
 from weights import InputError
 
+PAIRS = 32                              # as much work as one prompt of SPO: 64 pictures
 REPORT_AT = (0, 251, 501, 701, 951)     # timesteps of the table of accuracies
 
 
@@ -551,7 +553,9 @@ def main() -> None:
     """Train as the command line says; continue if the run folder holds the same run."""
     config = parse_options(SPMConfig, PRESETS, description=__doc__)
     processes = start_processes(config.device or None)
-    run = Run(config.out, config, processes, FREE)
+    left = (config.steps - last_step(Path(config.out))) * config.batch
+    config = decide_compiling(config, processes, left / PAIRS)
+    run = Run(config.out, config, processes, FREE, PRESETS)
     pipe = load_model(config, processes)
     pickscore = load_judging("pickscore", config.pickscore, torch.float32, pipe, False)
     side = pipe.side(config.resolution)
@@ -565,7 +569,7 @@ def main() -> None:
         held, used = list(range(len(others.captions))), set(range(len(pairs.captions)))
     trainer = Trainer(setting, run, len(used))
     models, rounds = trainer.models, trainer.rounds
-    if config.compile:
+    if config.compile is True:
         compile_all(setting, models)
     rounds.announce(f"{len(used)} training and {len(held)} validation pairs, {processes.world} x "
                     f"{pipe.device}, starting at step {rounds.done}")

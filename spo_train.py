@@ -36,7 +36,7 @@ from finetune import (
     Trainer,
     Turn,
     compiled_sizes,
-    fit_memory,
+    fit_machine,
     prepare_policy,
     rounded_less,
     small_decoder,
@@ -403,7 +403,7 @@ def load_judge(config: SPOConfig, pipe: Pipeline) -> Judge:
     dtype = DTYPES[config.judge_dtype or rounded_less(config.dtype)]
     clip = load_judging(f"judge {config.judge}:", source, dtype, pipe, config.judge == "spm")
     features = clip.image_features
-    if config.compile:
+    if config.compile is True:
         features = torch.compile(features, dynamic=False)
     decode = small_decoder(pipe, config) if config.decoder else vae_decoder(pipe, config)
     return Judge(clip, decode, pipe.calls.wrap(features, "scoring"), config.decode_batch)
@@ -432,9 +432,9 @@ def main() -> None:
     config = parse_options(SPOConfig, PRESETS, description=__doc__)
     check(config)
     processes = start_processes(config.device or None)
-    config = fit_memory(config, PRESETS, processes.device)
     prompts = training_prompts(config)
-    run = Run(config.out, config, processes, FREE)
+    config = fit_machine(config, PRESETS, processes, len(prompts))
+    run = Run(config.out, config, processes, FREE, PRESETS)
     pipe, judge, observers = prepare(config, processes)
     with Trainer(config, run, pipe, prompts, judge.clip) as trainer:
         for turn in trainer.turns():

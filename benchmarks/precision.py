@@ -25,7 +25,7 @@ from diffusion import encode_empty, encode_prompts, judge_features, negative
 from loading import DTYPES, TINY, load_clip, load_pipeline
 from prompt_sets import read_prompts
 from spo_train import PRESETS, Batch, SPOConfig, choose_pair, load_judge, sample_pools
-from training import generator, run_script, write_json
+from training import generator, plain_parser, run_script, write_json
 from vae import VAE
 
 PROMPTS, CHUNK, PICTURES, DRAWN = 128, 32, 6, 200_000
@@ -128,6 +128,7 @@ def large_judge() -> dict:
 
 def main() -> None:
     """Measure both, print, keep."""
+    plain_parser(__doc__).parse_args()
     record = dict(date=time.strftime("%Y-%m-%d"), torch=torch.__version__, device="cpu",
                   tiny=tiny_model(), clip_h=large_judge())
     for name, row in record["tiny"]["choices"].items():

@@ -639,8 +639,9 @@ def test_low_memory_trains_the_same_lora(request, spm, prompts, tmp_path, monkey
     kind = () if model == "tiny" else ("--model", folder, "--spm", spm, "--prompts", prompts, "--vae", folder)
     words = ("spo_train", *kind, *BASE, "--rounds", 2, "--lr", 0.005, "--prompts_per_round", 4)
     name = "pytorch_lora_weights.safetensors"
-    assert "memory             normal" in call(*words, "--out", tmp_path / "normal")
-    assert f"train_batch        {4 if model == 'small' else 1}\n" in call(*words, "--out", tmp_path / "low", "--memory", "low")
+    assert "--memory normal" in call(*words, "--out", tmp_path / "normal")
+    assert "--memory low --" in call(*words, "--out", tmp_path / "low", "--memory", "low")
+    assert json.loads((tmp_path / "low/config.json").read_text())["train_batch"] == (4 if model == "small" else 1)
     normal, low = (load_file(tmp_path / f / name) for f in ("normal", "low"))
     assert max(float(v.abs().max()) for k, v in low.items() if "lora_B" in k) > 1e-4
     for key, value in normal.items():
@@ -753,10 +754,10 @@ def test_sdxl_shape_trains_too(small_xl, spm, prompts, tmp_path, monkeypatch):
     words = ("spo_train", "--model", small_xl, "--spm", spm, "--prompts", prompts, *BASE, "--j", 2)
     said = call(*words, "--out", tmp_path / "run", "--vae", small_xl)
     assert log_of(tmp_path / "run")[0]["updates"] > 0
-    assert "preset             sdxl\n" in said and json.loads((tmp_path / "run/config.json").read_text())["preset"] == "sdxl"
+    assert "settings of sdxl " in said and json.loads((tmp_path / "run/config.json").read_text())["preset"] == "sdxl"
     warned = []
     monkeypatch.setattr("training.warn", warned.append)
-    assert "preset             sd15\n" in call(*words, "--out", tmp_path / "other", "--preset", "sd15")
+    assert "settings of sd15 " in call(*words, "--out", tmp_path / "other", "--preset", "sd15")
     assert len(warned) == 1 and "--preset sdxl, unless this is meant" in warned[0]
 
 
@@ -906,7 +907,7 @@ def test_a_run_of_tiny_can_be_moved(trained, tmp_path):
     call(*words, "--out", tmp_path / "run")
     config = json.loads((tmp_path / "run/config.json").read_text())
     assert config["prompts"] == "tiny/model/train_prompts.txt" and not any(str(v).startswith("/") for k, v in config.items() if k != "out")
-    config |= dict(prompts="/elsewhere/spo/tiny/model/train_prompts.txt", start=config.pop("continue_from"))
+    config |= dict(prompts="/elsewhere/spo/tiny/model/train_prompts.txt", start=config.pop("continue_from"), compile=True)
     (tmp_path / "run/config.json").write_text(json.dumps(config))
     call(*words, "--rounds", 2, "--out", tmp_path / "run")
     assert len(log_of(tmp_path / "run")) == 2
@@ -915,7 +916,7 @@ def test_a_run_of_tiny_can_be_moved(trained, tmp_path):
 def test_the_configuration_is_printed_before_anything_is_loaded(small, spm, prompts, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("finetune.load_pipeline", lambda *_, **__: (_ for _ in ()).throw(InputError("loading")))
     done = command("spo_train", "--model", small, "--spm", spm, "--prompts", prompts, "--out", tmp_path / "run", "--device", "cpu")
-    assert done.returncode == 2 and "loading" in done.stderr and "threshold          0.3\n" in done.stdout
+    assert done.returncode == 2 and "loading" in done.stderr and done.stdout == f"settings of sd15 --model {small} --out {tmp_path}/run --device cpu --prompts {prompts} --memory normal --spm {spm} (all: {tmp_path}/run/config.json)\n"
 
 
 @pytest.mark.parametrize("words, says", [
@@ -1002,6 +1003,33 @@ def test_a_round_never_waits_for_the_device(request, small, spm, monkeypatch, j)
     torch.cuda.set_sync_debug_mode("error")
     request.addfinalizer(lambda: torch.cuda.set_sync_debug_mode("default"))
     round_(text)
+
+
+@pytest.mark.parametrize("preset, prompts, on, why", [
+    ("sd15", 120, False, "takes about 120 s and saves about 113 s"), ("sd15", 130, True, "saves about 122 s"), ("sdxl", 38, False, "170 s"), ("sdxl", 40, True, "saves about 176 s"),
+    ("tiny", 1e9, False, "tiny is too small")])
+def test_compiling_is_worth_it_in_long_runs(preset, prompts, on, why):
+    found, words = finetune.repays(preset, prompts)
+    assert found is on and why in words
+
+
+def test_what_compile_auto_decides(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "before")         # put back after the test
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    monkeypatch.setattr("finetune.fit_memory", lambda config, *_: config)
+    parse = lambda *words: parse_options(SPOConfig, spo_train.PRESETS, ["--out", str(tmp_path / "run"), *map(str, words)])  # noqa: E731
+    decide = lambda device, world, *words: finetune.fit_machine(parse(*words), spo_train.PRESETS, Processes(0, world, torch.device(device)), 4000).compile  # noqa: E731
+    assert parse().compile == "auto" and parse("--compile").compile is True and parse("--compile", "false").compile is False and parse("--compile=auto").compile == "auto"
+    assert decide("cpu", 1, "--model", "sd15") is False and decide("cuda", 1, "--model", "sd15", "--compile", "false") is False
+    assert capsys.readouterr().out == "" and "TORCHINDUCTOR_CACHE_DIR" not in os.environ
+    assert decide("cuda", 4, "--model", "sd15") is True and os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "spo/compiled") and (tmp_path / "spo/compiled").is_dir()
+    assert capsys.readouterr().out == "--compile auto: on, it takes about 120 s and saves about 9400 s in what is left of the run\n"
+    assert decide("cuda", 1, "--model", "sd15", "--rounds", 3) is False and decide("cuda", 1, "--model", "sd15", "--rounds", 4) is True and decide("cuda", 2, "--model", "sd15", "--rounds", 4) is False
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/checkpoint-000998.pt").touch()
+    assert decide("cuda", 1, "--model", "sd15") is False and "off, it takes about 120 s and saves about 75 s" in capsys.readouterr().out
+    assert decide("cpu", 1, "--compile") is True
 
 
 # Compiled
