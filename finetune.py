@@ -15,6 +15,7 @@ Shapes: N slots, a slot being whatever a method learns from: a step of a pair, a
 import dataclasses
 import functools
 import math
+import time
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -24,7 +25,8 @@ import torch
 
 import lora
 from calls import Calls
-from diffusion import encode_empty, generate, grid, repaired
+from clip_spm import CLIP, preprocess_decoded
+from diffusion import encode_empty, generate, grid, judge_features, repaired
 from loading import (
     DTYPES,
     NAMES,
@@ -131,8 +133,10 @@ class RunConfig(TrainConfig):
     decoder_check: int = opt(0, "with --decoder: for this many rounds decode with the VAE too and "
                              "log how often it names the same pair", least=0)
     save_every: int = opt(10, "rounds between checkpoints; the last two stay, and that of the "
-                          "highest mean score (LoRA: best/)", least=1)
-    grid_every: int = opt(10, "rounds between sample grids; 0: never", least=0)
+                          "highest validation_score (LoRA: best/), without grids of the highest "
+                          "mean score", least=1)
+    grid_every: int = opt(10, "rounds between sample grids, from round 0 on; their mean score by "
+                          "the judge is the log's validation_score; 0: never", least=0)
     snapshot_every: int = opt(0, "rounds between LoRAs that stay, in loras/; 0: none", least=0)
 
 
@@ -263,15 +267,31 @@ def save_lora(pipe: Pipeline, folder: Path) -> None:
               lora.kohya_header(weights, pipe.unet, Path(pipe.name).name))
 
 
-def draw_samples(pipe: Pipeline, prompts: list[str], config: RunConfig, path: Path) -> None:
-    """A grid of the same 16 training prompts and seeds every time."""
+def draw_samples(pipe: Pipeline, prompts: list[str], config: RunConfig, path: Path,
+                 judge: CLIP | None = None) -> float | None:
+    """A grid of the same 16 training prompts and seeds every time -> the judge's mean score.
+
+    The pictures are finished, so the judge is told t = 0. None without a judge, or if a score is
+    not finite.
+    """
     some = [prompts[i] for i in permutation(len(prompts), 0, "preview")[:16]]
     batch = min(config.sample_batch, config.decode_batch)
     with torch.compiler.set_stance("force_eager"):          # its batches have other shapes
         images = generate(
             pipe, some, list(range(len(some))), batch, steps=config.steps,
             guidance_scale=config.guidance_scale, resolution=config.resolution or None)
+        score = judged(pipe, judge, images, some) if judge else math.nan
     write_atomic(path, functools.partial(grid(images, 8, captions=some).save, format="PNG"))
+    return score if math.isfinite(score) else None
+
+
+@torch.no_grad()
+def judged(pipe: Pipeline, judge: CLIP, images: torch.Tensor, prompts: list[str]) -> float:
+    """Mean score of finished pictures [N, 3, H, W] in [0, 1]."""
+    pixels = preprocess_decoded(images.to(pipe.device) * 2 - 1, judge.config.vision.image_size)
+    timestep = torch.zeros(len(pixels), dtype=torch.long, device=pipe.device)
+    features = judge.image_features(pixels, timestep)
+    return float(judge.score(features, judge_features(pipe, judge, prompts)).mean())
 
 
 def copied(weights: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -307,11 +327,12 @@ class Trainer:
     """A LoRA in training: rounds of prompts, minibatches, checkpoints; resumes and stops."""
 
     def __init__(self, config: RunConfig, run: Run, pipe: Pipeline, prompts: list[str],
-                 judge: torch.nn.Module | None = None, name: str = "spo", **identity: str):
+                 judge: CLIP | None = None, name: str = "spo", **identity: str):
         self.config, self.run, self.processes = config, run, run.processes
         self.pipe, self.prompts = pipe, prompts
         # Without a judge nothing is drawn, so nothing is guided.
         self.empty = encode_empty(pipe) if judge else None
+        self.judge = judge
         self.rounds_per_epoch = -(-len(prompts) // config.prompts_per_round)
         total = min(config.rounds or math.inf, config.epochs * self.rounds_per_epoch)
         self.rounds = Rounds(run, total, "round", config, pipe.calls, name)
@@ -352,11 +373,11 @@ class Trainer:
             self.rounds.leave()
         if kind is None and self.processes.main:
             self.conclude()
+        self.run.close()
 
     def turns(self) -> Iterator[Turn]:
         """The rounds, each with its share of the epoch's shuffled prompts."""
-        if self.rounds.done:                    # it may have been killed right after a checkpoint
-            self.draw_samples_due(again=False)
+        self.at_start = None if self.rounds.done else self.validate(0)
         for step in self.rounds:
             epoch, place = divmod(step, self.rounds_per_epoch)
             order = permutation(len(self.prompts), self.config.seed, "order", epoch)
@@ -392,25 +413,34 @@ class Trainer:
         record = dict(round=turn.step + 1, epoch=turn.epoch, **stats,
                       lora_norm=lora.norm(pipe.unet), evaluations=int(evaluations))
         shown = {k: f"{stats[k]:.4g}" for k in ("score", "pairs", "margin") if stats[k] is not None}
-        rounds.end(record, "prompts", len(turn.indices), stats["score"], shown)
+        validation = self.validate(rounds.done + 1)
+        record |= {name: value for name, value in (
+            ("validation_score", validation), ("validation_score_at_start", self.at_start))
+            if value is not None}
+        self.at_start = None
+        score = validation if self.judge and config.grid_every else stats["score"]
+        rounds.end(record, "prompts", len(turn.indices), score, shown)
         if self.processes.main and is_due(rounds.done, config.snapshot_every):
             save_lora(pipe, self.run.folder / "loras" / f"{rounds.done:05d}")
         if rounds.bad >= TOO_MANY:
             self.give_up()
         if rounds.due or rounds.ending:
             self.save()
-        self.draw_samples_due()
         if rounds.ending and rounds.done < rounds.total:
             rounds.leave()
 
-    def draw_samples_due(self, again: bool = True) -> None:
-        """Draw samples if they are due after this round; `again`: though they are there already."""
-        rounds, last = self.rounds, self.rounds.done == self.rounds.total
-        path = self.run.folder / f"samples-{rounds.done:05d}.png"
-        wanted = self.processes.main and is_due(rounds.done, self.config.grid_every, last)
-        if wanted and (again or not path.exists()):
-            draw_samples(self.pipe, self.prompts, self.config, path)
+    def validate(self, done: int) -> float | None:
+        """Draw and judge the samples that are due after `done` rounds; the main process alone.
+
+        Before the log and the checkpoint: whoever is killed in between does it again.
+        """
+        score, began = None, time.perf_counter()
+        if self.processes.main and is_due(done, self.config.grid_every, done == self.rounds.total):
+            path = self.run.folder / f"samples-{done:05d}.png"
+            score = draw_samples(self.pipe, self.prompts, self.config, path, self.judge)
         self.processes.barrier()
+        self.rounds.started += time.perf_counter() - began      # it is no part of the round
+        return score
 
     def save(self) -> None:
         """LoRA files, then the checkpoint: whoever is killed in between writes them again."""

@@ -19,6 +19,7 @@ import platform
 import re
 import signal
 import sys
+import threading
 import time
 import types
 import typing
@@ -509,10 +510,18 @@ class Run:
         with processes.agreed():
             if processes.main:
                 self._claim(config)
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._on_signal)
+        self.handlers = {}                      # the caller's; only the main thread may have any
+        if threading.current_thread() is threading.main_thread():
+            self.handlers = {number: signal.signal(number, self._on_signal)
+                             for number in (signal.SIGTERM, signal.SIGINT)}
         for name, value in dataclasses.asdict(config).items() if processes.main else ():
             print(f"{name:18} {value}", flush=True)
+
+    def close(self) -> None:
+        """Signals are the caller's again."""
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+        self.handlers = {}
 
     def _claim(self, config) -> None:
         """Write the configuration; InputError if the folder cannot be used or holds another run."""
@@ -742,6 +751,7 @@ class Rounds:
         self.bad = 0                        # how many in a row were not finite
         self.recent: list[float] = []       # scores since the last checkpoint
         self.took: list[float] = []         # seconds of each
+        self.started = time.perf_counter()
 
     def restore(self, state: dict) -> None:
         """Go on where a checkpoint ends."""

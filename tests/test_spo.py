@@ -5,11 +5,14 @@ import hashlib
 import json
 import math
 import os
+import random
 import shutil
 import signal
+import sys
 from collections import Counter
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -17,21 +20,23 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import ddim
+import finetune
 import gentle
 import helpers
 import lora
 import spo_train
+from clip_spm import preprocess_decoded
 from conftest import assert_close, assert_same_gradients, randomize, seeded
-from diffusion import encode_empty, encode_prompts, guided_noise, judge_features, negative
+from diffusion import encode_empty, encode_prompts, generate, guided_noise, judge_features, negative
 from loading import load_pipeline
 from evaluate import trace_prompt
 from finetune import FREE, LOW, Totals, Trainer, cut_minibatches, fit_memory, vae_decoder
 from helpers import ALONE, PROMPTS, NoWaiting, bare_trainer, call, command, log_of, shell, turn_of, unpinned
-from loading import judge_source
+from loading import judge_source, load_clip
 from observers import FAULTS, DecoderCheck, Faults, report
 from report import draw_trace
 from spo_train import Batch, Pairs, SPOConfig, Steps, choose_pair, pool_groups, spo_loss
-from training import Processes, generator, parse_options
+from training import Processes, generator, parse_options, permutation
 from weights import InputError
 
 STEPS_20 = [951 - 50 * i for i in range(20)]
@@ -800,17 +805,65 @@ def test_a_stop_right_after_a_checkpoint_keeps_its_score(small, spm, prompts, tm
     assert scores == pytest.approx([row["score"] for row in log_of(tmp_path / "run")], rel=1e-5)
 
 
+def test_training_leaves_the_callers_signals_and_random_state(small, spm, prompts, tmp_path, monkeypatch):
+    """As from Python: the loop of main, with handlers and a random state of the caller's own."""
+    monkeypatch.setattr(sys, "argv", ["spo_train.py", *map(str, ("--model", small, "--spm", spm, "--prompts", prompts, *BASE, "--grid_every", 1,
+                                                                "--device", "cpu", "--out", tmp_path / "run"))])
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    mine = {signal.SIGTERM: lambda *_: None, signal.SIGINT: signal.default_int_handler}
+    threads, states = torch.get_num_threads(), (torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy())
+    try:
+        for number, handler in mine.items():
+            signal.signal(number, handler)
+        spo_train.main()
+        assert {number: signal.getsignal(number) for number in mine} == mine
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert torch.equal(torch.get_rng_state(), states[0]) and random.getstate() == states[1] and (np.random.get_state()[1] == states[2]).all()
+    assert torch.get_num_threads() == threads
+
+
+def test_validation_score_by_hand(small, spm, prompts, tmp_path):
+    """The same prompts and seeds every time, from round 0 on, judged at t = 0 as finished pictures; best/ follows it, not the rounds' scores."""
+    words = ("spo_train", "--model", small, "--spm", spm, "--prompts", prompts, *BASE, "--save_every", 1, "--rounds", 4, "--lr", "2e-3", "--dtype", "fp32")
+    call(*words, "--grid_every", 2, "--out", tmp_path / "run")
+    call(*words, "--grid_every", 0, "--out", tmp_path / "without")
+    rows, plain = log_of(tmp_path / "run"), log_of(tmp_path / "without")
+    assert ["validation_score" in row for row in rows] == [False, True, False, True] and ["validation_score_at_start" in row for row in rows] == [True, False, False, False]
+    assert [{k: v for k, v in row.items() if "validation" not in k} for row in rows] == plain, "watching changes nothing"
+    assert [(tmp_path / f"run/samples-{i:05d}.png").exists() for i in range(5)] == [True, False, True, False, True]
+    pipe, clip, texts = load_pipeline(str(small)), load_clip(str(spm)), prompts.read_text().splitlines()
+    for done, row in ((0, rows[0]["validation_score_at_start"]), (4, rows[3]["validation_score"])):
+        if done:
+            lora.load(pipe.unet, load_file(tmp_path / "run/pytorch_lora_weights.safetensors"))
+        some = [texts[i] for i in permutation(len(texts), 0, "preview")[:16]]
+        images = generate(pipe, some, list(range(len(some))), steps=4, guidance_scale=5.0)
+        features = clip.image_features(preprocess_decoded(images * 2 - 1, clip.config.vision.image_size), torch.zeros(len(some), dtype=torch.long))
+        assert row == pytest.approx(float(clip.score(features, judge_features(pipe, clip, some)).mean()), rel=1e-3)
+    scores = [json.loads(path.read_text())["score"] for path in sorted((tmp_path / "run").glob("checkpoint-*.json"))]
+    assert scores[-1] == pytest.approx(rows[3]["validation_score"], rel=1e-5) and scores[-2] is None
+
+
 def test_a_grid_that_a_killed_run_owes_is_drawn_on_resuming(small, spm, prompts, tmp_path, monkeypatch):
-    """Killed between checkpoint and grid: the same picture is there in the end, and one that is there is not drawn again."""
+    """Killed while it draws the grid: the round is made again, and the same pictures are there in the end."""
     words = ("spo_train", "--model", small, "--spm", spm, "--prompts", prompts, *BASE, "--save_every", 1, "--grid_every", 1)
     call(*words, "--rounds", 2, "--out", tmp_path / "whole")
+    real, drawn = finetune.draw_samples, []
+
+    def second_time_killed(*words):
+        if drawn:
+            raise KeyboardInterrupt
+        drawn.append(words[3].name)
+        return real(*words)
+
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("finetune.draw_samples", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr("finetune.draw_samples", second_time_killed)
         call(*words, "--rounds", 1, "--out", tmp_path / "run")
-    grid = tmp_path / "run/samples-00001.png"
-    assert not grid.exists() and (tmp_path / "run/checkpoint-000001.pt").exists()
+    assert drawn == ["samples-00000.png"] and not (tmp_path / "run/checkpoint-000001.pt").exists()
     call(*words, "--rounds", 2, "--out", tmp_path / "run")
-    assert all((tmp_path / "run" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes() for name in ("samples-00001.png", "samples-00002.png"))
+    assert all((tmp_path / "run" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes() for name in ("samples-00000.png", "samples-00001.png", "samples-00002.png"))
+    assert [row.get("validation_score") for row in log_of(tmp_path / "run")] == [row["validation_score"] for row in log_of(tmp_path / "whole")]
     monkeypatch.setattr("finetune.draw_samples", pytest.fail)
     call(*words, "--rounds", 2, "--out", tmp_path / "run")
 
