@@ -506,9 +506,10 @@ def _folder(source: str, root: Path, dtype: torch.dtype, device: torch.device,
         vae, vae_file = _planned(VAE, VAEConfig, other["vae"], vae.config)
     schedule = read_schedule(root, prediction_type)
     encoders = [clip for clip, _ in texts]
-    pipe = Pipeline(source, _tokenizers(root, encoders), encoders, unet, vae, schedule,
-                    bool(index.get("force_zeros_for_empty_prompt", len(names) > 1)),    # diffusers'
-                    device=device)
+    pipe = Pipeline(
+        source, _tokenizers(root, encoders), encoders, unet, vae, schedule, device=device,
+        # diffusers' default
+        zero_negative=bool(index.get("force_zeros_for_empty_prompt", len(names) > 1)))
     _check_fit(pipe, source)
     for n, (clip, file) in zip(names, texts):
         load_strict(clip, clean(read_weights(file, f"text_encoder{n}")), file, dtype, device)

@@ -354,8 +354,8 @@ def file_in(source: str, folder: Path) -> Path:
     files = [folder / name for name in LORA_NAMES if (folder / name).is_file()][:1] or sorted(
         fetch(source, ["*.safetensors", "adapter_config.json"]).glob("*.safetensors"))
     if len(files) != 1:
-        raise InputError(f"{source}: holds {len(files)} LoRA files "
-                         f"({', '.join(file.name for file in files)}); say which: {source}/FILE")
+        names = ", ".join(file.name for file in files) or "no .safetensors file"
+        raise InputError(f"{source}: holds {names}; say which with {source}/FILE")
     return files[0]
 
 
