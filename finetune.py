@@ -426,6 +426,7 @@ class Trainer:
             self.rounds.leave()
         if kind is None and self.processes.main:
             self.conclude()
+        self.run.close()
 
     def turns(self) -> Iterator[Turn]:
         """The rounds, each with its share of the epoch's shuffled prompts."""

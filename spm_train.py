@@ -320,11 +320,12 @@ def build_models(pickscore: CLIP, config: SPMConfig,
 
     The optimizer's state is sharded over the processes.
     """
-    torch.manual_seed(config.seed)
-    models = {"SPM": make_step_aware(pickscore)}
-    if config.step_blind:
-        models["step-blind SPM"] = CLIP(pickscore.config).to(processes.device)
-        models["step-blind SPM"].load_state_dict(pickscore.state_dict())
+    with torch.random.fork_rng(devices=[]):         # the caller's random state stays as it was
+        torch.manual_seed(config.seed)
+        models = {"SPM": make_step_aware(pickscore)}
+        if config.step_blind:
+            models["step-blind SPM"] = CLIP(pickscore.config).to(processes.device)
+            models["step-blind SPM"].load_state_dict(pickscore.state_dict())
     named = [item for clip in models.values()
              for item in clip.requires_grad_(True).named_parameters()]
     known = set(pickscore.state_dict())
@@ -584,6 +585,7 @@ def main() -> None:
         stats = trainer.update(found, step)
         trainer.end(dict(step=step + 1, epoch=epoch, **stats), len(batch))
     conclude(judged, models, held, run.folder)
+    run.close()
 
 
 if __name__ == "__main__":

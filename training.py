@@ -19,6 +19,7 @@ import platform
 import re
 import signal
 import sys
+import threading
 import time
 import types
 import typing
@@ -569,10 +570,18 @@ class Run:
         with processes.agreed():
             if processes.main:
                 self._claim(config)
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._on_signal)
+        self.handlers = {}                      # the caller's; only the main thread may have any
+        if threading.current_thread() is threading.main_thread():
+            self.handlers = {number: signal.signal(number, self._on_signal)
+                             for number in (signal.SIGTERM, signal.SIGINT)}
         if processes.main:
             print(f"{told(config, presets or {})} (all: {self.folder / 'config.json'})", flush=True)
+
+    def close(self) -> None:
+        """Signals are the caller's again."""
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+        self.handlers = {}
 
     def _claim(self, config) -> None:
         """Write the configuration; InputError if the folder cannot be used or holds another run."""

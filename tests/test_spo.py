@@ -5,11 +5,14 @@ import hashlib
 import json
 import math
 import os
+import random
 import shutil
 import signal
+import sys
 from collections import Counter
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -801,6 +804,25 @@ def test_a_stop_right_after_a_checkpoint_keeps_its_score(small, spm, prompts, tm
     assert caught.value.code == 143 and rounds[-1] == 2
     scores = [json.loads((tmp_path / f"run/checkpoint-{i:06d}.json").read_text())["score"] for i in (1, 2)]
     assert scores == pytest.approx([row["score"] for row in log_of(tmp_path / "run")], rel=1e-5)
+
+
+def test_training_leaves_the_callers_signals_and_random_state(small, spm, prompts, tmp_path, monkeypatch):
+    """As from Python: the loop of main, with handlers and a random state of the caller's own."""
+    monkeypatch.setattr(sys, "argv", ["spo_train.py", *map(str, ("--model", small, "--spm", spm, "--prompts", prompts, *BASE, "--grid_every", 1,
+                                                                "--device", "cpu", "--out", tmp_path / "run"))])
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    mine = {signal.SIGTERM: lambda *_: None, signal.SIGINT: signal.default_int_handler}
+    threads, states = torch.get_num_threads(), (torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy())
+    try:
+        for number, handler in mine.items():
+            signal.signal(number, handler)
+        spo_train.main()
+        assert {number: signal.getsignal(number) for number in mine} == mine
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert torch.equal(torch.get_rng_state(), states[0]) and random.getstate() == states[1] and (np.random.get_state()[1] == states[2]).all()
+    assert torch.get_num_threads() == threads
 
 
 def test_validation_score_by_hand(small, spm, prompts, tmp_path):
