@@ -15,9 +15,11 @@ Shapes: N slots, a slot being whatever a method learns from: a step of a pair, a
 import contextlib
 import dataclasses
 import functools
+import importlib.util
 import math
 import time
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -193,6 +195,9 @@ def repays(preset: str, prompts: float) -> tuple[bool, str]:
     """Does compiling repay its time over so many prompts of one process? And why, in words."""
     if preset not in COMPILING:
         return False, f"{preset} is too small to gain by it"
+    compiler = os.environ.get("CC") or any(map(shutil.which, ("gcc", "clang", "cc")))
+    if not importlib.util.find_spec("triton") or not compiler:
+        return False, "it needs Triton and a C compiler"
     takes, saves = COMPILING[preset]
     return prompts * saves > takes, (f"it takes about {takes} s and saves about "
                                      f"{prompts * saves:.0f} s in what is left of the run")
