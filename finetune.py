@@ -104,9 +104,8 @@ class RunConfig(TrainConfig):
                        "4k Pick-a-Pic captions); empty: tiny's own")
     sample_prompts: int = opt(0, "use so many of them, drawn by the seed (P: 4000); 0: all",
                               least=0)
-    judge_dtype: str = opt("", "of the judge's weights; empty: fp16 where --dtype is bf16, else as "
-                           "--dtype (O: fp32 with TF32 products, which have fp16's mantissa)",
-                           ("", *DTYPES))
+    judge_dtype: str = opt("fp32", "of the judge's weights (O: fp32, on a GPU with TF32 products)",
+                           tuple(DTYPES))
     decoder: str = opt("", "small decoder of the pictures that the judge sees: taesd, a folder, "
                        "file or hub id; empty: the VAE's")
     # Sampling (P 5.1)
@@ -263,11 +262,6 @@ def prepare_policy(config: RunConfig, processes: Processes) -> Pipeline:
     return pipe
 
 
-def rounded_less(dtype: str) -> str:
-    """fp16 for bf16: what only computes, and far from fp16's limits, wants its three more bits."""
-    return "fp16" if dtype == "bf16" else dtype
-
-
 def vae_decoder(pipe: Pipeline, config: RunConfig) -> Callable:
     """Latents [N, C, h, w] -> pictures [N, 3, H, W] in about [-1, 1], fp32."""
     decode, dtype = pipe.vae.decode, pipe.vae.post_quant_conv.weight.dtype
@@ -278,7 +272,8 @@ def vae_decoder(pipe: Pipeline, config: RunConfig) -> Callable:
 
 def small_decoder(pipe: Pipeline, config: RunConfig) -> Callable:
     """The same by the decoder that --decoder names."""
-    dtype = DTYPES[config.vae_dtype or rounded_less(config.dtype)]
+    usual = "fp16" if config.dtype == "bf16" else config.dtype      # as the VAE's
+    dtype = DTYPES[config.vae_dtype or usual]
     decode = load_tiny_decoder(config.decoder, pipe, dtype)
     if config.compile is True:
         decode.compile(dynamic=False)
