@@ -39,7 +39,7 @@ from finetune import (
     Trainer,
     Turn,
     compiled_sizes,
-    fit_memory,
+    fit_machine,
     prepare_policy,
     training_prompts,
 )
@@ -354,13 +354,13 @@ def main() -> None:
     """Train as the command line says; continue if the run folder holds the same run."""
     config = parse_options(BaselineConfig, PRESETS, description=__doc__)
     processes = start_processes(config.device or None)
-    config = fit_memory(config, PRESETS, processes.device)
+    offline = config.method in OFFLINE
+    prompts = [] if offline else training_prompts(config)
+    config = fit_machine(config, PRESETS, processes, len(prompts) or config.count)
     own = METHODS[config.method]
     config = dataclasses.replace(config, lr=config.lr or own["lr"], beta=config.beta or own["beta"])
     spo_train.check(d3po_as_spo(config))
-    offline = config.method in OFFLINE
-    prompts = [] if offline else training_prompts(config)
-    run = Run(config.out, config, processes, (*FREE, "max_unreadable"))
+    run = Run(config.out, config, processes, (*FREE, "max_unreadable"), PRESETS)
     if offline:
         train_offline(config, run, processes)
     else:

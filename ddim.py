@@ -13,10 +13,13 @@ from dataclasses import dataclass
 
 import torch
 
-# Options of schedulers that make the noise another one, or the pictures.
-FIXED = dict(trained_betas=False, rescale_betas_zero_snr=False, clip_sample=False,
-             thresholding=False, use_flow_sigmas=False, timestep_type="discrete",
-             snr_shift_scale=1.0)
+# What options of schedulers may say; other values make the noise another one, or the pictures.
+OFF = (None, False)
+SUPPORTED = dict(
+    prediction_type=("epsilon", "v_prediction"), beta_schedule=("linear", "scaled_linear"),
+    num_train_timesteps=range(1, 1001), steps_offset=(0, 1), trained_betas=OFF, clip_sample=OFF,
+    rescale_betas_zero_snr=OFF, thresholding=OFF, use_flow_sigmas=OFF,
+    timestep_type=(None, "discrete"), snr_shift_scale=(None, 1.0))
 
 
 @dataclass(frozen=True)
@@ -37,22 +40,17 @@ class Schedule:
         """
         name = str(config.get("_class_name", "DDIMScheduler"))
         own = name == "DDIMScheduler"           # with its defaults
-        betas = own or any(key.startswith("beta") for key in config)
-        if re.search("Flow|EDM", name) or not betas:
+        if re.search("Flow|EDM", name) or not (
+                own or any(key.startswith("beta") for key in config)):
             raise ValueError(f"scheduler config: _class_name={name!r} is another noise process "
                              "(a flow, EDM) than that of SD-1.5 and SDXL, which has betas")
-        prediction = config.get("prediction_type", "epsilon")
-        if prediction not in ("epsilon", "v_prediction"):
-            raise ValueError(f"scheduler config: prediction_type={prediction!r} is not supported")
-        for key, usual in FIXED.items():
-            if config.get(key, usual) not in (None, usual):
+        for key, values in SUPPORTED.items():
+            if config.get(key, values[0]) not in values:
                 raise ValueError(f"scheduler config: {key}={config[key]!r} is not supported")
-        offset = config.get("steps_offset", 0 if own else 1)
-        if offset not in (0, 1):
-            raise ValueError(f"scheduler config: steps_offset={offset!r} is neither 0 nor 1")
         alphas_cumprod = (1 - _betas(config)).cumprod(0)
         final = 1.0 if config.get("set_alpha_to_one", own) else float(alphas_cumprod[0])
-        return cls(alphas_cumprod, final, prediction, int(offset))
+        return cls(alphas_cumprod, final, config.get("prediction_type", "epsilon"),
+                   int(config.get("steps_offset", 0 if own else 1)))
 
     def timesteps(self, steps: int) -> list[int]:
         """Descending timesteps of a run of `steps` ("leading" spacing): 20 -> 951, 901, ..., 1."""
@@ -68,16 +66,14 @@ class Schedule:
 
 def _betas(config: dict) -> torch.Tensor:
     """Variance of the noise that each timestep adds, [num_train_timesteps]."""
-    kind, count = config.get("beta_schedule", "linear"), config.get("num_train_timesteps", 1000)
+    count = config.get("num_train_timesteps", 1000)
     low, high = config.get("beta_start", 1e-4), config.get("beta_end", 0.02)
-    if count not in range(1, 1001) or not 0 < low <= high < 1:
-        raise ValueError(f"scheduler config: num_train_timesteps={count!r}, beta_start={low!r}, "
-                         f"beta_end={high!r}: only 1..1000, and numbers between 0 and 1")
-    if kind == "linear":
-        return torch.linspace(low, high, count, dtype=torch.float32)
-    if kind == "scaled_linear":
+    if not 0 < low <= high < 1:
+        raise ValueError(f"scheduler config: beta_start={low!r}, beta_end={high!r}: they must lie "
+                         "between 0 and 1, in this order")
+    if config.get("beta_schedule") == "scaled_linear":
         return torch.linspace(low ** 0.5, high ** 0.5, count, dtype=torch.float32).square()
-    raise ValueError(f"scheduler config: beta_schedule={kind!r} is not supported")
+    return torch.linspace(low, high, count, dtype=torch.float32)
 
 
 @functools.lru_cache(maxsize=8)

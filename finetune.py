@@ -12,10 +12,14 @@ SPO (spo_train.py) and its rivals (baselines.py) differ in what stands inside. E
 
 Shapes: N slots, a slot being whatever a method learns from: a step of a pair, a pair of pictures.
 """
+import contextlib
 import dataclasses
 import functools
+import importlib.util
 import math
+import time
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +28,8 @@ import torch
 
 import lora
 from calls import Calls
-from diffusion import encode_empty, generate, grid, repaired
+from clip_spm import CLIP, preprocess_decoded
+from diffusion import encode_empty, generate, grid, judge_features, repaired
 from loading import (
     DTYPES,
     NAMES,
@@ -43,6 +48,7 @@ from training import (
     Stopped,
     check_preset,
     fingerprint,
+    last_step,
     opt,
     parse_options,
     permutation,
@@ -84,7 +90,9 @@ class TrainConfig(ModelConfig):
     preset: str = opt("", "whose settings are the defaults; empty: the model's own, or what a "
                       "local folder or single file turns out to be, else sd15",
                       ("", "tiny", "sd15", "sdxl"))
-    compile: bool = opt(False, "torch.compile the UNet's blocks, the decoder and the judge")
+    compile: bool | str = opt("auto", "torch.compile the UNet's blocks, the decoder and the judge; "
+                              "auto: on a GPU, if the run is long enough to repay it",
+                              ("auto", True, False))
     profile: bool = opt(False, "write what the second round or step spends its time on: "
                         "profile.json (for Perfetto), profile.txt")
 
@@ -96,9 +104,8 @@ class RunConfig(TrainConfig):
                        "4k Pick-a-Pic captions); empty: tiny's own")
     sample_prompts: int = opt(0, "use so many of them, drawn by the seed (P: 4000); 0: all",
                               least=0)
-    judge_dtype: str = opt("", "of the judge's weights; empty: fp16 where --dtype is bf16, else as "
-                           "--dtype (O: fp32 with TF32 products, which have fp16's mantissa)",
-                           ("", *DTYPES))
+    judge_dtype: str = opt("fp32", "of the judge's weights (O: fp32, on a GPU with TF32 products)",
+                           tuple(DTYPES))
     decoder: str = opt("", "small decoder of the pictures that the judge sees: taesd, a folder, "
                        "file or hub id; empty: the VAE's")
     # Sampling (P 5.1)
@@ -131,8 +138,10 @@ class RunConfig(TrainConfig):
     decoder_check: int = opt(0, "with --decoder: for this many rounds decode with the VAE too and "
                              "log how often it names the same pair", least=0)
     save_every: int = opt(10, "rounds between checkpoints; the last two stay, and that of the "
-                          "highest mean score (LoRA: best/)", least=1)
-    grid_every: int = opt(10, "rounds between sample grids; 0: never", least=0)
+                          "highest validation_score (LoRA: best/), without grids of the highest "
+                          "mean score", least=1)
+    grid_every: int = opt(10, "rounds between sample grids, from round 0 on; their mean score by "
+                          "the judge is the log's validation_score; 0: never", least=0)
     snapshot_every: int = opt(0, "rounds between LoRAs that stay, in loras/; 0: none", least=0)
 
 
@@ -140,10 +149,57 @@ LOW = {         # estimates: sd15 within 10 GB at 512 pixels, sdxl within 24 GB 
     "sd15": dict(sample_batch=2, train_batch=4, decode_batch=2, checkpointing=True),
     "": dict(sample_batch=1, train_batch=1, decode_batch=1, checkpointing=True),    # all others
 }
+# Seconds that compiling takes, and saves a prompt, on an H100 (benchmarks/README.md); what SDXL
+# saves is calculated with SD-1.5's ratio. Other cards are slower, so they save more.
+COMPILING = {"sd15": (120, 0.94), "sdxl": (170, 4.4)}
 # May differ when a run is resumed. A preset may, because what it sets is compared itself.
 FREE = ("out", "preset", "device", "epochs", "rounds", "memory", "sample_batch", "train_batch",
         "decode_batch", "checkpointing", "compile", "decoder_check", "profile", "save_every",
         "grid_every", "snapshot_every")
+
+
+def fit_machine(config: RunConfig, presets: dict[str, dict], processes: Processes,
+                count: int) -> RunConfig:
+    """The configuration with `memory` and `compile` decided, for a run over `count` prompts."""
+    config = fit_memory(config, presets, processes.device)
+    rounds = config.epochs * -(-count // config.prompts_per_round)
+    rounds = min(config.rounds or rounds, rounds) - last_step(Path(config.out))
+    return decide_compiling(config, processes, rounds * config.prompts_per_round)
+
+
+def decide_compiling(config: TrainConfig, processes: Processes, prompts: float) -> TrainConfig:
+    """The configuration with `compile` decided, for so many prompts over all processes."""
+    if config.compile == "auto":
+        on, why = processes.device.type == "cuda", ""
+        if on:
+            on, why = repays(config.preset, prompts / processes.world)
+        config = dataclasses.replace(config, compile=on)
+        if why and processes.main:
+            print(f"--compile auto: {'on' if on else 'off'}, {why}", flush=True)
+    if config.compile:
+        keep_compiled()
+    return config
+
+
+def keep_compiled() -> None:
+    """Let later starts find what is compiled, also after a reboot: torch has it in /tmp."""
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    folder = os.path.join(cache, "spo", "compiled")
+    with contextlib.suppress(OSError):          # a home that cannot be written
+        os.makedirs(folder, exist_ok=True)
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", folder)
+
+
+def repays(preset: str, prompts: float) -> tuple[bool, str]:
+    """Does compiling repay its time over so many prompts of one process? And why, in words."""
+    if preset not in COMPILING:
+        return False, f"{preset} is too small to gain by it"
+    compiler = os.environ.get("CC") or any(map(shutil.which, ("gcc", "clang", "cc")))
+    if not importlib.util.find_spec("triton") or not compiler:
+        return False, "it needs Triton and a C compiler"
+    takes, saves = COMPILING[preset]
+    return prompts * saves > takes, (f"it takes about {takes} s and saves about "
+                                     f"{prompts * saves:.0f} s in what is left of the run")
 
 
 def fit_memory(config: RunConfig, presets: dict[str, dict], device: torch.device,
@@ -200,37 +256,33 @@ def prepare_policy(config: RunConfig, processes: Processes) -> Pipeline:
     except ValueError as error:
         raise InputError(f"--targets {config.targets}: {error}") from None
     pipe.unet.checkpointing = config.checkpointing
-    if config.compile:
+    if config.compile is True:
         compile_blocks(pipe.unet)
         pipe.vae.to(memory_format=torch.channels_last)
     return pipe
 
 
-def rounded_less(dtype: str) -> str:
-    """fp16 for bf16: what only computes, and far from fp16's limits, wants its three more bits."""
-    return "fp16" if dtype == "bf16" else dtype
-
-
 def vae_decoder(pipe: Pipeline, config: RunConfig) -> Callable:
     """Latents [N, C, h, w] -> pictures [N, 3, H, W] in about [-1, 1], fp32."""
     decode, dtype = pipe.vae.decode, pipe.vae.post_quant_conv.weight.dtype
-    if config.compile:
+    if config.compile is True:
         decode = torch.compile(decode, dynamic=False)
     return pipe.calls.wrap(lambda latents: decode(latents.to(dtype)).float(), "decoding")
 
 
 def small_decoder(pipe: Pipeline, config: RunConfig) -> Callable:
     """The same by the decoder that --decoder names."""
-    dtype = DTYPES[config.vae_dtype or rounded_less(config.dtype)]
+    usual = "fp16" if config.dtype == "bf16" else config.dtype      # as the VAE's
+    dtype = DTYPES[config.vae_dtype or usual]
     decode = load_tiny_decoder(config.decoder, pipe, dtype)
-    if config.compile:
+    if config.compile is True:
         decode.compile(dynamic=False)
     return pipe.calls.wrap(lambda latents: decode(latents.to(dtype)).float(), "decoding")
 
 
 def compiled_sizes(config: RunConfig, world: int, k: int, rows: int) -> dict[str, tuple[int, ...]]:
     """How many samples compiled networks see in each phase: k candidates, up to `rows` a slot."""
-    if not config.compile:
+    if config.compile is not True:
         return {}
     prompts = min(config.sample_batch, -(-config.prompts_per_round // world))
     latents = (config.decode_batch, prompts * k % config.decode_batch)
@@ -263,15 +315,31 @@ def save_lora(pipe: Pipeline, folder: Path) -> None:
               lora.kohya_header(weights, pipe.unet, Path(pipe.name).name))
 
 
-def draw_samples(pipe: Pipeline, prompts: list[str], config: RunConfig, path: Path) -> None:
-    """A grid of the same 16 training prompts and seeds every time."""
+def draw_samples(pipe: Pipeline, prompts: list[str], config: RunConfig, path: Path,
+                 judge: CLIP | None = None) -> float | None:
+    """A grid of the same 16 training prompts and seeds every time -> the judge's mean score.
+
+    The pictures are finished, so the judge is told t = 0. None without a judge, or if a score is
+    not finite.
+    """
     some = [prompts[i] for i in permutation(len(prompts), 0, "preview")[:16]]
     batch = min(config.sample_batch, config.decode_batch)
     with torch.compiler.set_stance("force_eager"):          # its batches have other shapes
         images = generate(
             pipe, some, list(range(len(some))), batch, steps=config.steps,
             guidance_scale=config.guidance_scale, resolution=config.resolution or None)
+        score = judged(pipe, judge, images, some) if judge else math.nan
     write_atomic(path, functools.partial(grid(images, 8, captions=some).save, format="PNG"))
+    return score if math.isfinite(score) else None
+
+
+@torch.no_grad()
+def judged(pipe: Pipeline, judge: CLIP, images: torch.Tensor, prompts: list[str]) -> float:
+    """Mean score of finished pictures [N, 3, H, W] in [0, 1]."""
+    pixels = preprocess_decoded(images.to(pipe.device) * 2 - 1, judge.config.vision.image_size)
+    timestep = torch.zeros(len(pixels), dtype=torch.long, device=pipe.device)
+    features = judge.image_features(pixels, timestep)
+    return float(judge.score(features, judge_features(pipe, judge, prompts)).mean())
 
 
 def copied(weights: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -307,11 +375,12 @@ class Trainer:
     """A LoRA in training: rounds of prompts, minibatches, checkpoints; resumes and stops."""
 
     def __init__(self, config: RunConfig, run: Run, pipe: Pipeline, prompts: list[str],
-                 judge: torch.nn.Module | None = None, name: str = "spo", **identity: str):
+                 judge: CLIP | None = None, name: str = "spo", **identity: str):
         self.config, self.run, self.processes = config, run, run.processes
         self.pipe, self.prompts = pipe, prompts
         # Without a judge nothing is drawn, so nothing is guided.
         self.empty = encode_empty(pipe) if judge else None
+        self.judge = judge
         self.rounds_per_epoch = -(-len(prompts) // config.prompts_per_round)
         total = min(config.rounds or math.inf, config.epochs * self.rounds_per_epoch)
         self.rounds = Rounds(run, total, "round", config, pipe.calls, name)
@@ -352,11 +421,11 @@ class Trainer:
             self.rounds.leave()
         if kind is None and self.processes.main:
             self.conclude()
+        self.run.close()
 
     def turns(self) -> Iterator[Turn]:
         """The rounds, each with its share of the epoch's shuffled prompts."""
-        if self.rounds.done:                    # it may have been killed right after a checkpoint
-            self.draw_samples_due(again=False)
+        self.at_start = None if self.rounds.done else self.validate(0)
         for step in self.rounds:
             epoch, place = divmod(step, self.rounds_per_epoch)
             order = permutation(len(self.prompts), self.config.seed, "order", epoch)
@@ -392,25 +461,34 @@ class Trainer:
         record = dict(round=turn.step + 1, epoch=turn.epoch, **stats,
                       lora_norm=lora.norm(pipe.unet), evaluations=int(evaluations))
         shown = {k: f"{stats[k]:.4g}" for k in ("score", "pairs", "margin") if stats[k] is not None}
-        rounds.end(record, "prompts", len(turn.indices), stats["score"], shown)
+        validation = self.validate(rounds.done + 1)
+        record |= {name: value for name, value in (
+            ("validation_score", validation), ("validation_score_at_start", self.at_start))
+            if value is not None}
+        self.at_start = None
+        score = validation if self.judge and config.grid_every else stats["score"]
+        rounds.end(record, "prompts", len(turn.indices), score, shown)
         if self.processes.main and is_due(rounds.done, config.snapshot_every):
             save_lora(pipe, self.run.folder / "loras" / f"{rounds.done:05d}")
         if rounds.bad >= TOO_MANY:
             self.give_up()
         if rounds.due or rounds.ending:
             self.save()
-        self.draw_samples_due()
         if rounds.ending and rounds.done < rounds.total:
             rounds.leave()
 
-    def draw_samples_due(self, again: bool = True) -> None:
-        """Draw samples if they are due after this round; `again`: though they are there already."""
-        rounds, last = self.rounds, self.rounds.done == self.rounds.total
-        path = self.run.folder / f"samples-{rounds.done:05d}.png"
-        wanted = self.processes.main and is_due(rounds.done, self.config.grid_every, last)
-        if wanted and (again or not path.exists()):
-            draw_samples(self.pipe, self.prompts, self.config, path)
+    def validate(self, done: int) -> float | None:
+        """Draw and judge the samples that are due after `done` rounds; the main process alone.
+
+        Before the log and the checkpoint: whoever is killed in between does it again.
+        """
+        score, began = None, time.perf_counter()
+        if self.processes.main and is_due(done, self.config.grid_every, done == self.rounds.total):
+            path = self.run.folder / f"samples-{done:05d}.png"
+            score = draw_samples(self.pipe, self.prompts, self.config, path, self.judge)
         self.processes.barrier()
+        self.rounds.started += time.perf_counter() - began      # it is no part of the round
+        return score
 
     def save(self) -> None:
         """LoRA files, then the checkpoint: whoever is killed in between writes them again."""

@@ -52,8 +52,12 @@ NAMES = {
 SDXL_VAE = "madebyollin/sdxl-vae-fp16-fix"      # SDXL's stock VAE overflows in half precision
 TAESD = ("madebyollin/taesd", "madebyollin/taesdxl")    # small decoders, SD-1.5's and SDXL's
 SPM_HOME = "SPO-Diffusion-Models/Step-Aware_Preference_Models"
-SPMS = {"sd15": f"{SPM_HOME}/sd-v1-5_step-aware_preference_model.bin",      # for load_clip
+SPMS = {"sd15": f"{SPM_HOME}/sd-v1-5_step-aware_preference_model.bin",
         "sdxl": f"{SPM_HOME}/sdxl_step-aware_preference_model.bin"}
+JUDGES = {preset: {"spm": spm, "pickscore": "yuvalkirstain/PickScore_v1"}       # for load_clip
+          for preset, spm in SPMS.items()} | {
+    "tiny": {"spm": f"{TINY}/spm", "step-blind": f"{TINY}/spm_step_blind",
+             "pickscore": f"{TINY}/pickscore"}}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 SINGLE = (".safetensors", ".ckpt")      # how single-file checkpoints end
@@ -76,7 +80,10 @@ SINGLE_PARTS = {"sd15": (VAEConfig(), TEXT_L),
                 "sdxl": (VAEConfig(scaling_factor=0.13025, force_upcast=True), TEXT_L, TEXT_G)}
 SCHEDULER = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
                  set_alpha_to_one=False, steps_offset=1)
-SPARE = "cond_stage_model.transformer.text_projection."     # left in a file by training
+TEXTS = {"sd15": ("cond_stage_model.transformer.",),        # where its text encoders are
+         "sdxl": ("conditioner.embedders.0.transformer.", "conditioner.embedders.1.model.")}
+SPARE = ("cond_stage_model.transformer.text_projection.",   # left in a file by training
+         "conditioner.embedders.1.model.logit_scale")
 MOST_LAYERS = 1000      # of a network; SD-1.5 and SDXL have less than a tenth
 
 
@@ -131,20 +138,9 @@ def safe_dtype(config: VAEConfig, unet: UNetConfig, dtype: torch.dtype,
     SD-1.5's once diffusers has saved it, which would do so in fp16 alone.
     """
     if wanted is None:
-        half = dtype == torch.bfloat16 and not config.force_upcast
-        wanted = torch.float16 if half else dtype
+        wanted = torch.float16 if dtype == torch.bfloat16 and not config.force_upcast else dtype
     overflows = wanted == torch.float16 or unet.addition_embed_type == "text_time"
     return torch.float32 if config.force_upcast and overflows else wanted
-
-
-def laid_out(vae: VAE) -> VAE:
-    """Channels last on a CPU, where all of it is convolutions: about 1.8 times as fast.
-
-    On a GPU that is faster only once compiled; for a CPU's UNet it makes no difference.
-    """
-    if next(vae.parameters()).device.type == "cpu":
-        vae.to(memory_format=torch.channels_last)
-    return vae
 
 
 def _planned(cls, config_cls, path: Path, own=None):
@@ -160,25 +156,26 @@ def _planned(cls, config_cls, path: Path, own=None):
     return build(cls, read_config(config_cls, beside), beside), file
 
 
-def _fill_vae(vae: VAE, weights: dict, file: Path, dtype: torch.dtype, device: torch.device):
-    """Numbers for a planned VAE, in diffusers' layout or the original, alone or in a checkpoint."""
-    tensors = take(weights, "first_stage_model.") or weights
-    tensors = {k: v for k, v in tensors.items() if not k.startswith(("loss.", "model_ema."))}
-    tensors = rename(vae, tensors, lambda key: original_vae_name(
-        key, len(vae.config.block_out_channels)))
-    return laid_out(load_strict(vae, clean(tensors), file, dtype, device, weights))
+def _fill_vae(vae: VAE, weights: dict, file: Path, dtype: torch.dtype,
+              device: torch.device) -> None:
+    """Numbers for a planned VAE, in diffusers' layout or the original, alone or in a checkpoint.
+
+    Channels last on a CPU, where all of it is convolutions: about 1.8 times as fast. On a GPU that
+    is faster only once compiled; for a CPU's UNet it makes no difference.
+    """
+    levels = len(vae.config.block_out_channels)
+    tensors = rename(vae, take(weights, "first_stage_model.") or weights,
+                     lambda key: original_vae_name(key, levels))
+    load_strict(vae, clean(tensors), file, dtype, device, weights)
+    if device.type == "cpu":
+        vae.to(memory_format=torch.channels_last)
 
 
 def fetch_model(source: str) -> Path:
-    """The folder of a model in the diffusers layout; of the hub's only what is used."""
+    """The folder or single file of a model, by name, path or hub id; of the hub's what is used."""
+    source = NAMES.get(source, source)
     root = fetch(source, FILES)
     return fetch_weights(source, root, [part for part in PARTS if (root / part).is_dir()])
-
-
-def find_model(source: str) -> Path:
-    """The folder or single file of a model, by name, path or hub id."""
-    name = NAMES.get(source, source)
-    return fetch(name, []) if name.endswith(SINGLE) else fetch_model(name)
 
 
 def fetch_part(source: str, part: str = "") -> Path:
@@ -203,7 +200,7 @@ def resolve(config) -> None:
     Reading SDXL takes a minute, after which nobody wants to hear of a mistyped path. Options that
     `config` lacks count as empty. Raises InputError that names the option.
     """
-    find = dict(model=find_model,
+    find = dict(model=fetch_model,
                 tokenizer=lambda source: _tokenizer(fetch(source, ["tokenizer*/*"]) / "tokenizer"),
                 vae=lambda source: weight_file(fetch_part(source, "vae")),
                 decoder=lambda source: weight_file(fetch_part(
@@ -224,21 +221,14 @@ def blaming(path: Path):
     """What goes wrong inside is the fault of this configuration file: InputError of one line."""
     try:
         yield
-    except ValueError as error:
-        raise InputError(f"{path}: {first_line(error, 200)}") from None
-    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError) as error:
-        raise InputError(f"{path}: not a configuration of this kind of network, "
-                         f"{type(error).__name__}: {first_line(error, 200)}") from None
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError,
+            ValueError) as error:
+        raise InputError(f"{path}: not a configuration of what is known here "
+                         f"({type(error).__name__}: {first_line(error, 200)})") from None
 
 
 def fits(value, kind) -> bool:
-    """Is this, from a configuration file, of a field's type, and a number of sensible size?
-
-    Kinds may be dataclasses themselves.
-    """
-    if is_dataclass(kind):
-        return isinstance(value, kind) and all(
-            fits(getattr(value, name), k) for name, k in get_type_hints(kind).items())
+    """Is this, from a configuration file, of a field's type, and a number of sensible size?"""
     if isinstance(kind, UnionType):
         return any(fits(value, k) for k in get_args(kind))
     if get_origin(kind) is tuple:
@@ -253,26 +243,26 @@ def read_config(cls, path: Path):
     """A network's shape from its config.json."""
     with blaming(path):
         config = cls.from_json(read_json(path))
-        for name, kind in get_type_hints(cls).items():
-            value = getattr(config, name)
-            if not fits(value, kind):
-                raise ValueError(f"{name}={value!r} is no value for this network")
-        check_depth(config)
+        for part in filter(is_dataclass, (config, *vars(config).values())):
+            check_fields(part)
     return config
 
 
-def check_depth(config) -> None:
-    """ValueError for more than MOST_LAYERS layers, which would take hours or all memory to build.
+def check_fields(config) -> None:
+    """ValueError for values that do not fit, and for more than MOST_LAYERS layers.
 
-    They are what the fields that count layers, blocks and levels amount to.
+    Those would take hours or all memory to build. They are what the fields that count layers,
+    blocks and levels amount to.
     """
-    for part in filter(is_dataclass, (config, *vars(config).values())):
-        counts = {k: v for k, v in vars(part).items() if "layers" in k or k == "blocks"}
-        levels = len(getattr(part, "block_out_channels", "1"))
-        layers = levels * math.prod(v if isinstance(v, int) else sum(v) for v in counts.values())
-        if layers > MOST_LAYERS:
-            raise ValueError(f"{', '.join(f'{k}={v!r}' for k, v in counts.items())} at {levels} "
-                             f"levels: {layers:,} layers, no such network has {MOST_LAYERS:,}")
+    for name, kind in get_type_hints(type(config)).items():
+        if not fits(getattr(config, name), kind):
+            raise ValueError(f"{name}={getattr(config, name)!r} is no value for this network")
+    counts = {k: v for k, v in vars(config).items() if "layers" in k or k == "blocks"}
+    levels = len(getattr(config, "block_out_channels", "1"))
+    layers = levels * math.prod(v if isinstance(v, int) else sum(v) for v in counts.values())
+    if layers > MOST_LAYERS:
+        raise ValueError(f"{', '.join(f'{k}={v!r}' for k, v in counts.items())} at {levels} "
+                         f"levels: {layers:,} layers, no such network has {MOST_LAYERS:,}")
 
 
 def build(cls, config, path: Path):
@@ -287,13 +277,11 @@ def clip_file(source: str) -> Path:
         raise InputError(f"{source}: holds two models of 5.2 GB; "
                          f"say which: {' or '.join(SPMS.values())}")
     path = fetch_part(source)
-    if path.is_file():
-        return path
     spms = sorted(path.glob("*step-aware_preference_model.bin"))
     file = find_weights(path) or find_weights(path / "spm")
     if file is None and len(spms) > 1:
         raise InputError(f"{source}: holds several models; say which: {', '.join(map(str, spms))}")
-    return file or (spms[0] if spms else weight_file(path))     # which is an InputError
+    return file or weight_file(spms[0] if spms else path)
 
 
 def load_clip(source: str, dtype: torch.dtype = torch.float32,
@@ -316,8 +304,8 @@ def load_clip(source: str, dtype: torch.dtype = torch.float32,
     if step_aware not in (None, knows):
         raise InputError(f"{source}: is {'an SPM, which is' if knows else 'not'} step-aware; "
                          f"{'an SPM' if step_aware else 'PickScore or another CLIP'} is wanted")
-    clip = build(CLIP, replace(config, step_aware=knows), beside)
-    return load_strict(clip, weights, file, dtype, device)
+    return load_strict(build(CLIP, replace(config, step_aware=knows), beside), weights, file,
+                       dtype, device)
 
 
 def load_judging(named: str, source: str, dtype: torch.dtype, pipe: Pipeline,
@@ -335,15 +323,10 @@ def judge_source(model: str, preset: str, judge: str) -> str:
     Raises InputError where there are none.
     """
     preset = preset or preset_of(model)
-    if preset == "tiny":
-        names = {"spm": "spm", "step-blind": "spm_step_blind", "pickscore": "pickscore"}
-        return str(TINY / names[judge])
-    if judge == "pickscore":
-        return "yuvalkirstain/PickScore_v1"
-    if judge == "spm":
-        return SPMS[preset]
-    raise InputError(f"--judge {judge} with --preset {preset}: "
-                     "say with --spm where its weights are")
+    if judge not in JUDGES[preset]:
+        raise InputError(f"--judge {judge} with --preset {preset}: "
+                         "say with --spm where its weights are")
+    return JUDGES[preset][judge]
 
 
 def load_tiny_decoder(source: str, pipe: Pipeline,
@@ -354,16 +337,17 @@ def load_tiny_decoder(source: str, pipe: Pipeline,
     `config.json` beside them, else the official one. Raises InputError where they are something
     else, or speak of other latents or pictures than `pipe`.
     """
-    path = fetch_part(TAESD[pipe.is_sdxl] if source == "taesd" else source)
-    decoder, file = _planned(TinyDecoder, TinyDecoderConfig, path, TinyDecoderConfig())
+    decoder, file = _planned(
+        TinyDecoder, TinyDecoderConfig,
+        fetch_part(TAESD[pipe.is_sdxl] if source == "taesd" else source), TinyDecoderConfig())
     for what, ours, theirs in (
             ("channels in a latent", decoder.config.latent_channels, pipe.unet.config.in_channels),
             ("pixels a side per latent position", decoder.factor, pipe.vae.factor)):
         if ours != theirs:
             raise InputError(
                 f"{source}: a decoder with {ours} {what}, but {pipe.name} has {theirs}")
-    weights = original_tiny_decoder(read_weights(file, "decoder"))
-    load_strict(decoder, weights, file, dtype, pipe.device)
+    load_strict(decoder, original_tiny_decoder(read_weights(file, "decoder")), file, dtype,
+                pipe.device)
     return decoder.to(memory_format=torch.channels_last)
 
 
@@ -411,11 +395,12 @@ def check_vocabulary(tokenizer, size: int, network: str) -> None:
                          f"{network} {size}: they belong to different models")
 
 
-def read_schedule(folder: Path, **changes) -> ddim.Schedule:
-    """The noise schedule of a model's folder, some fields of its configuration changed."""
+def read_schedule(folder: Path, prediction_type: str = "") -> ddim.Schedule:
+    """The noise schedule of a model's folder; a `prediction_type` wins over what it says."""
     path = folder / "scheduler/scheduler_config.json"
     with blaming(path):
-        return ddim.Schedule.from_json(read_json(path) | changes)
+        said = dict(prediction_type=prediction_type) if prediction_type else {}
+        return ddim.Schedule.from_json(read_json(path) | said)
 
 
 def check_schedule(folder: Path, pipe: "Pipeline") -> None:
@@ -473,16 +458,18 @@ def _single_file(path: Path, dtype: torch.dtype, device: torch.device, tokenizer
     none yet.
     """
     weights = {k: v for k, v in read_weights(path, path.name).items() if not k.startswith(SPARE)}
-    if not any(key.startswith("model.diffusion_model.") for key in weights):
-        raise InputError(f"{path}: no model.diffusion_model.* tensors; not a Stable Diffusion "
-                         "checkpoint in the original layout; "
-                         f"the file looks like {layout(weights)}")
-    if own_vae and not any(key.startswith("first_stage_model.") for key in weights):
-        raise InputError(f"{path}: has no VAE (first_stage_model.*); give one with --vae")
     foreign = [key for key in weights if key.startswith(("edm_", "ztsnr"))]
-    if foreign:
-        raise InputError(f"{path}: trained with another noise process (EDM, or a zero-terminal-SNR "
-                         f"schedule), not supported; the file says so by {foreign[0]}")
+    faults = {
+        "no model.diffusion_model.* tensors; not a Stable Diffusion checkpoint in the original "
+        f"layout; the file looks like {layout(weights)}":
+            not any(key.startswith("model.diffusion_model.") for key in weights),
+        "has no VAE (first_stage_model.*); give one with --vae":
+            own_vae and not any(key.startswith("first_stage_model.") for key in weights),
+        "trained with another noise process (EDM, or a zero-terminal-SNR schedule), not supported; "
+        f"the file says so by {', '.join(foreign)}": foreign}
+    for fault, there in faults.items():
+        if there:
+            raise InputError(f"{path}: {fault}")
     with blaming(path):
         schedule = ddim.Schedule.from_json(dict(
             SCHEDULER, prediction_type=prediction_type or marked_prediction(path, weights)))
@@ -491,19 +478,13 @@ def _single_file(path: Path, dtype: torch.dtype, device: torch.device, tokenizer
     with torch.device("meta"):
         unet, vae, encoders = UNet(of_unet), VAE(of_vae), [CLIP(config) for config in of_texts]
 
-    def load(module, tensors):
-        return load_strict(module, clean(tensors), path, dtype, device, weights)
-
-    load(unet, rename(unet, take(weights, "model.diffusion_model."), original_names(unet).get))
+    tensors = rename(unet, take(weights, "model.diffusion_model."), original_names(unet).get)
+    load_strict(unet, tensors, path, dtype, device, weights)
     if own_vae:
         _fill_vae(vae, weights, path, safe_dtype(of_vae, of_unet, dtype, vae_dtype), device)
-    if kind == "sdxl":
-        load(encoders[0], take(weights, "conditioner.embedders.0.transformer."))
-        second = from_open_clip(take(weights, "conditioner.embedders.1.model."))
-        second.pop("logit_scale", None)
-        load(encoders[1], second)
-    else:
-        load(encoders[0], take(weights, "cond_stage_model.transformer."))
+    for encoder, place in zip(encoders, TEXTS[kind]):
+        tensors = clean(from_open_clip(take(weights, place)))   # other names stay as they are
+        load_strict(encoder, tensors, path, dtype, device, weights)
     tokenizers = _tokenizers(fetch(tokenizer or NAMES[kind], ["tokenizer*/*"]), encoders)
     return Pipeline(str(path), tokenizers, encoders, unet, vae if own_vae else None, schedule,
                     zero_negative=kind == "sdxl", device=device)
@@ -517,18 +498,18 @@ def _folder(source: str, root: Path, dtype: torch.dtype, device: torch.device,
     All parts are planned, and held against each other, before the numbers of one are read.
     """
     index = read_json(root / "model_index.json")
-    said = dict(prediction_type=prediction_type) if prediction_type else {}
-    schedule = read_schedule(root, **said)
     names = ("", "_2") if "text_encoder_2" in index else ("",)
     texts = [_planned(CLIP, CLIPConfig, root / f"text_encoder{n}") for n in names]
     unet, unet_file = _planned(UNet, UNetConfig, other.get("unet", root / "unet"))
     vae, vae_file = _planned(VAE, VAEConfig, root / "vae")
     if "vae" in other:
         vae, vae_file = _planned(VAE, VAEConfig, other["vae"], vae.config)
-    zero = index.get("force_zeros_for_empty_prompt", len(names) > 1)        # diffusers' default
+    schedule = read_schedule(root, prediction_type)
     encoders = [clip for clip, _ in texts]
-    pipe = Pipeline(source, _tokenizers(root, encoders), encoders, unet, vae, schedule, bool(zero),
-                    device=device)
+    pipe = Pipeline(
+        source, _tokenizers(root, encoders), encoders, unet, vae, schedule, device=device,
+        # diffusers' default
+        zero_negative=bool(index.get("force_zeros_for_empty_prompt", len(names) > 1)))
     _check_fit(pipe, source)
     for n, (clip, file) in zip(names, texts):
         load_strict(clip, clean(read_weights(file, f"text_encoder{n}")), file, dtype, device)
@@ -552,7 +533,7 @@ def load_pipeline(source: str = "tiny", dtype: torch.dtype = torch.float32,
     not fit.
     """
     device = torch.device(device)
-    root = find_model(source)
+    root = fetch_model(source)
     other = {part: fetch_part(place, part) for part, place in (("unet", unet), ("vae", vae))
              if place}
     if NAMES.get(source, source).endswith(SINGLE):

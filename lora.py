@@ -56,7 +56,17 @@ ORIGINAL = "model.diffusion_model."      # where the UNet is in a single-file ch
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 LORA_NAMES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors", "adapter_model.bin")
 SIDES = {"lora_A.weight": "A", "lora.down.weight": "A", "lora_down.weight": "A",
-         "lora_B.weight": "B", "lora.up.weight": "B", "lora_up.weight": "B"}
+         "lora_B.weight": "B", "lora.up.weight": "B", "lora_up.weight": "B", "alpha": "alpha"}
+REFUSED = {             # beginnings of keys -> why
+    (PEFT, f"unet.{PEFT}"):
+        "has peft's prefix; how strong the LoRA is stands in the adapter_config.json that peft "
+        "saves beside it: put it there",
+    ("transformer_blocks", "down_blocks", "mid_block", "up_blocks"):
+        "has no `unet.` prefix; diffusers would load this file as a no-op. Rename its keys to "
+        "`unet.<module>.lora_A.weight` and `.lora_B.weight`, and add `unet.<module>.alpha` if that "
+        "is not the rank",
+    ("text_encoder", "lora_te"): "belongs to a text encoder; only LoRAs of the UNet are supported",
+}
 
 
 class LoRALinear(nn.Module):
@@ -72,7 +82,7 @@ class LoRALinear(nn.Module):
         super().__init__()
         self.weight, self.bias = base.weight, base.bias
         self.base = (base,)             # in a tuple: no submodule, whose names would change
-        kind = dict(bias=False, device=base.weight.device, dtype=torch.float32)
+        kind = dict(bias=False, device="meta", dtype=torch.float32)     # draws nothing
         outer, inner = base.weight.shape[:2]
         if isinstance(base, nn.Conv2d):
             self.lora_A = nn.Conv2d(inner, rank, base.kernel_size, base.stride, base.padding,
@@ -81,10 +91,11 @@ class LoRALinear(nn.Module):
         else:
             self.lora_A = nn.Linear(inner, rank, **kind)
             self.lora_B = nn.Linear(rank, outer, **kind)
-        with torch.no_grad():           # drawn on the CPU: the same start on every device
-            start = torch.randn(self.lora_A.weight.shape, generator=generator)
-            self.lora_A.weight.copy_(start / rank)
-            self.lora_B.weight.zero_()
+        for layer in (self.lora_A, self.lora_B):
+            layer.to_empty(device=base.weight.device)
+        start = torch.randn(self.lora_A.weight.shape, generator=generator or torch.Generator())
+        self.lora_A.weight.data.copy_(start / rank)     # drawn on the CPU: the same on every device
+        nn.init.zeros_(self.lora_B.weight)
         self.rank, self.alpha, self.scaling = rank, alpha, alpha / rank
         self.enabled = True
 
@@ -128,11 +139,10 @@ def add(model: nn.Module, rank: int, alpha: float | None = None,
     for target in targets:
         if not any(f".{name}".endswith(f".{target}") for name in maps):
             raise ValueError(f"no linear layer's name ends in {target!r}")
-    found = [name for name in maps
-             if any(f".{name}".endswith(f".{target}") for target in targets)]
-    for name in found:
-        base = model.get_submodule(name)
-        _replace(model, name, LoRALinear(base, rank, rank if alpha is None else alpha, generator))
+    for name in maps:
+        if any(f".{name}".endswith(f".{target}") for target in targets):
+            _replace(model, name, LoRALinear(model.get_submodule(name), rank,
+                                             rank if alpha is None else alpha, generator))
     return parameters(model)
 
 
@@ -168,8 +178,8 @@ def state(model: nn.Module) -> dict[str, torch.Tensor]:
     out = {}
     for name, layer in layers(model).items():       # the format carries no alpha: fold it into B
         b = (layer.lora_B.weight * layer.scaling).detach().cpu().contiguous()
-        out[f"unet.{name}.lora_B.weight"] = b
-        out[f"unet.{name}.lora_A.weight"] = layer.lora_A.weight.detach().cpu().clone()
+        a = layer.lora_A.weight.detach().cpu().clone()
+        out |= {f"unet.{name}.lora_B.weight": b, f"unet.{name}.lora_A.weight": a}
     return out
 
 
@@ -179,8 +189,9 @@ def to_kohya(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     for key, value in weights.items():
         module, part = re.fullmatch(r"unet\.(.+)\.lora_([AB])\.weight", key).groups()
         name = "lora_unet_" + module.replace(".", "_")
-        out[f"{name}.lora_{'down' if part == 'A' else 'up'}.weight"] = value.contiguous()
-        out[f"{name}.alpha"] = torch.tensor(float(value.shape[0 if part == "A" else 1]))
+        side, rank = ("down", value.shape[0]) if part == "A" else ("up", value.shape[1])
+        out |= {f"{name}.lora_{side}.weight": value.contiguous(),
+                f"{name}.alpha": torch.tensor(float(rank))}
     return out
 
 
@@ -211,36 +222,34 @@ def normalise(weights: dict[str, torch.Tensor], modules: list[str],
     """
     names = dict(zip(modules, modules)) | original_module_names(modules)
     by_kohya = {name.replace(".", "_"): module for name, module in names.items()}
-    out = {}
-    alphas = {}
+    found = {}                  # module -> its A, B, and alpha if it is said
     for key, value in weights.items():
         module, part = _place(key, by_kohya, source)
-        where = f"{source}: {key!r} of layer {module!r}"
-        if not value.numel() or not torch.isfinite(value.float()).all():
-            raise ValueError(f"{where} is empty or holds non-finite numbers; the file is damaged")
-        if part == "alpha" and value.numel() == 1:
-            alphas[module] = float(value)
-            continue
-        if part not in SIDES:
-            raise ValueError(f"{where} is not plain LoRA (LoHa, LoKr and DoRA are not supported)")
-        if value.ndim not in (2, 4) or not value.is_floating_point():
-            raise ValueError(f"{where} is no matrix of weights: {value.dtype}, "
-                             f"shape {tuple(value.shape)}")
-        name = f"unet.{module}.lora_{SIDES[part]}.weight"
-        if name in out:
-            raise ValueError(f"{where} is there twice, under two names or for two adapters; "
-                             "keep one of them")
-        out[name] = value
-    for module in sorted({key[5:].rpartition(".lora_")[0] for key in out} | alphas.keys()):
-        for side in "AB":
-            if f"unet.{module}.lora_{side}.weight" not in out:
-                raise ValueError(f"{source}: layer {module!r} lacks its lora_{side} weight; "
-                                 "the file is incomplete")
-    if not out:
+        side, sides = SIDES.get(part), found.setdefault(module, {})
+        faults = {
+            "is empty or holds non-finite numbers; the file is damaged":
+                not value.numel() or not torch.isfinite(value.float()).all(),
+            "is not plain LoRA (LoHa, LoKr and DoRA are not supported)":
+                side is None or side == "alpha" and value.numel() != 1,
+            f"is no matrix of weights: {value.dtype}, shape {tuple(value.shape)}":
+                side != "alpha" and (value.ndim not in (2, 4) or not value.is_floating_point()),
+            "is there twice, under two names or for two adapters; keep one of them": side in sides}
+        for fault, there in faults.items():
+            if there:
+                raise ValueError(f"{source}: {key!r} of layer {module!r} {fault}")
+        sides[side] = value
+    if not found:
         raise ValueError(f"{source}: no LoRA weights inside")
-    for module, alpha in alphas.items():
-        key = f"unet.{module}.lora_B.weight"
-        out[key] = out[key].float() * (alpha / len(out[f"unet.{module}.lora_A.weight"]))
+    out = {}
+    for module, sides in sorted(found.items()):
+        lacking = {"A", "B"} - sides.keys()
+        if lacking:
+            raise ValueError(f"{source}: layer {module!r} lacks its lora_{min(lacking)} weight; "
+                             "the file is incomplete")
+        a, b = sides["A"], sides["B"]
+        if "alpha" in sides:
+            b = b.float() * (float(sides["alpha"]) / len(a))
+        out |= {f"unet.{module}.lora_A.weight": a, f"unet.{module}.lora_B.weight": b}
     return out
 
 
@@ -251,16 +260,9 @@ def _place(key: str, by_kohya: dict[str, str], source: str) -> tuple[str, str]:
     (`lora_A.default.weight`) is left out.
     """
     plain = re.sub(r"(?:^|(?<=[._]))(?:(?:_orig_mod|module)[._])+", "", key)
-    if plain.startswith((PEFT, f"unet.{PEFT}")):
-        raise ValueError(f"{source}: key {key!r} has peft's prefix; how strong the LoRA is stands "
-                         "in the adapter_config.json that peft saves beside it: put it there")
-    if plain.startswith(("transformer_blocks", "down_blocks", "mid_block", "up_blocks")):
-        raise ValueError(f"{source}: key {key!r} has no `unet.` prefix; diffusers would load this "
-                         "file as a no-op. Rename its keys to `unet.<module>.lora_A.weight` and "
-                         "`.lora_B.weight`, and add `unet.<module>.alpha` if that is not the rank")
-    if plain.startswith(("text_encoder", "lora_te")):
-        raise ValueError(f"{source}: key {key!r} belongs to a text encoder; "
-                         "only LoRAs of the UNet are supported")
+    for beginnings, fault in REFUSED.items():
+        if plain.startswith(beginnings):
+            raise ValueError(f"{source}: key {key!r} {fault}")
     plain = re.sub(r"\.processor\.(to_[qkv]|to_out)_lora\.",
                    lambda m: f".{m[1]}{'.0' if m[1] == 'to_out' else ''}.lora.", plain)
     match = re.fullmatch(r"(?:lora_unet[._]|unet\.|(?:model\.)?diffusion_model\.)"
@@ -296,12 +298,13 @@ def fitted(model: nn.Module, weights: dict[str, torch.Tensor], source: str = "Lo
             raise ValueError(f"{source}: layer {name!r} has shapes {tuple(a.shape)}, "
                              f"{tuple(b.shape)}, this model needs {needed[0]}, {needed[1]}; "
                              "the LoRA is for another model")
-        b = b if scale == 1 else b.float() * scale
         out[key] = a.reshape(-1, *inner)
-        out[other] = b.reshape(outer, -1, *[1] * (len(inner) - 1))
+        out[other] = (b if scale == 1 else b.float() * scale).reshape(
+            outer, -1, *[1] * (len(inner) - 1))
     return out
 
 
+@torch.no_grad()
 def load(model: nn.Module, weights: dict[str, torch.Tensor], source: str = "LoRA",
          scale: float = 1.0) -> None:
     """Put a LoRA file (formats A to D) on `model`, replacing any LoRA that it has.
@@ -317,9 +320,8 @@ def load(model: nn.Module, weights: dict[str, torch.Tensor], source: str = "LoRA
         if found:
             layer = LoRALinear(model.get_submodule(name), rank=len(a), alpha=len(a))
             _replace(model, name, layer)
-            with torch.no_grad():
-                layer.lora_A.weight.copy_(a)
-                layer.lora_B.weight.copy_(weights[key.replace(".lora_A.", ".lora_B.")])
+            layer.lora_A.weight.copy_(a)
+            layer.lora_B.weight.copy_(weights[key.replace(".lora_A.", ".lora_B.")])
 
 
 @torch.no_grad()
@@ -379,24 +381,15 @@ def parse() -> argparse.Namespace:
 
 def open_model(options: argparse.Namespace) -> tuple[UNet, Path, dict[str, torch.Tensor]]:
     """The model's UNet, yet without weights; where the model is; all tensors if it is one file."""
-    model = loading.NAMES.get(options.model, options.model)
-    if not model.endswith((".safetensors", ".ckpt")):
-        root = (loading.fetch_model(model) if options.action == "merge" else
-                fetch(model, ["unet/config.json"]))
-        config = loading.read_config(UNetConfig, root / "unet/config.json")
-        return loading.build(UNet, config, root), root, {}
-    root = fetch(model, [])
-    weights = read_weights(root)
-    if options.action == "merge" and options.target.suffix != ".safetensors":
+    root = (loading.fetch_model(options.model) if options.action == "merge" else
+            fetch(loading.NAMES.get(options.model, options.model), ["unet/config.json"]))
+    whole = read_weights(root) if root.is_file() else {}
+    if whole and options.action == "merge" and options.target.suffix != ".safetensors":
         raise InputError(f"{options.target}: a single file is merged into another one, "
                          "so this must end in .safetensors")
-    config = loading.SINGLE_UNETS["sdxl" if is_sdxl(weights) else "sd15"]
-    return loading.build(UNet, config, root), root, weights
-
-
-def kept_header(path: Path) -> dict[str, str]:
-    """What a .safetensors file says of itself, but for hashes of its weights; others nothing."""
-    return {key: v for key, v in read_header(path).items() if "hash" not in key}
+    config = (loading.SINGLE_UNETS["sdxl" if is_sdxl(whole) else "sd15"] if whole else
+              loading.read_config(UNetConfig, root / "unet/config.json"))
+    return loading.build(UNet, config, root), root, whole
 
 
 def save(weights: dict[str, torch.Tensor], target: Path, header: dict[str, str]) -> None:
@@ -415,48 +408,41 @@ def save(weights: dict[str, torch.Tensor], target: Path, header: dict[str, str])
             size = int.from_bytes(file.read(8), "little")
             head = json.loads(file.read(size))
             head["__metadata__"] = dict(sorted(head["__metadata__"].items()))
-            text = json.dumps(head, separators=(",", ":"), ensure_ascii=False)
             file.seek(8)
-            file.write(text.encode().ljust(size))
+            file.write(json.dumps(head, separators=(",", ":"), ensure_ascii=False)
+                       .encode().ljust(size))
 
     write_atomic(target, write)
 
 
-def read_lora(path: Path) -> tuple[dict[str, torch.Tensor], str]:
-    """The tensors of a LoRA file, or of the one in a folder; and the file's name."""
-    file = file_in(str(path), path) if os.path.isdir(path) else path
-    return read_weights(file), str(file)
-
-
-def convert(options: argparse.Namespace) -> None:
-    """Write the LoRA in another format; the model says which layers there are."""
-    unet, _, _ = open_model(options)
-    weights, source = read_lora(options.source)
-    out = fitted(unet, weights, source, options.scale)
-    header = kohya_header(out, unet, Path(options.model).name)
-    kohya = options.format == "kohya"
-    save(to_kohya(out) if kohya else out, options.target, header if kohya else {})
-    print(f"{options.target}: {len(out) // 2} layers, {options.format} format")
-
-
-def merge_into_model(options: argparse.Namespace) -> None:
-    """Write a copy of the model, in the layout that it has, with the LoRA in the UNet's weights."""
-    unet, root, whole = open_model(options)
-    weights, source = read_lora(options.source)
-    if whole:
-        names = loading.original_names(unet)
-        load_strict(unet, rename(unet, take(whole, ORIGINAL), names.get), root, whole=whole)
+def convert(options: argparse.Namespace, unet: UNet, weights: dict[str, torch.Tensor]) -> None:
+    """Write a LoRA (format A) for this UNet in the format that is asked for."""
+    if options.format == "kohya":
+        header = kohya_header(weights, unet, Path(options.model).name)
+        save(to_kohya(weights), options.target, header)
     else:
-        file = weight_file(root / "unet")
-        load_strict(unet, clean(read_weights(file)), file)
-    load(unet, weights, source, options.scale)
+        save(weights, options.target, {})
+    print(f"{options.target}: {len(weights) // 2} layers, {options.format} format")
+
+
+def merge_into_model(options: argparse.Namespace, unet: UNet, weights: dict[str, torch.Tensor],
+                     root: Path, whole: dict[str, torch.Tensor]) -> None:
+    """Write a copy of the model, in the layout that it has, with a LoRA (format A) in its UNet.
+
+    `unet`, `root`, `whole`: from `open_model`.
+    """
+    file = root if whole else weight_file(root / "unet")
+    names = loading.original_names(unet)
+    own = rename(unet, take(whole, ORIGINAL), names.get) if whole else clean(read_weights(file))
+    load_strict(unet, own, file, whole=whole)
+    load(unet, weights)
     count = len(layers(unet))
     merge(unet)
     if whole:
         for key, value in unet.state_dict().items():
             place = ORIGINAL + names[key]
             whole[place] = value.view_as(whole[place])
-        save(whole, options.target, kept_header(root))
+        save(whole, options.target, read_header(file))
         beside = root.with_suffix(".yaml")              # A1111's: it may say v-prediction
         if beside.is_file() and not options.target.with_suffix(".yaml").exists():
             shutil.copy(beside, options.target.with_suffix(".yaml"))
@@ -471,7 +457,6 @@ def write_folder(unet: UNet, root: Path, target: Path, file: Path) -> None:
     `file`: its UNet's weights; the new ones get the same variant (.fp16) and header.
     """
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    variant = ".fp16" if ".fp16." in file.name else ""
     index = read_json(root / "model_index.json")
     with writing(target):
         try:
@@ -487,8 +472,8 @@ def write_folder(unet: UNet, root: Path, target: Path, file: Path) -> None:
             if "safety_checker" in index:
                 index["requires_safety_checker"] = False
             write_json(temporary / "model_index.json", index)
-            name = f"unet/diffusion_pytorch_model{variant}.safetensors"
-            save(unet.state_dict(), temporary / name, kept_header(file))
+            name = "diffusion_pytorch_model" + (".fp16" if ".fp16." in file.name else "")
+            save(unet.state_dict(), temporary / f"unet/{name}.safetensors", read_header(file))
             os.replace(temporary, target)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -499,10 +484,17 @@ def command_line() -> None:
     options = parse()
     if os.path.exists(options.target):
         raise InputError(f"{options.target}: exists already; nothing is overwritten")
+    unet, root, whole = open_model(options)
+    source = options.source
+    file = file_in(str(source), source) if os.path.isdir(source) else source
     try:
-        {"convert": convert, "merge": merge_into_model}[options.action](options)
+        weights = fitted(unet, read_weights(file), str(file), options.scale)
     except ValueError as error:             # the LoRA is another model's, or none
         raise InputError(str(error)) from None
+    if options.action == "convert":
+        convert(options, unet, weights)
+    else:
+        merge_into_model(options, unet, weights, root, whole)
 
 
 if __name__ == "__main__":

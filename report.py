@@ -20,12 +20,14 @@ from weights import InputError, read_json
 
 # Paul Tol's colours, safe for the colour-blind.
 COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#888888")
-CURVES = {"score": "judge's mean score of the candidates",
+CURVES = {"validation_score": "same prompts every time",
+          "score": "judge's mean score of the candidates",
           "score_gap": "best minus worst of a pool", "margin": "log-ratio, winner - loser",
           "ratio_win": "policy / reference, winners", "ratio_lose": "policy / reference, losers",
           "lora_norm": "size of the LoRA", "loss": "what is minimized",
           "grad_norm": "gradient norm"}
-JUDGED = ("score", "score_gap")         # in the judge's units: those of two judges share no axis
+# In the judge's units: those of two judges share no axis.
+JUDGED = ("validation_score", "score", "score_gap")
 SHOWN = {"geneval": (100, 2)}           # metric -> (factor, decimals); (1, 3) for others
 THEME = """
 :root {

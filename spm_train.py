@@ -34,7 +34,7 @@ from diffusion import (
     negative,
     tokenize,
 )
-from finetune import TrainConfig, load_model, loss_scaler, overflowed
+from finetune import TrainConfig, decide_compiling, load_model, loss_scaler, overflowed
 from loading import DTYPES, SDXL_VAE, TINY, Pipeline, load_judging
 from pairs import (
     Pairs,
@@ -59,6 +59,7 @@ from training import (
     Run,
     fingerprint,
     generator,
+    last_step,
     opt,
     parse_options,
     run_script,
@@ -70,6 +71,7 @@ from training import (
 from unet import compile_blocks
 from weights import InputError
 
+PAIRS = 32                              # as much work as one prompt of SPO: 64 pictures
 REPORT_AT = (0, 251, 501, 701, 951)     # timesteps of the table of accuracies
 
 
@@ -318,11 +320,12 @@ def build_models(pickscore: CLIP, config: SPMConfig,
 
     The optimizer's state is sharded over the processes.
     """
-    torch.manual_seed(config.seed)
-    models = {"SPM": make_step_aware(pickscore)}
-    if config.step_blind:
-        models["step-blind SPM"] = CLIP(pickscore.config).to(processes.device)
-        models["step-blind SPM"].load_state_dict(pickscore.state_dict())
+    with torch.random.fork_rng(devices=[]):         # the caller's random state stays as it was
+        torch.manual_seed(config.seed)
+        models = {"SPM": make_step_aware(pickscore)}
+        if config.step_blind:
+            models["step-blind SPM"] = CLIP(pickscore.config).to(processes.device)
+            models["step-blind SPM"].load_state_dict(pickscore.state_dict())
     named = [item for clip in models.values()
              for item in clip.requires_grad_(True).named_parameters()]
     known = set(pickscore.state_dict())
@@ -550,7 +553,9 @@ def main() -> None:
     """Train as the command line says; continue if the run folder holds the same run."""
     config = parse_options(SPMConfig, PRESETS, description=__doc__)
     processes = start_processes(config.device or None)
-    run = Run(config.out, config, processes, FREE)
+    left = (config.steps - last_step(Path(config.out))) * config.batch
+    config = decide_compiling(config, processes, left / PAIRS)
+    run = Run(config.out, config, processes, FREE, PRESETS)
     pipe = load_model(config, processes)
     pickscore = load_judging("pickscore", config.pickscore, torch.float32, pipe, False)
     side = pipe.side(config.resolution)
@@ -564,7 +569,7 @@ def main() -> None:
         held, used = list(range(len(judged.ids))), set(range(len(setting.ids)))
     trainer = Trainer(setting, run, len(used))
     models, rounds = trainer.models, trainer.rounds
-    if config.compile:
+    if config.compile is True:
         compile_all(setting, models)
     rounds.announce(f"{len(used)} training and {len(held)} validation pairs, {processes.world} x "
                     f"{pipe.device}, starting at step {rounds.done}")
@@ -580,6 +585,7 @@ def main() -> None:
         stats = trainer.update(found, step)
         trainer.end(dict(step=step + 1, epoch=epoch, **stats), len(batch))
     conclude(judged, models, held, run.folder)
+    run.close()
 
 
 if __name__ == "__main__":

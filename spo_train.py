@@ -36,9 +36,8 @@ from finetune import (
     Trainer,
     Turn,
     compiled_sizes,
-    fit_memory,
+    fit_machine,
     prepare_policy,
-    rounded_less,
     small_decoder,
     training_prompts,
     vae_decoder,
@@ -79,7 +78,7 @@ PRESETS = {
     "tiny": dict(
         prompts=str(TINY / "train_prompts.txt"), dtype="fp32", guidance_scale=3.0, threshold=0.1,
         t_min=501, t_max=951, beta=100.0, lr=4e-4, prompts_per_round=16, pairs_per_step=24,
-        rounds=9, sample_batch=16, train_batch=28, decode_batch=64, save_every=3),
+        rounds=9, sample_batch=16, train_batch=28, decode_batch=64, save_every=3, grid_every=3),
     "sd15": dict(),
     "sdxl": dict(
         vae=SDXL_VAE, k=2, j=4, threshold=0.4, lr=1e-5, rank=64, prompts_per_round=8,
@@ -400,10 +399,10 @@ def check(config: SPOConfig) -> None:
 def load_judge(config: SPOConfig, pipe: Pipeline) -> Judge:
     """The judge of a model's pictures; InputError if --judge and the file differ on timesteps."""
     source = config.spm or judge_source(config.model, config.preset, config.judge)
-    dtype = DTYPES[config.judge_dtype or rounded_less(config.dtype)]
+    dtype = DTYPES[config.judge_dtype]
     clip = load_judging(f"judge {config.judge}:", source, dtype, pipe, config.judge == "spm")
     features = clip.image_features
-    if config.compile:
+    if config.compile is True:
         features = torch.compile(features, dynamic=False)
     decode = small_decoder(pipe, config) if config.decoder else vae_decoder(pipe, config)
     return Judge(clip, decode, pipe.calls.wrap(features, "scoring"), config.decode_batch)
@@ -432,9 +431,9 @@ def main() -> None:
     config = parse_options(SPOConfig, PRESETS, description=__doc__)
     check(config)
     processes = start_processes(config.device or None)
-    config = fit_memory(config, PRESETS, processes.device)
     prompts = training_prompts(config)
-    run = Run(config.out, config, processes, FREE)
+    config = fit_machine(config, PRESETS, processes, len(prompts))
+    run = Run(config.out, config, processes, FREE, PRESETS)
     pipe, judge, observers = prepare(config, processes)
     with Trainer(config, run, pipe, prompts, judge.clip) as trainer:
         for turn in trainer.turns():

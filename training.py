@@ -10,8 +10,8 @@ import dataclasses
 import difflib
 import hashlib
 import io
+import itertools
 import json
-import math
 import operator
 import os
 import pickle
@@ -19,6 +19,7 @@ import platform
 import re
 import signal
 import sys
+import threading
 import time
 import types
 import typing
@@ -36,12 +37,33 @@ from weights import InputError, first_line, preset_of, read_json
 
 LIMITS = dict(least=("at least", operator.ge), above=("above", operator.gt),
               most=("at most", operator.le), below=("below", operator.lt))
-TRUTH = dict(true=True, false=False)
+WORDS = {bool: dict(true=True, false=False), types.NoneType: dict(none=None)}
+EXPECTED = {bool: "true or false", int: "must be a whole number", float: "must be a number"}
+SHOWN = {bool: "true|false", int: "N", float: "NUMBER"}         # in --help; texts by their name:
+PLACES = dict(
+    SOURCE="model vae tokenizer spm reward pickscore prompts pairs decoder",
+    FOLDER="out images export_geneval", FILE="study tally")
+LEGEND = """P: from the paper, O: the released official code, D: a rival's own, T: measured on tiny.
+In brackets: the default, and where a preset has another. SOURCE: a file, folder or hub id."""
+GROUPS = {          # of --help; what stands in none is about the method
+    "model": "model preset vae prediction_type negative tokenizer resolution dtype vae_dtype "
+             "judge_dtype spm reward pickscore lora targets rank",
+    "data": "prompts prompt sample_prompts limit pairs labels count validation ties images "
+            "max_unreadable",
+    "method": "",
+    "optimization": "lr adaln_lr rate warmup weight_decay clip_norm epochs rounds batch "
+                    "prompts_per_round pairs_per_step",
+    "memory and speed": "device memory compile sample_batch train_batch decode_batch micro_batch "
+                        "checkpointing cache_latents decoder decoder_check profile",
+    "output": "out seed save_every grid_every snapshot_every export_geneval curves report_rows "
+              "study study_pairs tally trace track",
+}
 WRONG = (AttributeError, EOFError, IndexError, KeyError, RuntimeError, TypeError, ValueError,
          pickle.UnpicklingError)        # what another content than the expected one may raise
 EXPECTED = {bool: "true or false", int: "must be a whole number", float: "must be a number"}
 LESS_MEMORY = ("try --memory low, or lower --sample_batch, --train_batch or --decode_batch "
                "(spm_train.py: lower --micro_batch; evaluate.py: lower --batch)")
+FULL = "out of memory|alloc_failed|can't allocate memory|(calculation|multiplication) overflow"
 WHOLE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}     # by bytes
 BATCHES = "batch_size train_batch_size per_device_train_batch_size eval_batch_size"
 ELSEWHERE = dict(       # our options -> what diffusers, TRL, peft and kohya call them
@@ -63,15 +85,14 @@ ELSEWHERE = dict(       # our options -> what diffusers, TRL, peft and kohya cal
 TOO_MANY = 10       # steps or rounds in a row that were not finite, after which a run stops
 
 
-def opt(default, help: str, choices: tuple | None = None, old: str = "", **limits: float):
+def opt(default, help: str, choices: tuple = (), old: str = "", **limits: float):
     """A documented option of a dataclass; `limits` of a number: least=, above=, most=, below=.
 
     `old`: a name that it once had, which command lines and run folders may still use.
     """
     words = " and ".join(f"{LIMITS[name][0]} {limit}" for name, limit in limits.items())
-    listed = ", ".join(str(choice) for choice in choices or () if choice != "")
     return dataclasses.field(default=default, metadata=dict(
-        help=help, choices=choices, listed=listed, old=old, limits=limits, words=words))
+        help=help, choices=choices, old=old, limits=limits, words=words))
 
 
 def parse_options(cls, presets: dict[str, dict], arguments: list[str] | None = None,
@@ -81,11 +102,13 @@ def parse_options(cls, presets: dict[str, dict], arguments: list[str] | None = N
     The preset is the model's own or, where `cls` has a field `preset`, what that says; empty, it is
     filled in with what fits the model. Raises InputError for unknown options, with a suggestion,
     and for numbers that are not finite, of more than 64 bits or outside the field's limits.
-    `--help` lists every field with its help text, limits and default.
+    `--help` lists every field with its help text, limits and default. Dashes in names count as
+    underscores.
     """
     kinds = typing.get_type_hints(cls)
     parser = _parser(cls, kinds, presets, description)
-    words = sys.argv[1:] if arguments is None else arguments
+    words = [re.sub(r"^--\w[\w-]*", lambda name: "--" + name[0][2:].replace("-", "_"), word)
+             for word in (sys.argv[1:] if arguments is None else arguments)]
     if empty := [word for word in words if re.fullmatch(r"--[\w-]+=--", word)]:
         raise InputError(f"{empty[0]}: -- is no value")         # which argparse may drop
     known, unknown = parser.parse_known_args(words)
@@ -109,40 +132,63 @@ def parse_options(cls, presets: dict[str, dict], arguments: list[str] | None = N
 
 def _parser(cls, kinds: dict, presets: dict, description: str) -> argparse.ArgumentParser:
     """argparse's parser of the fields of `cls`; what is not given stays absent."""
-    parser = plain_parser(description)
-    parser.epilog = ("In brackets: the default, and where a preset has another. P: from the paper, "
-                     "O: the released official code, T: measured on tiny.")
+    parser = plain_parser(f"{description.strip()}\n\n{LEGEND}")
+    parser.usage = "%(prog)s [--option value ...]"
     # Before Python 3.14, -1e-3 is taken for an option.
     parser._negative_number_matcher = re.compile(r"^-[\d.]+(e[+-]?\d+)?$", re.I)
-    several = {bool: dict(nargs="?", const="true"), tuple: dict(nargs="+")}
+    groups = {name: parser.add_argument_group(name) for name in GROUPS}
     for f in dataclasses.fields(cls):
-        others = [f"{model}: {values[f.name]}" for model, values in presets.items()
-                  if values.get(f.name, f.default) != f.default]
-        choices = f.metadata["listed"] and f"one of {f.metadata['listed']}"
-        words = (f.metadata["help"], choices, f.metadata["words"])
-        text = f"{'; '.join(filter(None, words))} [{'; '.join([str(f.default), *others])}]"
-        names = filter(None, (f.name, f.name.replace("_", "-"), f.metadata["old"]))
-        parser.add_argument(
-            *dict.fromkeys(f"--{name}" for name in names), dest=f.name,
-            default=argparse.SUPPRESS, metavar="X", help=text.replace("%", "%%"),
-            **several.get(typing.get_origin(kinds[f.name]) or kinds[f.name], {}))
+        kind = kinds[f.name]
+        settings = dict(dest=f.name, default=argparse.SUPPRESS, metavar=_metavar(f, kind))
+        if bool in (kind, *typing.get_args(kind)):
+            settings |= dict(nargs="?", const="true")
+        elif typing.get_origin(kind) is tuple:
+            settings |= dict(nargs="+")
+        if f.metadata["old"]:
+            parser.add_argument(f"--{f.metadata['old']}", **settings, help=argparse.SUPPRESS)
+        groups[_named(GROUPS, f.name, "method")].add_argument(
+            f"--{f.name}", **settings, help=_help(f, presets).replace("%", "%%"))
     return parser
 
 
+def _named(table: dict[str, str], name: str, otherwise: str) -> str:
+    """Under which key of the table a name stands."""
+    return next((key for key, names in table.items() if name in names.split()), otherwise)
+
+
+def _metavar(f: dataclasses.Field, kind: type) -> str:
+    """What kind of value an option takes, as --help shows it."""
+    choices = "|".join(_shown(choice) for choice in f.metadata["choices"] if choice != "")
+    first, *_ = typing.get_args(kind) or (kind,)
+    return choices or SHOWN.get(first) or _named(PLACES, f.name, "TEXT")
+
+
+def _help(f: dataclasses.Field, presets: dict) -> str:
+    """What --help says of an option: its meaning, limits and defaults."""
+    others = [f"{preset}: {_shown(given[f.name])}" for preset, given in presets.items()
+              if given.get(f.name, f.default) != f.default]
+    defaults = "; ".join(filter(None, (_shown(f.default), *others)))
+    text = "; ".join(filter(None, (f.metadata["help"], f.metadata["words"])))
+    return f"{text} [{defaults}]" if defaults else text
+
+
+def _shown(value) -> str:
+    """A value as the command line takes it; tiny's own files wherever the project lies."""
+    if isinstance(value, tuple):
+        return " ".join(map(_shown, value))
+    text = str(value).lower() if value is None or isinstance(value, bool) else str(value)
+    return re.sub(r"^.*[/\\]tiny[/\\]model([/\\]|$)", r"tiny/model\1", text)
+
+
 def _convert(name: str, text: str | list[str], kind: type):
-    """What the command line says after --name, as the type of its field."""
+    """What the command line says after --name, as the first of its field's types that takes it."""
     if isinstance(text, list):
         return tuple(text)
-    if isinstance(kind, types.UnionType):           # a number, or None or a text
-        if text.lower() == "none":
-            return None
-        kind, other = typing.get_args(kind)
-        if other is str and not re.fullmatch(r"[-+]?\d+", text):
-            return text
-    try:
-        return TRUTH[text.lower()] if kind is bool else kind(text)
-    except (KeyError, ValueError):
-        raise InputError(f"--{name} {text:.60}: {EXPECTED[kind]}") from None
+    kinds = typing.get_args(kind) or (kind,)
+    for one in kinds:
+        with contextlib.suppress(KeyError, ValueError):
+            return WORDS[one][text.lower()] if one in WORDS else one(text)
+    raise InputError(f"--{name} {text:.60}: {EXPECTED[kinds[0]]}")
 
 
 def _check(config) -> None:
@@ -151,10 +197,10 @@ def _check(config) -> None:
         value, choices = getattr(config, f.name), f.metadata["choices"]
         for word in value if isinstance(value, tuple) else (value,):
             if choices and word not in choices:
-                raise InputError(f"--{f.name} {word}: choose one of {f.metadata['listed']}")
+                listed = ", ".join(_shown(choice) for choice in choices if choice != "")
+                raise InputError(f"--{f.name} {word}: choose one of {listed}")
         if isinstance(value, int | float) and not abs(value) < 10 ** 18:    # as 64 bits want it
-            must = "of at most 18 digits" if abs(value) < math.inf else "a finite number"
-            raise InputError(f"--{f.name} {value}: must be {must}")
+            raise InputError(f"--{f.name} {value}: must be a finite number of at most 18 digits")
         limits = f.metadata["limits"].items()
         if isinstance(value, int | float) and not all(
                 LIMITS[name][1](value, limit) for name, limit in limits):
@@ -196,12 +242,9 @@ def run_script(main) -> None:
             raise
         sys.exit(_fail(f"{error.filename or 'a file'}: {error.strerror}; "
                        "what was saved before is untouched"))
-    except torch.cuda.OutOfMemoryError:
-        sys.exit(_fail("out of GPU memory; " + LESS_MEMORY))
     except (MemoryError, RuntimeError) as error:
         # Neither a full memory nor a peer that died has a type of its own.
-        if isinstance(error, MemoryError) or re.search(
-                "can't allocate memory|(calculation|multiplication) overflow", str(error)):
+        if isinstance(error, MemoryError) or re.search(FULL, str(error), re.I):
             sys.exit(_fail("out of memory; " + LESS_MEMORY))
         lost = re.search(r"gloo|nccl|connection (closed|reset)|broken pipe", str(error), re.I)
         if not lost or not dist.is_initialized():
@@ -328,9 +371,10 @@ def start_processes(device: str | None = None) -> Processes:
     name = f"cuda:{local}" if device == "cuda" else device
     count = torch.cuda.device_count()
     if name not in ("cpu", *(f"cuda:{i}" for i in range(count))):
-        none = f"torch finds {count} GPUs here, none for process {local}"
-        raise InputError(f"--device {device}: "
-                         f"{none if device.startswith('cuda') else 'must be cpu or cuda'}")
+        kind = device.split(":")[0]
+        why = dict(cuda=f"torch finds {count} GPUs here, none for process {local}",
+                   mps="not tried on Apple's GPUs; cpu works")
+        raise InputError(f"--device {device}: {why.get(kind, 'must be cpu or cuda')}")
     place = torch.device(name)
     if place.type == "cuda":
         torch.cuda.set_device(place)
@@ -448,11 +492,8 @@ def fingerprint(*things) -> str:
     Of networks (their configuration and weights, but no LoRA), tokenizers, schedules, tensors and
     plain values. Same things, same digits, on every device.
     """
-    digest = hashlib.sha256()
-    for thing in things:
-        for part in _identity(thing):
-            digest.update(part)
-    return digest.hexdigest()[:16]
+    parts = itertools.chain.from_iterable(map(_identity, things))
+    return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
 
 
 def _identity(thing) -> typing.Iterator[bytes]:
@@ -486,9 +527,28 @@ def _as_kept(cls, options: dict) -> dict:
     By their names of today, and tiny's own files wherever the project lies.
     """
     names = {f.metadata.get("old"): f.name for f in dataclasses.fields(cls)}
-    return {names.get(name, name): re.sub(r"^.*[/\\]tiny[/\\]model[/\\]", "tiny/model/", value)
-            if isinstance(value, str) else value
+    return {names.get(name, name): _shown(value) if isinstance(value, str) else value
             for name, value in json.loads(to_json(options)).items()}
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Those of a run folder, oldest first."""
+    found = {path.stem.removeprefix("checkpoint-"): path for path in folder.glob("checkpoint-*.pt")}
+    return [found[step] for step in sorted(filter(str.isdecimal, found), key=int)]
+
+
+def last_step(folder: Path) -> int:
+    """The step or round of a run folder's newest checkpoint; 0 if it has none."""
+    return max((int(path.stem[11:]) for path in checkpoints(folder)), default=0)
+
+
+def told(config, presets: dict[str, dict]) -> str:
+    """The options that are not as the preset has them, as the command line takes them."""
+    preset = getattr(config, "preset", "")
+    usual = type(config)(**presets.get(preset, {}))
+    words = [f"--{name} {_shown(value) or repr('')}" for name, value in vars(config).items()
+             if name != "preset" and value != getattr(usual, name)]
+    return " ".join([f"settings of {preset or 'the program'}", *words])
 
 
 class Run:
@@ -497,10 +557,11 @@ class Run:
     The same command again continues the run. A folder that holds another configuration's work is
     refused, not overwritten; `free` names the fields that may differ (how long, how often), since
     they do not change what a step computes. `config` is a dataclass; options that are younger than
-    the folder count as left at their defaults.
+    the folder count as left at their defaults. What differs from its preset is printed.
     """
 
-    def __init__(self, folder: str, config, processes: Processes, free: tuple[str, ...] = ()):
+    def __init__(self, folder: str, config, processes: Processes, free: tuple[str, ...] = (),
+                 presets: dict[str, dict] | None = None):
         self.folder = Path(folder)
         self.log_file = self.folder / "log.jsonl"
         self.processes, self.free = processes, free
@@ -509,16 +570,24 @@ class Run:
         with processes.agreed():
             if processes.main:
                 self._claim(config)
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._on_signal)
-        for name, value in dataclasses.asdict(config).items() if processes.main else ():
-            print(f"{name:18} {value}", flush=True)
+        self.handlers = {}                      # the caller's; only the main thread may have any
+        if threading.current_thread() is threading.main_thread():
+            self.handlers = {number: signal.signal(number, self._on_signal)
+                             for number in (signal.SIGTERM, signal.SIGINT)}
+        if processes.main:
+            print(f"{told(config, presets or {})} (all: {self.folder / 'config.json'})", flush=True)
+
+    def close(self) -> None:
+        """Signals are the caller's again."""
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+        self.handlers = {}
 
     def _claim(self, config) -> None:
         """Write the configuration; InputError if the folder cannot be used or holds another run."""
         path = self.folder / "config.json"
         lock(self.folder)
-        begun = self.log_file.exists() or self._checkpoints()
+        begun = self.log_file.exists() or checkpoints(self.folder)
         try:
             earlier = [_as_kept(type(config), old) for old in self._configurations(path)]
             changed = list(dict.fromkeys(
@@ -545,7 +614,7 @@ class Run:
     def _configurations(self, file: Path) -> list[dict]:
         """The options in config.json, if it is there, and in each checkpoint that says them."""
         found = [read_json(file)] if file.exists() else []
-        for path in self._checkpoints():
+        for path in checkpoints(self.folder):
             with contextlib.suppress(Exception):        # damaged: resume will say so
                 state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
                 found.append(dict(state["config"]))
@@ -589,16 +658,10 @@ class Run:
         text = self.log_file.read_text(encoding="utf-8") if self.log_file.exists() else ""
         return [json.loads(line) for line in text.splitlines()]
 
-    def _checkpoints(self) -> list[Path]:
-        """Oldest first."""
-        found = {path.stem.removeprefix("checkpoint-"): path
-                 for path in self.folder.glob("checkpoint-*.pt")}
-        return [found[step] for step in sorted(filter(str.isdecimal, found), key=int)]
-
     def _scores(self) -> dict[Path, float]:
         """The checkpoints on disk that were given a score."""
         scores = {}
-        for path in self._checkpoints():
+        for path in checkpoints(self.folder):
             with contextlib.suppress(InputError, KeyError, TypeError, ValueError):
                 scores[path] = float(read_json(path.with_suffix(".json"))["score"])
         return scores
@@ -632,7 +695,7 @@ class Run:
             write_atomic(path, write)
             scores = self._scores()
             best = max(scores, key=lambda p: (scores[p], p), default=None)
-            for old in set(self._checkpoints()[:-2]) - {best}:
+            for old in set(checkpoints(self.folder)[:-2]) - {best}:
                 old.unlink()
                 old.with_suffix(".json").unlink(missing_ok=True)
         self.processes.barrier()
@@ -661,7 +724,7 @@ class Run:
     def _newest_sound(self) -> str:
         """The name of the newest checkpoint that is sound, or "" if there is none at all."""
         damaged: list[Path] = []
-        for path in reversed(self._checkpoints()):
+        for path in reversed(checkpoints(self.folder)):
             try:
                 reason = _damage(path)
                 if not reason:
@@ -742,6 +805,7 @@ class Rounds:
         self.bad = 0                        # how many in a row were not finite
         self.recent: list[float] = []       # scores since the last checkpoint
         self.took: list[float] = []         # seconds of each
+        self.started = time.perf_counter()
 
     def restore(self, state: dict) -> None:
         """Go on where a checkpoint ends."""
@@ -778,7 +842,7 @@ class Rounds:
         self.run.log(record)
         self.progress.set_postfix(shown, refresh=False)
         self.progress.update()
-        if self.config.compile and self.processes.main and len(self.took) == 2:
+        if self.config.compile is True and self.processes.main and len(self.took) == 2:
             tqdm.write(f"compiling took about {max(self.took[0] - seconds, 0):.0f} s "
                        f"(the first {self.unit} less the second)")
         if score is not None:
@@ -819,10 +883,8 @@ def _damage(path: Path) -> str:
     """What is wrong with a checkpoint's content, or ""; OSError where it cannot be read at all."""
     try:
         expected = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))["sha256"]
-    except FileNotFoundError:
-        return "its .json is missing"
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return "its .json is damaged"
+    except (FileNotFoundError, ValueError, KeyError, TypeError, RecursionError):
+        return "its .json is missing or damaged"
     if sha256(path) != expected:
         return "checksum differs"
     try:

@@ -9,6 +9,7 @@ import json
 import os
 import re
 from pathlib import Path
+from zipfile import is_zipfile
 
 import torch
 import torch.nn as nn
@@ -57,10 +58,12 @@ def main_process() -> bool:
 
 
 def read_header(path: Path) -> dict[str, str]:
-    """What a safetensors file says of itself; nothing for others, and for damaged ones."""
-    if path.suffix == ".safetensors":
-        with contextlib.suppress(SafetensorError, OSError), safe_open(path, "pt") as file:
-            return file.metadata() or {}
+    """What a safetensors file says of itself, but for hashes of its weights.
+
+    Nothing for others, and for damaged ones.
+    """
+    with contextlib.suppress(SafetensorError, OSError), safe_open(path, "pt") as file:
+        return {key: v for key, v in (file.metadata() or {}).items() if "hash" not in key}
     return {}
 
 
@@ -71,7 +74,6 @@ def read_weights(path: Path, part: str = "") -> dict[str, torch.Tensor]:
     header, or into an `adapter_config.json` beside it; there its names get diffusers' prefix. With
     the name of a `part` the main process says what is read, and its size: SDXL takes a minute.
     """
-    path = Path(path)
     if not path.is_file():
         raise InputError(f"{path}: no such weight file")
     if path.suffix == ".json":
@@ -83,8 +85,7 @@ def read_weights(path: Path, part: str = "") -> dict[str, torch.Tensor]:
         if path.suffix == ".safetensors":
             weights = load_file(path)
         else:
-            with open(path, "rb") as file:
-                zipped = file.read(2) == b"PK"      # since PyTorch 1.6; others cannot be mapped
+            zipped = is_zipfile(path)           # since PyTorch 1.6; others cannot be mapped
             weights = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except (SafetensorError, RuntimeError, EOFError, OSError) as error:
         raise InputError(f"{path}: damaged or truncated weight file "
@@ -109,13 +110,13 @@ def read_weights(path: Path, part: str = "") -> dict[str, torch.Tensor]:
 
 def _read_shards(path: Path, part: str) -> dict[str, torch.Tensor]:
     """The tensors of all files that an index names; they lie beside it."""
-    out = {}
     names = read_json(path).get("weight_map")
-    if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
-        raise InputError(f"{path}: no index of shards (a weight_map from tensors to file names)")
+    if not isinstance(names, dict) or not all(
+            isinstance(name, str) and Path(name).name == name for name in names.values()):
+        raise InputError(f"{path}: no index of shards (a weight_map from tensors to file names), "
+                         "or a name that leaves the folder")
+    out = {}
     for name in sorted(set(names.values())):
-        if Path(name).name != name:
-            raise InputError(f"{path}: shard name {name!r} leaves the folder")
         out |= read_weights(path.parent / name, part)
     return out
 
@@ -135,7 +136,7 @@ def lora_alphas(weights: dict[str, torch.Tensor], metadata: str,
         ends = {end.replace("\\.", ".").rstrip("$"): (i, alpha) for i, (end, alpha)
                 in enumerate((config.get("alpha_pattern") or {}).items())}
         odd = [f"{name} {config[name]!r} is not plain LoRA" for name, plain in PLAIN_PEFT.items()
-               if name in config and config[name] not in plain]
+               if config.get(name, plain[0]) not in plain]
         odd += [f"alpha_pattern names no modules with {end!r}" for end in ends
                 if not re.fullmatch(r"\^?\w+(\.\w+)*", end)]
         if odd:
@@ -203,8 +204,8 @@ def fetch(source: str, patterns: list[str], repo_type: str = "model") -> Path:
         return Path(hf_hub_download(match[1], match[2], repo_type=repo_type) if match[2] else
                     snapshot_download(source, allow_patterns=patterns, repo_type=repo_type))
     except Exception as error:
-        switch = os.environ.get("HF_HUB_OFFLINE", "").lower()
-        offline = " (HF_HUB_OFFLINE is set)" if switch in ("1", "true", "yes", "on") else ""
+        offline = " (HF_HUB_OFFLINE is set)" if os.environ.get(
+            "HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on") else ""
         kind = " --repo-type dataset" if repo_type == "dataset" else ""
         raise InputError(f"{source}: no such file or folder here; as a hub id not in the cache and "
                          f"not to be downloaded{offline} ({type(error).__name__}); on a machine "
@@ -244,18 +245,16 @@ def preset_of(model: str) -> str:
     if model and "/" not in model and not os.path.exists(model):
         raise InputError(f"--model {model}: neither tiny, sd15 or sdxl, nor a file or folder here, "
                          "nor a hub id of the form owner/name")
-    path = Path(model)
-    sdxl = False
     with contextlib.suppress(InputError, SafetensorError, OSError):     # loading will say why
-        if path.is_dir():
-            unet = read_json(path / "unet/config.json")
-            if unet == read_json(Path(__file__).parent / "tiny/model/unet/config.json"):
-                return "tiny"           # a merge, or a full fine-tune
-            sdxl = unet.get("addition_embed_type") == "text_time"
-        elif path.suffix == ".safetensors":
-            with safe_open(path, "pt") as file:
-                sdxl = is_sdxl(file.keys())
-    return "sdxl" if sdxl else "sd15"
+        if model.endswith(".safetensors"):
+            with safe_open(model, "pt") as file:
+                return "sdxl" if is_sdxl(file.keys()) else "sd15"
+        unet = read_json(Path(model) / "unet/config.json")
+        if unet == read_json(Path(__file__).parent / "tiny/model/unet/config.json"):
+            return "tiny"               # a merge, or a full fine-tune
+        if unet.get("addition_embed_type") == "text_time":
+            return "sdxl"
+    return "sd15"
 
 
 def is_sdxl(names) -> bool:
@@ -288,26 +287,19 @@ def layout(weights: dict[str, torch.Tensor]) -> str:
 def clean(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Undo the harmless differences between official files of one layout.
 
-    Drops `position_ids` buffers, renames the VAE's old attention names (query -> to_q, ...),
-    flattens attention weights that were stored as 1x1 convolutions, takes off the SPM files' prefix
-    `model.`, and puts back the prefix `text_model.` that transformers 5 leaves out when it saves a
-    text encoder.
+    Drops `position_ids` buffers and what training leaves in a VAE's file, renames the VAE's old
+    attention names (query -> to_q, ...), takes off the SPM files' prefix `model.`, and puts back
+    the prefix `text_model.` that transformers 5 leaves out when it saves a text encoder.
     """
     if weights and all(key.startswith("model.") for key in weights):
         weights = take(weights, "model.")
     if "embeddings.token_embedding.weight" in weights:
         weights = {f"text_model.{key}": value for key, value in weights.items()}
     old = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-    out = {}
-    for key, value in weights.items():
-        match = re.fullmatch(r"((?:en|de)coder\.mid_block\.attentions\.0\.)"
-                             r"(query|key|value|proj_attn)\.(weight|bias)", key)
-        if match:
-            key = f"{match[1]}{old[match[2]]}.{match[3]}"
-            value = value.flatten(1) if value.ndim == 4 else value
-        if not key.endswith("position_ids"):
-            out[key] = value
-    return out
+    place = r"(?<=coder\.mid_block\.attentions\.0\.)(query|key|value|proj_attn)(?=\.)"
+    return {re.sub(place, lambda match: old[match[1]], key): value
+            for key, value in weights.items()
+            if not key.endswith("position_ids") and not key.startswith(("loss.", "model_ema."))}
 
 
 def load_strict(module: nn.Module, weights: dict[str, torch.Tensor], source: object,
@@ -315,40 +307,40 @@ def load_strict(module: nn.Module, weights: dict[str, torch.Tensor], source: obj
                 whole: dict[str, torch.Tensor] | None = None) -> nn.Module:
     """Load `weights` into `module` (which may be on the meta device), every name and shape checked.
 
-    Floating tensors are cast to `dtype`, single numbers (a CLIP's logit_scale) at least to fp32.
-    `whole`: all of the file, if `weights` are a part. Raises InputError that names the first few
-    keys at fault and what the file looks like.
+    Floating tensors are cast to `dtype`, single numbers (a CLIP's logit_scale) at least to fp32;
+    1x1 convolutions become the linear maps that they are. `whole`: all of the file, if `weights`
+    are a part. Raises InputError that names the first few keys at fault and what the file looks
+    like.
     """
-    name, own, found = type(module).__name__, module.state_dict(), layout(whole or weights)
+    own = module.state_dict()
+    weights = {key: value.flatten(1) if value.ndim == 4 and own.get(key, value).ndim == 2 else value
+               for key, value in weights.items()}
     faults = {"missing": sorted(own.keys() - weights.keys()),
-              "unexpected": sorted(weights.keys() - own.keys())}
-    if faults["missing"] or faults["unexpected"]:
-        listed = [f"{len(keys)} {fault} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
-                  for fault, keys in faults.items() if keys]
-        raise InputError(f"{source}: does not fit {name}: {'; '.join(listed)}; "
-                         f"the file looks like {found}")
-    wrong = [f"{key} is {tuple(weights[key].shape)}, expected {tuple(value.shape)}"
-             for key, value in own.items() if weights[key].shape != value.shape]
-    if wrong:
-        raise InputError(f"{source}: {len(wrong)} tensors of {name} have a wrong shape "
-                         f"({'; '.join(wrong[:3])}); another model's weights or configuration; "
-                         f"the file looks like {found}")
+              "unexpected": sorted(weights.keys() - own.keys()),
+              "of a wrong shape": [
+                  f"{key} is {tuple(weights[key].shape)}, expected {tuple(value.shape)}"
+                  for key, value in own.items() if weights.get(key, value).shape != value.shape]}
+    listed = [f"{len(keys)} {fault} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
+              for fault, keys in faults.items() if keys]
+    if listed:
+        raise InputError(f"{source}: does not fit {type(module).__name__}: {'; '.join(listed)}; "
+                         f"the file looks like {layout(whole or weights)}")
     cast = {}
     exact = dtype and torch.promote_types(dtype, torch.float32)
     for key, value in weights.items():
         floating = value.is_floating_point()
         if own[key].is_floating_point() and not floating:
-            kind = str(value.dtype).removeprefix("torch.")
-            raise InputError(f"{source}: tensor {key} holds {kind}, not weights")
-        suspect = floating and not torch.isfinite(value.sum(dtype=torch.float32))   # or a large sum
-        if suspect and not torch.isfinite(value.float()).all():
+            raise InputError(f"{source}: tensor {key} holds "
+                             f"{str(value.dtype).removeprefix('torch.')}, not weights")
+        if floating and not torch.isfinite(value.sum(dtype=torch.float32)) and not (
+                torch.isfinite(value.float()).all()):       # or else it is only a large sum
             raise InputError(f"{source}: tensor {key} holds NaN or infinity; "
                              "the file is damaged, fetch it again")
         kind = (dtype if value.ndim else exact) if floating else None
         cast[key] = value.to(device=device, dtype=kind)
     same = [key for key, value in cast.items() if value is weights[key]]
-    small = 2 * sum(cast[key].nbytes for key in same) < sum(v.nbytes for v in cast.values())
-    if small:                           # or they would keep the whole file mapped
+    if 2 * sum(cast[key].nbytes for key in same) < sum(v.nbytes for v in cast.values()):
+        # or these few would keep the whole file mapped
         cast |= {key: cast[key].clone() for key in same}
     module.load_state_dict(cast, assign=True)
     return module.requires_grad_(False).eval()
@@ -368,12 +360,8 @@ def rename(module: nn.Module, weights: dict[str, torch.Tensor],
 
     What is left over stays, for load_strict to report.
     """
-    out = dict(weights)
-    for key, own in module.state_dict().items():
-        value = out.pop(name_of(key), None)
-        if value is not None:           # attention weights stored as 1x1 convolutions
-            out[key] = value.flatten(1) if value.ndim == 4 and own.ndim == 2 else value
-    return out
+    ours = {name_of(key): key for key in module.state_dict()}
+    return {ours.get(key, key): value for key, value in weights.items()}
 
 
 OPEN_CLIP = {           # names outside the transformers' blocks
@@ -386,34 +374,34 @@ OPEN_CLIP = {           # names outside the transformers' blocks
     "text_projection": "text_projection.weight",
     "visual.proj": "visual_projection.weight",
 }
-OPEN_CLIP_PARTS = {     # beginnings of names, within a block or outside
+OPEN_CLIP_PARTS = {     # parts of names, replaced one after the other
+    "visual.transformer.resblocks.": "vision_model.encoder.layers.",
+    "transformer.resblocks.": "text_model.encoder.layers.",
     "ln_final.": "text_model.final_layer_norm.", "visual.ln_pre.": "vision_model.pre_layrnorm.",
-    "visual.ln_post.": "vision_model.post_layernorm.", "ln_1.": "layer_norm1.",
-    "ln_2.": "layer_norm2.", "attn.out_proj.": "self_attn.out_proj.", "mlp.c_fc.": "mlp.fc1.",
-    "mlp.c_proj.": "mlp.fc2.",
+    "visual.ln_post.": "vision_model.post_layernorm.", ".ln_1.": ".layer_norm1.",
+    ".ln_2.": ".layer_norm2.", ".attn.": ".self_attn.", ".mlp.c_fc.": ".mlp.fc1.",
+    ".mlp.c_proj.": ".mlp.fc2.",
 }
 
 
 def from_open_clip(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """open_clip's names (SDXL's second text encoder in single files, HPSv2) -> transformers'.
 
-    Fused q, k, v are split in thirds; projections, stored [in, out], are transposed.
+    Fused q, k, v are split in thirds; projections, stored [in, out], are transposed. Names that are
+    transformers' already stay.
     """
     out = {}
     for key, value in weights.items():
-        block = re.fullmatch(r"(visual\.)?transformer\.resblocks\.(\d+)\.(.+)", key)
-        lead, rest = "", key
-        if block:
-            lead = f"{'vision' if block[1] else 'text'}_model.encoder.layers.{block[2]}."
-            rest = block[3]
-        if key in OPEN_CLIP:
-            out[OPEN_CLIP[key]] = value.T.contiguous() if "proj" in key else value
-        elif rest in ("attn.in_proj_weight", "attn.in_proj_bias"):
-            for name, third in zip("qkv", value.chunk(3)):
-                out[f"{lead}self_attn.{name}_proj.{rest.rpartition('_')[2]}"] = third
+        name = OPEN_CLIP.get(key, key)
+        for theirs, ours in OPEN_CLIP_PARTS.items():
+            name = name.replace(theirs, ours)
+        attention, fused, leaf = name.partition("in_proj_")     # then weight or bias
+        if fused:
+            for letter, third in zip("qkv", value.chunk(3)):
+                out[f"{attention}{letter}_proj.{leaf}"] = third
         else:
-            part = next((part for part in OPEN_CLIP_PARTS if rest.startswith(part)), None)
-            out[lead + OPEN_CLIP_PARTS[part] + rest[len(part):] if part else key] = value
+            transposed = key in OPEN_CLIP and "proj" in key
+            out[name] = value.T.contiguous() if transposed else value
     return out
 
 
@@ -465,17 +453,17 @@ def original_module_names(modules: list[str]) -> dict[str, str]:
             for m in modules if m.startswith(("down_blocks.", "mid_block.", "up_blocks."))}
 
 
+VAE = {"mid_block.attentions.0": "mid.attn_1", "group_norm": "norm", "to_q": "q", "to_k": "k",
+       "to_v": "v", "to_out.0": "proj_out", "down_blocks": "down", "resnets": "block",
+       "downsamplers.0": "downsample", "upsamplers.0": "upsample",
+       "conv_shortcut": "nin_shortcut", "conv_norm_out": "norm_out"}
+
+
 def original_vae_name(key: str, levels: int) -> str:
     """A VAE parameter's name in a single-file checkpoint (`first_stage_model.` left out)."""
     key = re.sub(r"mid_block\.resnets\.(\d)", lambda m: f"mid.block_{int(m[1]) + 1}", key)
-    for ours, theirs in (("group_norm", "norm"), ("to_q", "q"), ("to_k", "k"), ("to_v", "v"),
-                         ("to_out.0", "proj_out")):
-        key = key.replace(f"mid_block.attentions.0.{ours}.", f"mid.attn_1.{theirs}.")
-    key = key.replace("down_blocks", "down")
     key = re.sub(r"up_blocks\.(\d+)", lambda m: f"up.{levels - 1 - int(m[1])}", key)    # backwards
-    for ours, theirs in (("resnets", "block"), ("downsamplers.0", "downsample"),
-                         ("upsamplers.0", "upsample"), ("conv_shortcut", "nin_shortcut"),
-                         ("conv_norm_out", "norm_out")):
+    for ours, theirs in VAE.items():
         key = key.replace(ours, theirs)
     return key
 

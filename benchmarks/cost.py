@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 from gpu_tables import into_page, rows
+from training import plain_parser
 from weights import read_json
 
 RESULTS = ROOT / "benchmarks/results"
@@ -150,5 +151,6 @@ def page(folder: Path = RESULTS) -> list[str]:
 
 
 if __name__ == "__main__":
+    plain_parser(__doc__).parse_args()
     print("\n".join(page()))
     into_page(PAGE, page())

@@ -7,7 +7,6 @@ requirements-dev.txt. Writes benchmarks/results/full_size_parity.json.
 """
 import datetime
 import gc
-import json
 import platform
 import sys
 import time
@@ -16,13 +15,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-import diffusers
 import torch
-from conftest import randomize, sd15_shaped, sdxl_shaped
-from diffusers import UNet2DConditionModel
-from test_unet import SD15_FULL, SDXL_FULL, make_inputs, run_theirs
 
+from training import plain_parser, run_script, write_json
 from unet import UNet, UNetConfig
+from weights import InputError
 
 
 @torch.no_grad()
@@ -31,6 +28,9 @@ def compare(config: dict, height: int = 16, width: int = 24) -> dict:
 
     Differences are relative to the largest entry of diffusers' output.
     """
+    from conftest import randomize
+    from diffusers import UNet2DConditionModel
+    from test_unet import make_inputs, run_theirs
     with torch.device("meta"):
         ours, theirs = UNet(UNetConfig.from_json(config)), UNet2DConditionModel(**config)
     weights = randomize(ours.to_empty(device="cpu")).state_dict()
@@ -49,18 +49,28 @@ def compare(config: dict, height: int = 16, width: int = 24) -> dict:
     )
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Compare both models, keep what was found."""
+    plain_parser(__doc__).parse_args()
+    try:
+        import diffusers
+        from conftest import sd15_shaped, sdxl_shaped
+        from test_unet import SD15_FULL, SDXL_FULL
+    except ModuleNotFoundError as error:
+        raise InputError(f"{error}; pip install -r requirements-dev.txt") from None
     results = {}
     for name, config in (("sd15", sd15_shaped(**SD15_FULL)), ("sdxl", sdxl_shaped(**SDXL_FULL))):
         results[name] = compare(config)
         print(name, results[name], flush=True)
         gc.collect()
-    record = dict(
+    path = ROOT / "benchmarks/results/full_size_parity.json"
+    write_json(path, dict(
         date=str(datetime.date.today()), device=platform.processor() or platform.machine(),
         threads=torch.get_num_threads(), torch=torch.__version__,
         diffusers=diffusers.__version__, dtype="fp32", results=results,
-    )
-    path = ROOT / "benchmarks/results/full_size_parity.json"
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(record, indent=2) + "\n")
+    ))
     print(path)
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -5,11 +5,14 @@ import hashlib
 import json
 import math
 import os
+import random
 import shutil
 import signal
+import sys
 from collections import Counter
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -17,21 +20,23 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import ddim
+import finetune
 import gentle
 import helpers
 import lora
 import spo_train
+from clip_spm import preprocess_decoded
 from conftest import assert_close, assert_same_gradients, randomize, seeded
-from diffusion import encode_empty, encode_prompts, guided_noise, judge_features, negative
+from diffusion import encode_empty, encode_prompts, generate, guided_noise, judge_features, negative
 from loading import load_pipeline
 from evaluate import trace_prompt
 from finetune import FREE, LOW, Totals, Trainer, cut_minibatches, fit_memory, vae_decoder
 from helpers import ALONE, PROMPTS, NoWaiting, bare_trainer, call, command, log_of, shell, turn_of, unpinned
-from loading import judge_source
+from loading import judge_source, load_clip
 from observers import FAULTS, DecoderCheck, Faults, report
 from report import draw_trace
 from spo_train import Batch, Pairs, SPOConfig, Steps, choose_pair, pool_groups, spo_loss
-from training import Processes, generator, parse_options
+from training import Processes, generator, parse_options, permutation
 from weights import InputError
 
 STEPS_20 = [951 - 50 * i for i in range(20)]
@@ -634,8 +639,9 @@ def test_low_memory_trains_the_same_lora(request, spm, prompts, tmp_path, monkey
     kind = () if model == "tiny" else ("--model", folder, "--spm", spm, "--prompts", prompts, "--vae", folder)
     words = ("spo_train", *kind, *BASE, "--rounds", 2, "--lr", 0.005, "--prompts_per_round", 4)
     name = "pytorch_lora_weights.safetensors"
-    assert "memory             normal" in call(*words, "--out", tmp_path / "normal")
-    assert f"train_batch        {4 if model == 'small' else 1}\n" in call(*words, "--out", tmp_path / "low", "--memory", "low")
+    assert "--memory normal" in call(*words, "--out", tmp_path / "normal")
+    assert "--memory low --" in call(*words, "--out", tmp_path / "low", "--memory", "low")
+    assert json.loads((tmp_path / "low/config.json").read_text())["train_batch"] == (4 if model == "small" else 1)
     normal, low = (load_file(tmp_path / f / name) for f in ("normal", "low"))
     assert max(float(v.abs().max()) for k, v in low.items() if "lora_B" in k) > 1e-4
     for key, value in normal.items():
@@ -748,10 +754,10 @@ def test_sdxl_shape_trains_too(small_xl, spm, prompts, tmp_path, monkeypatch):
     words = ("spo_train", "--model", small_xl, "--spm", spm, "--prompts", prompts, *BASE, "--j", 2)
     said = call(*words, "--out", tmp_path / "run", "--vae", small_xl)
     assert log_of(tmp_path / "run")[0]["updates"] > 0
-    assert "preset             sdxl\n" in said and json.loads((tmp_path / "run/config.json").read_text())["preset"] == "sdxl"
+    assert "settings of sdxl " in said and json.loads((tmp_path / "run/config.json").read_text())["preset"] == "sdxl"
     warned = []
     monkeypatch.setattr("training.warn", warned.append)
-    assert "preset             sd15\n" in call(*words, "--out", tmp_path / "other", "--preset", "sd15")
+    assert "settings of sd15 " in call(*words, "--out", tmp_path / "other", "--preset", "sd15")
     assert len(warned) == 1 and "--preset sdxl, unless this is meant" in warned[0]
 
 
@@ -800,17 +806,65 @@ def test_a_stop_right_after_a_checkpoint_keeps_its_score(small, spm, prompts, tm
     assert scores == pytest.approx([row["score"] for row in log_of(tmp_path / "run")], rel=1e-5)
 
 
+def test_training_leaves_the_callers_signals_and_random_state(small, spm, prompts, tmp_path, monkeypatch):
+    """As from Python: the loop of main, with handlers and a random state of the caller's own."""
+    monkeypatch.setattr(sys, "argv", ["spo_train.py", *map(str, ("--model", small, "--spm", spm, "--prompts", prompts, *BASE, "--grid_every", 1,
+                                                                "--device", "cpu", "--out", tmp_path / "run"))])
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    mine = {signal.SIGTERM: lambda *_: None, signal.SIGINT: signal.default_int_handler}
+    threads, states = torch.get_num_threads(), (torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy())
+    try:
+        for number, handler in mine.items():
+            signal.signal(number, handler)
+        spo_train.main()
+        assert {number: signal.getsignal(number) for number in mine} == mine
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert torch.equal(torch.get_rng_state(), states[0]) and random.getstate() == states[1] and (np.random.get_state()[1] == states[2]).all()
+    assert torch.get_num_threads() == threads
+
+
+def test_validation_score_by_hand(small, spm, prompts, tmp_path):
+    """The same prompts and seeds every time, from round 0 on, judged at t = 0 as finished pictures; best/ follows it, not the rounds' scores."""
+    words = ("spo_train", "--model", small, "--spm", spm, "--prompts", prompts, *BASE, "--save_every", 1, "--rounds", 4, "--lr", "2e-3", "--dtype", "fp32")
+    call(*words, "--grid_every", 2, "--out", tmp_path / "run")
+    call(*words, "--grid_every", 0, "--out", tmp_path / "without")
+    rows, plain = log_of(tmp_path / "run"), log_of(tmp_path / "without")
+    assert ["validation_score" in row for row in rows] == [False, True, False, True] and ["validation_score_at_start" in row for row in rows] == [True, False, False, False]
+    assert [{k: v for k, v in row.items() if "validation" not in k} for row in rows] == plain, "watching changes nothing"
+    assert [(tmp_path / f"run/samples-{i:05d}.png").exists() for i in range(5)] == [True, False, True, False, True]
+    pipe, clip, texts = load_pipeline(str(small)), load_clip(str(spm)), prompts.read_text().splitlines()
+    for done, row in ((0, rows[0]["validation_score_at_start"]), (4, rows[3]["validation_score"])):
+        if done:
+            lora.load(pipe.unet, load_file(tmp_path / "run/pytorch_lora_weights.safetensors"))
+        some = [texts[i] for i in permutation(len(texts), 0, "preview")[:16]]
+        images = generate(pipe, some, list(range(len(some))), steps=4, guidance_scale=5.0)
+        features = clip.image_features(preprocess_decoded(images * 2 - 1, clip.config.vision.image_size), torch.zeros(len(some), dtype=torch.long))
+        assert row == pytest.approx(float(clip.score(features, judge_features(pipe, clip, some)).mean()), rel=1e-3)
+    scores = [json.loads(path.read_text())["score"] for path in sorted((tmp_path / "run").glob("checkpoint-*.json"))]
+    assert scores[-1] == pytest.approx(rows[3]["validation_score"], rel=1e-5) and scores[-2] is None
+
+
 def test_a_grid_that_a_killed_run_owes_is_drawn_on_resuming(small, spm, prompts, tmp_path, monkeypatch):
-    """Killed between checkpoint and grid: the same picture is there in the end, and one that is there is not drawn again."""
+    """Killed while it draws the grid: the round is made again, and the same pictures are there in the end."""
     words = ("spo_train", "--model", small, "--spm", spm, "--prompts", prompts, *BASE, "--save_every", 1, "--grid_every", 1)
     call(*words, "--rounds", 2, "--out", tmp_path / "whole")
+    real, drawn = finetune.draw_samples, []
+
+    def second_time_killed(*words):
+        if drawn:
+            raise KeyboardInterrupt
+        drawn.append(words[3].name)
+        return real(*words)
+
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("finetune.draw_samples", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr("finetune.draw_samples", second_time_killed)
         call(*words, "--rounds", 1, "--out", tmp_path / "run")
-    grid = tmp_path / "run/samples-00001.png"
-    assert not grid.exists() and (tmp_path / "run/checkpoint-000001.pt").exists()
+    assert drawn == ["samples-00000.png"] and not (tmp_path / "run/checkpoint-000001.pt").exists()
     call(*words, "--rounds", 2, "--out", tmp_path / "run")
-    assert all((tmp_path / "run" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes() for name in ("samples-00001.png", "samples-00002.png"))
+    assert all((tmp_path / "run" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes() for name in ("samples-00000.png", "samples-00001.png", "samples-00002.png"))
+    assert [row.get("validation_score") for row in log_of(tmp_path / "run")] == [row["validation_score"] for row in log_of(tmp_path / "whole")]
     monkeypatch.setattr("finetune.draw_samples", pytest.fail)
     call(*words, "--rounds", 2, "--out", tmp_path / "run")
 
@@ -853,7 +907,7 @@ def test_a_run_of_tiny_can_be_moved(trained, tmp_path):
     call(*words, "--out", tmp_path / "run")
     config = json.loads((tmp_path / "run/config.json").read_text())
     assert config["prompts"] == "tiny/model/train_prompts.txt" and not any(str(v).startswith("/") for k, v in config.items() if k != "out")
-    config |= dict(prompts="/elsewhere/spo/tiny/model/train_prompts.txt", start=config.pop("continue_from"))
+    config |= dict(prompts="/elsewhere/spo/tiny/model/train_prompts.txt", start=config.pop("continue_from"), compile=True)
     (tmp_path / "run/config.json").write_text(json.dumps(config))
     call(*words, "--rounds", 2, "--out", tmp_path / "run")
     assert len(log_of(tmp_path / "run")) == 2
@@ -862,7 +916,7 @@ def test_a_run_of_tiny_can_be_moved(trained, tmp_path):
 def test_the_configuration_is_printed_before_anything_is_loaded(small, spm, prompts, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("finetune.load_pipeline", lambda *_, **__: (_ for _ in ()).throw(InputError("loading")))
     done = command("spo_train", "--model", small, "--spm", spm, "--prompts", prompts, "--out", tmp_path / "run", "--device", "cpu")
-    assert done.returncode == 2 and "loading" in done.stderr and "threshold          0.3\n" in done.stdout
+    assert done.returncode == 2 and "loading" in done.stderr and done.stdout == f"settings of sd15 --model {small} --out {tmp_path}/run --device cpu --compile false --prompts {prompts} --memory normal --spm {spm} (all: {tmp_path}/run/config.json)\n"
 
 
 @pytest.mark.parametrize("words, says", [
@@ -949,6 +1003,43 @@ def test_a_round_never_waits_for_the_device(request, small, spm, monkeypatch, j)
     torch.cuda.set_sync_debug_mode("error")
     request.addfinalizer(lambda: torch.cuda.set_sync_debug_mode("default"))
     round_(text)
+
+
+@pytest.mark.parametrize("preset, prompts, on, why", [
+    ("sd15", 120, False, "takes about 120 s and saves about 113 s"), ("sd15", 130, True, "saves about 122 s"), ("sdxl", 38, False, "170 s"), ("sdxl", 40, True, "saves about 176 s"),
+    ("tiny", 1e9, False, "tiny is too small")])
+def test_compiling_is_worth_it_in_long_runs(preset, prompts, on, why, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    monkeypatch.setenv("CC", "gcc")
+    found, words = finetune.repays(preset, prompts)
+    assert found is on and why in words
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert preset == "tiny" or finetune.repays(preset, prompts) == (False, "it needs Triton and a C compiler")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    monkeypatch.delenv("CC")
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    assert preset == "tiny" or finetune.repays(preset, prompts) == (False, "it needs Triton and a C compiler")
+
+
+def test_what_compile_auto_decides(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "before")         # put back after the test
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    monkeypatch.setattr("finetune.fit_memory", lambda config, *_: config)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    monkeypatch.setenv("CC", "gcc")
+    parse = lambda *words: parse_options(SPOConfig, spo_train.PRESETS, ["--out", str(tmp_path / "run"), *map(str, words)])  # noqa: E731
+    decide = lambda device, world, *words: finetune.fit_machine(parse(*words), spo_train.PRESETS, Processes(0, world, torch.device(device)), 4000).compile  # noqa: E731
+    assert parse().compile == "auto" and parse("--compile").compile is True and parse("--compile", "false").compile is False and parse("--compile=auto").compile == "auto"
+    assert decide("cpu", 1, "--model", "sd15") is False and decide("cuda", 1, "--model", "sd15", "--compile", "false") is False
+    assert capsys.readouterr().out == "" and "TORCHINDUCTOR_CACHE_DIR" not in os.environ
+    assert decide("cuda", 4, "--model", "sd15") is True and os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "spo/compiled") and (tmp_path / "spo/compiled").is_dir()
+    assert capsys.readouterr().out == "--compile auto: on, it takes about 120 s and saves about 9400 s in what is left of the run\n"
+    assert decide("cuda", 1, "--model", "sd15", "--rounds", 3) is False and decide("cuda", 1, "--model", "sd15", "--rounds", 4) is True and decide("cuda", 2, "--model", "sd15", "--rounds", 4) is False
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/checkpoint-000998.pt").touch()
+    assert decide("cuda", 1, "--model", "sd15") is False and "off, it takes about 120 s and saves about 75 s" in capsys.readouterr().out
+    assert decide("cpu", 1, "--compile") is True
 
 
 # Compiled

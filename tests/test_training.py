@@ -115,8 +115,33 @@ def test_help_shows_every_option_with_its_default(capsys):
     with pytest.raises(SystemExit):
         parse("--help")
     text = capsys.readouterr().out
-    assert all(f"--{name}" in text for name in Options.__dataclass_fields__) and "100 % of it [0.0001; sdxl: 1e-05; tiny: 0.5]" in text and "one of random, win [random]" in text
-    assert "of it; above 0 and at most 1 [0.5]" in text and "one of epsilon []" in text
+    assert all(f"--{name}" in text for name in Options.__dataclass_fields__) and "100 % of it [0.0001; sdxl: 1e-05; tiny: 0.5]" in text
+    words = re.sub(r"\s+", " ", text)
+    assert "of it; above 0 and at most 1 [0.5]" in words and "--start random|win where from [random]" in words and "--kind epsilon of which --" in words
+    assert "--checkpointing [true|false] yes or no [false]" in words and "--steps N how many [20; sdxl: 50]" in words and "--model SOURCE" in words and "--lr NUMBER" in words
+    assert "--names TEXT [TEXT ...] several words [a]" in words and "--seed_or_none N a number or none [none]" in words and "from_where" not in text
+
+
+def test_help_is_in_groups_after_a_legend_and_without_the_machines_paths(capsys):
+    import baselines, evaluate, spm_train, spo_train  # noqa: E401
+    from tiny import build
+    for kind, presets in [(spo_train.SPOConfig, spo_train.PRESETS), (baselines.BaselineConfig, baselines.PRESETS), (spm_train.SPMConfig, spm_train.PRESETS),
+                          (evaluate.EvaluateConfig, evaluate.PRESETS), (build.BuildConfig, {})]:
+        with pytest.raises(SystemExit):
+            parse_options(kind, presets, ["--help"], "What it does.")
+        text = capsys.readouterr().out
+        places = [text.index(f"\n{words}:") for words in ("model", "data", "method", "optimization", "memory and speed", "output") if f"\n{words}:" in text]
+        assert len(places) > 2 or kind is build.BuildConfig
+        assert text.index("What it does.") < text.index("P: from the paper, O: ") < places[0] and places == sorted(places)
+        assert str(ROOT) not in text and " X " not in text and all(f"--{name} " in text for name in kind.__dataclass_fields__), kind
+    listed = " ".join(training.GROUPS.values()).split()
+    assert len(listed) == len(set(listed)), "in one group each"
+
+
+@pytest.mark.parametrize("words", [("--train-batch", "3"), ("--train_batch=3",), ("--train-batch=3",)])
+def test_dashes_in_names_are_underscores(words):
+    import spo_train
+    assert parse_options(spo_train.SPOConfig, spo_train.PRESETS, [*words, "--out=a-b"]).train_batch == 3
 
 
 SCRIPTS = dict(spo_train="SPOConfig", spm_train="SPMConfig", baselines="BaselineConfig", evaluate="EvaluateConfig")
@@ -160,6 +185,39 @@ def test_missing_packages_are_one_line(script):
     """As of a Python outside the environment: -S leaves its packages out."""
     done = subprocess.run([sys.executable, "-S", script, "--help"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == "" and re.fullmatch("error: .* lacks torch, .*make demo.*\n", done.stderr)
+
+
+HELP = """
+import contextlib, io, runpy, sys
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in names:
+            raise ModuleNotFoundError(f"No module named {name!r}")
+names, *scripts = sys.argv[1:]
+names = names.split()
+sys.meta_path.insert(0, Missing())
+path = sys.path[:]
+for script in scripts:
+    sys.argv, sys.path[:] = [script, "--help"], [script.rpartition("/")[0] or ".", *path]
+    said, status = io.StringIO(), "went on"
+    with contextlib.redirect_stdout(said):
+        try:
+            runpy.run_path(script, run_name="__main__")
+        except SystemExit as left:
+            status = left.code or 0
+        except Exception as error:
+            status = repr(error)
+    print(script, status, said.getvalue().startswith("usage: "), sep=": ")
+"""
+
+
+def test_help_of_every_script_without_the_development_packages():
+    names = ["diffusers", "peft", "pytest", "hypothesis", "scipy", "clip", "xdist", "ruff", "accelerate", "cv2", "torchvision", "matplotlib", "pandas", "pyarrow",
+             "fitz", "playwright", "nbclient", "tensorboard", "wandb", "ftfy", "conftest"]
+    files = [path for folder in (".", "benchmarks", "experiments", "tiny") for path in sorted((ROOT / folder).glob("*.py"))]
+    scripts = [str(path.relative_to(ROOT)) for path in files if "__main__" in path.read_text(encoding="utf-8")]
+    done = subprocess.run([sys.executable, "-c", HELP, " ".join(names), *scripts], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert len(scripts) > 15 and done.stdout.splitlines() == [f"{script}: 0: True" for script in scripts], done.stdout + done.stderr
 
 
 def test_an_old_python_is_one_line():
@@ -331,6 +389,12 @@ def test_what_is_printed_survives_every_code_page(code_page, monkeypatch):
 def test_a_device_that_is_not_there_is_one_line(device, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     with pytest.raises(InputError, match=f"^--device {device}: (must be cpu or cuda|torch finds 0 GPUs here, none for process 0)$"):
+        start_processes(device)
+
+
+@pytest.mark.parametrize("device", ["mps", "mps:0"])
+def test_apples_gpus_are_refused_with_the_reason(device):
+    with pytest.raises(InputError, match=f"^--device {device}: not tried on Apple's GPUs; cpu works$"):
         start_processes(device)
 
 
@@ -529,7 +593,7 @@ def test_old_names_and_other_places_resume(tmp_path):
 
 def test_the_configuration_is_printed_at_once(tmp_path, capsys):
     open_run(tmp_path, lr=0.25)
-    assert "lr                 0.25\n" in capsys.readouterr().out
+    assert capsys.readouterr().out == f"settings of the program --out {tmp_path} --lr 0.25 (all: {tmp_path}/config.json)\n"
 
 
 def flip(path: Path) -> None:
@@ -674,6 +738,15 @@ def test_too_little_memory_names_the_options(capsys, shape):
     with pytest.raises(SystemExit) as caught:
         run_script(main)
     assert caught.value.code == 2 and "--sample_batch" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("error", [torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB."), RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED"), MemoryError()], ids=str)
+def test_so_does_too_little_on_a_gpu(capsys, error):
+    def main():
+        raise error
+    with pytest.raises(SystemExit) as caught:
+        run_script(main)
+    assert caught.value.code == 2 and "error: out of memory; try --memory low" in capsys.readouterr().err
 
 
 def test_the_best_checkpoint_stays(tmp_path):
