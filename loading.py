@@ -457,7 +457,7 @@ def marked_prediction(path: Path, weights: dict[str, torch.Tensor]) -> str:
     """
     header, beside = read_header(path), path.with_suffix(".yaml")
     lines = beside.read_text("utf-8", "replace") if beside.is_file() else ""
-    found = re.search(r"^\s*parameterization:\s*['\"]?(\w+)", lines, re.MULTILINE)
+    found = re.search(r"^[^#\n]*\bparameterization['\"]?:\s*['\"]?(\w+)", lines, re.MULTILINE)
     said = ("v" if "v_pred" in weights else header.get("modelspec.prediction_type")
             or header.get("modelspec.predict_key") or (found[1] if found else "eps"))
     return dict(eps="epsilon", v="v_prediction").get(said, said)

@@ -139,6 +139,8 @@ def read_row(row: dict, place: str) -> tuple[str, float, float | None]:
     if not isinstance(caption, str):
         raise InputError(f"{place} has a caption that is no text")
     checked_prompt(caption, place)
+    if isinstance(row.get("has_label"), str):           # of which "False" would count as true
+        raise InputError(f"{place} has has_label {row['has_label']!r}; it must be true or false")
     if not is_labelled(row):
         label = torch.nan
     elif not isinstance(label, int | float) or label not in (0, 0.5, 1):
