@@ -35,6 +35,7 @@ from tqdm import tqdm
 import geneval
 import lora
 import spo_train
+from clip_spm import upright
 from diffusion import (
     decode,
     encode_empty,
@@ -191,7 +192,7 @@ def wear(pipe: Pipeline, source: str) -> None:
     if "conv_in.weight" in weights:
         if scale != 1:
             raise InputError(f"{source}: a whole UNet, which has no strength; leave out the @")
-        for folder in Path(file).resolve().parents[:2]:
+        for folder in Path(file).absolute().parents[:2]:     # the hub's cache is of links
             check_schedule(folder, pipe)
         own = next(pipe.unet.parameters())
         unet = build(UNet, pipe.unet.config, Path(file))
@@ -206,10 +207,14 @@ def wear(pipe: Pipeline, source: str) -> None:
 # The pictures
 
 def load_images(paths: list[Path], most: int = TILE) -> torch.Tensor:
-    """Picture files -> [N, 3, H, W] in [0, 1], all of the first one's H, W, at most `most`."""
-    first = open_image(paths[0])
+    """Picture files -> [N, 3, H, W] in [0, 1], all of the first one's H, W, at most `most`.
+
+    EXIF turns them, for whoever looks, but not what is scored, as in the metrics' own code.
+    """
+    first = upright(open_image(paths[0]))
     first.thumbnail((most, most))
-    return torch.cat([rgb(open_image(p).convert("RGB").resize(first.size)) for p in paths]) / 255
+    return torch.cat([rgb(upright(open_image(p)).convert("RGB").resize(first.size))
+                      for p in paths]) / 255
 
 
 def find_images(folder: str, count: int) -> dict[str, list[Path]]:

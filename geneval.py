@@ -22,9 +22,9 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image
 
-from clip_spm import CLIP
+from clip_spm import CLIP, upright
 from loading import check_vocabulary, load_clip
 from metrics import DETECTOR, Metric, picture_vectors, preprocess_bytes, rgb, text_vectors
 from training import fingerprint, write_text
@@ -214,7 +214,7 @@ def geneval(source: str, clip_source: str, rows: list[dict], tokenizer,
         if prompt not in by_prompt:
             raise InputError(f"geneval: {prompt!r} is not in the metadata")
         row = by_prompt[prompt]
-        image = ImageOps.exif_transpose(image)
+        image = upright(image)
         return judge(keep(detect(model, image, device), row["tag"]), row,
                      lambda name, group: name_colours(clip, words(name), image, group))
 
@@ -251,4 +251,4 @@ def export(rows: list[dict], pictures: list[Path], folder: Path) -> None:
             except OSError:             # another file system
                 pass
         # A PNG keeps neither the turn nor CMYK.
-        ImageOps.exif_transpose(Image.open(path)).convert("RGB").save(target)
+        upright(Image.open(path)).convert("RGB").save(target)

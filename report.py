@@ -14,6 +14,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
+from clip_spm import upright
 from diffusion import to_pil
 from training import warn, write_atomic
 from weights import InputError, read_json
@@ -374,7 +375,7 @@ def data_uri(image: Image.Image, side: int = 0, quality: int = 85) -> str:
 
     So the tiny model's pictures stay exact.
     """
-    image, handle = image.convert("RGB"), io.BytesIO()
+    image, handle = upright(image).convert("RGB"), io.BytesIO()
     if side and max(image.size) > side:
         image.thumbnail((side, side), Image.Resampling.LANCZOS)
     kind = "png" if max(image.size) <= 128 else "jpeg"

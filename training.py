@@ -512,7 +512,8 @@ def _identity(thing) -> typing.Iterator[bytes]:
                 yield from _identity(value)
     elif hasattr(thing, "get_vocab"):
         backend = getattr(thing, "backend_tokenizer", None)         # whose paddings change with use
-        yield json.dumps([sorted(thing.get_vocab().items()),
+        read = thing(["A Word", "a word " * 9], padding="max_length", truncation=True, max_length=9)
+        yield json.dumps([sorted(thing.get_vocab().items()), read.input_ids,
                           json.loads(backend.to_str())["model"] if backend else ""]).encode()
     elif dataclasses.is_dataclass(thing):
         for value in vars(thing).values():
