@@ -47,6 +47,7 @@ from loading import Pipeline, resolve
 from observers import report, sound_scores
 from pairs import (
     Pairs,
+    draw_latents,
     encode_pairs,
     list_unreadable,
     load_pairs,
@@ -238,13 +239,9 @@ def noised_pairs(trainer: Trainer, rows: list[int], images: torch.Tensor,
     generators = [generator(seed, "noise", epoch, i) for i in rows]
     last = len(pipe.schedule.alphas_cumprod)
     t = torch.stack([torch.randint(last, (1,), generator=g) for g in generators])       # [N, 1]
-    moments = encode_pairs(pipe, images).unbind(1)
-    mean, std = (m.flatten(0, 1).float() for m in moments)                              # [2 N, ...]
-    draws = upload(torch.stack([torch.randn(3, *mean.shape[1:], generator=g) for g in generators]),
-                   pipe.device)
-    latents = (mean + std * draws[:, 1:].flatten(0, 1)) * pipe.vae.config.scaling_factor
-    noise = draws[:, :1].expand(-1, 2, *mean.shape[1:]).flatten(0, 1)
-    return latents, noise, upload(t, pipe.device).expand(-1, 2).flatten()
+    latents, noise = draw_latents(encode_pairs(pipe, images), generators)
+    timesteps = upload(t, pipe.device).expand(-1, 2).flatten()
+    return latents * pipe.vae.config.scaling_factor, noise, timesteps
 
 
 def offline_values(trainer: Trainer, data: Pairs, rows: list[int], got: list[torch.Tensor | str],

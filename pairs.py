@@ -12,7 +12,6 @@ the rows of a few groups at a time.
 """
 import functools
 import io
-import json
 import os
 import threading
 from collections import Counter, OrderedDict
@@ -27,8 +26,8 @@ from PIL import Image
 from calls import upload
 from clip_spm import to_rgb, upright
 from loading import Pipeline
-from prompt_sets import TRAINING, checked_prompt, parquet_files
-from training import Processes, Run, Stopped, permutation, warn, write_atomic
+from prompt_sets import TRAINING, checked_prompt, json_lines, parquet, parquet_files
+from training import Processes, Run, Stopped, permutation, warn, write_text
 from weights import InputError
 
 SMALLEST = 8            # pixels of a picture's shorter side
@@ -186,16 +185,12 @@ def folder_pairs(folder: Path, side: int, unlabelled: bool = False) -> Pairs:
     So does a line without a label, unless `unlabelled`. A bad picture is reported when it is read.
     """
     path = folder / "pairs.jsonl"
-    try:
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8-sig").split("\n")
-                if line.strip()]
-    except (OSError, RecursionError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read ({error})") from None
-    if not rows:
+    lines = json_lines(path)
+    if not lines:
         raise InputError(f"{path}: holds no pairs")
-    read = []
-    for i, row in enumerate(rows):
-        place = f"{path}: line {i + 1}"
+    rows, read = list(lines.values()), []
+    for number, row in lines.items():
+        place = f"{path}: line {number}"
         missing = [k for k in ("caption", "image_0", "image_1", "label_0")
                    if not isinstance(row, dict) or k not in row]
         if missing:
@@ -220,35 +215,22 @@ def folder_pairs(folder: Path, side: int, unlabelled: bool = False) -> Pairs:
 def parquet_pairs(files: list[Path], side: int, unlabelled: bool = False) -> Pairs:
     """Parquet files with Pick-a-Pic's columns; rows without a label stay only if `unlabelled`.
 
-    Needs pyarrow, an optional extra. Every process reads all captions and labels, and whole row
-    groups of pictures, but decodes only the pictures it is asked for.
+    Every process reads all captions and labels, and whole row groups of pictures, but decodes only
+    the pictures it is asked for.
     """
-    try:
-        from pyarrow.parquet import ParquetFile
-    except ImportError:
-        raise InputError(f"{files[0]}: reading Parquet needs pyarrow; "
-                         "pip install pyarrow") from None
     handles, groups = [], []
     rows = []                           # (place, caption, label, num_example_per_prompt or None)
     for file, path in enumerate(files):
-        try:
-            handles.append(ParquetFile(path))
-            there = handles[file].schema_arrow.names
-            missing = [k for k in ("caption", "jpg_0", "jpg_1", "label_0") if k not in there]
-            if missing:
-                raise InputError(f"{path}: lacks the columns {', '.join(missing)}; "
-                                 f"it has {', '.join(sorted(set(there)))}")
-            for group in range(handles[file].num_row_groups):
+        with parquet(path, ["caption", "jpg_0", "jpg_1", "label_0"]) as handle:
+            handles.append(handle)
+            for group in range(handle.num_row_groups):
                 begin = len(rows)
-                table = handles[file].read_row_group(group, [       # of which some may not be there
+                table = handle.read_row_group(group, [              # of which some may not be there
                     "caption", "label_0", "label_1", "has_label", "num_example_per_prompt"])
                 rows += [((file, group, i), *read_row(row, f"{path}: row {i} of row group {group}"))
                          for i, row in enumerate(table.to_pylist())
                          if unlabelled or is_labelled(row)]
                 groups.append(range(begin, len(rows)))
-        except (OSError, ValueError) as error:
-            raise InputError(f"{path}: not a readable Parquet file "
-                             f"({str(error).splitlines()[0]})") from None
     if not rows:
         raise InputError(f"{files[0]}: holds no labelled pairs")
     places, captions, labels, sizes = map(list, zip(*rows))
@@ -339,8 +321,7 @@ def list_unreadable(known: dict, new: dict, run: Run) -> dict:
             if place < 10:
                 more = " (further ones: see unreadable.txt)" if place == 9 else ""
                 warn(f"{new[i]}; the pair is skipped{more}")
-        lines = "".join(f"{both[i]}\n" for i in sorted(both))
-        write_atomic(run.folder / "unreadable.txt", lambda p: p.write_text(lines, encoding="utf-8"))
+        write_text(run.folder / "unreadable.txt", "".join(f"{both[i]}\n" for i in sorted(both)))
     return both
 
 
@@ -367,6 +348,18 @@ def encode_pairs(pipe: Pipeline, images: torch.Tensor) -> torch.Tensor:
     pictures = upload(images, vae.device).flatten(0, 1).to(vae.dtype) / 127.5 - 1
     moments = pipe.vae.moments(pictures)                                    # [2 N, C, h, w] each
     return torch.stack([m.unflatten(0, (-1, 2)) for m in moments], 1).contiguous()
+
+
+def draw_latents(moments: torch.Tensor,
+                 generators: list[torch.Generator]) -> tuple[torch.Tensor, torch.Tensor]:
+    """What encode_pairs gives for N pairs -> latents and noise [2 N, C, h, w], fp32.
+
+    Both pictures of a pair get the same noise. `generators`: one for each pair, on the CPU.
+    """
+    mean, std = moments.float().unbind(1)                                   # [N, 2, C, h, w]
+    draws = upload(torch.stack([torch.randn(3, *mean.shape[2:], generator=g) for g in generators]),
+                   mean.device)
+    return (mean + std * draws[:, 1:]).flatten(0, 1), draws[:, 0].repeat_interleave(2, 0)
 
 
 def open_latents(folder: Path, pipe: Pipeline, side: int, count: int) -> torch.Tensor:

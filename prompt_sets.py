@@ -6,10 +6,12 @@
     geneval    553 in 6 tags; not on the hub: geneval=evaluation_metadata.jsonl
 """
 import csv
+import importlib.util
 import io
 import json
 import os
 import re
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -63,7 +65,7 @@ def read_prompts(source: str, sample: int = 0, seed: int = 0, distinct: bool = T
     elif suffix in (".csv", ".tsv"):
         prompts = [row["prompt"] for row in read_table(path)]
     else:
-        prompts = _read_file(source)
+        prompts = _read_file(path)
     if not prompts:
         raise InputError(f"{source}: holds no prompts")
     chosen = permutation(len(prompts), seed, "prompts")[:sample] if sample else range(len(prompts))
@@ -73,9 +75,11 @@ def read_prompts(source: str, sample: int = 0, seed: int = 0, distinct: bool = T
 def parquet_files(source: str, splits: tuple[tuple[str, ...], ...] = TRAINING) -> list[Path]:
     """A Parquet file, or those files of a folder or hub data set that are of one of the `splits`.
 
-    A file's split is what its name or folder says. Raises InputError where there are none, or
-    where one of `name-00000-of-00002`, ... is missing.
+    A file's split is what its name or folder says. Raises InputError where there are none, where
+    one of `name-00000-of-00002`, ... is missing, and, before any is fetched, without pyarrow.
     """
+    if importlib.util.find_spec("pyarrow") is None:
+        raise InputError(f"{source}: reading Parquet needs pyarrow; pip install pyarrow")
     root = (fetch_parquet(source) if splits is TRAINING
             else fetch(source, ["*validation*.parquet"], "dataset"))
     if root.is_file():
@@ -104,55 +108,75 @@ def _check_parts(files: list[Path]) -> None:
                              "is missing; fetch it, or name single files")
 
 
+@contextmanager
+def parquet(path: Path, columns: list[str]):
+    """A Parquet file, opened. What goes wrong inside, or a lacking column, is its InputError."""
+    from pyarrow.parquet import ParquetFile
+    try:
+        file = ParquetFile(path)
+        missing = [name for name in columns if name not in file.schema_arrow.names]
+        if missing:
+            raise InputError(f"{path}: lacks the columns {', '.join(missing)}; it has "
+                             f"{', '.join(sorted(set(file.schema_arrow.names)))}")
+        yield file
+    except (AttributeError, OSError, ValueError) as error:
+        raise InputError(f"{path}: not a readable Parquet file "
+                         f"({str(error).splitlines()[0]})") from None
+
+
 def _read_captions(source: str, distinct: bool) -> list[str]:
     """The captions of Parquet files, in order; only the training split's where there is one."""
-    try:
-        import pyarrow.parquet as pq
-    except ImportError:
-        raise InputError(f"{source}: reading Parquet needs pyarrow; pip install pyarrow") from None
     captions: list[str] = []
-    for file in parquet_files(source):
-        try:
-            column = pq.read_table(file, columns=["caption"])["caption"]
-            captions += [c.strip() for c in column.to_pylist() if c and c.strip()]
-        except (OSError, ValueError, KeyError, AttributeError) as error:
-            raise InputError(f"{file}: no readable Parquet file with a column `caption` "
-                             f"({str(error).splitlines()[0]})") from None
+    for path in parquet_files(source):
+        with parquet(path, ["caption"]) as file:
+            column = file.read(["caption"])["caption"].to_pylist()
+            captions += [caption.strip() for caption in column if caption and caption.strip()]
     return list(dict.fromkeys(captions)) if distinct else captions
 
 
 def _read_text(path: Path) -> str:
-    """A file's text; InputError where it is not UTF-8, or its ending is none of ours."""
-    if path.suffix.lower() not in ENDINGS and os.path.exists(path):
-        raise InputError(f"{path}: prompts are read from {', '.join(ENDINGS)} and .parquet; give "
-                         "the file the ending that it should have, or convert it")
+    """A file's text; InputError where it cannot be read, or is not UTF-8."""
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 (byte {error.start}); "
-                         "save the prompts as UTF-8") from None
+        raise InputError(f"{path}: not UTF-8 (byte {error.start}); save it as UTF-8") from None
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from None
 
 
-def _read_file(source: str) -> list[str]:
-    """The prompts of a text or JSON file, in order, blank ones left out."""
-    text = _read_text(Path(source))
-    rows = text.split("\n")             # not splitlines: JSON strings may hold U+2028 and its kin
-    suffix = Path(source).suffix.lower()
+def _from_json(text: str, fault: str):
+    """What JSON says; InputError that begins with the `fault` where it is none."""
     try:
-        if suffix == ".json":
-            rows = json.loads(text)
-        elif suffix == ".jsonl":
-            rows = [json.loads(line) for line in rows if line.strip()]
+        return json.loads(text)
     except (RecursionError, ValueError) as error:
-        raise InputError(f"{source}: not valid {suffix[1:].upper()} ({error})") from None
+        raise InputError(f"{fault} ({error})") from None
+
+
+def json_lines(path: Path) -> dict[int, object]:
+    """{line number: value} of a file with one JSON value a line, blank lines left out."""
+    lines = _read_text(path).split("\n")        # not splitlines: strings may hold U+2028 and kin
+    return {number: _from_json(line, f"{path}: line {number} cannot be read, not valid JSONL")
+            for number, line in enumerate(lines, 1) if line.strip()}
+
+
+def _read_file(path: Path) -> list[str]:
+    """The prompts of a text or JSON file, in order, blank ones left out."""
+    suffix = path.suffix.lower()
+    if suffix not in ENDINGS and os.path.exists(path):
+        raise InputError(f"{path}: prompts are read from {', '.join(ENDINGS)} and .parquet; give "
+                         "the file the ending that it should have, or convert it")
+    if suffix == ".json":
+        rows = _from_json(_read_text(path), f"{path}: not valid JSON")
+    elif suffix == ".jsonl":
+        rows = list(json_lines(path).values())
+    else:
+        rows = _read_text(path).split("\n")
     if not isinstance(rows, list):
-        raise InputError(f"{source}: expected a list of prompts")
+        raise InputError(f"{path}: expected a list of prompts")
     prompts = [r.get("caption", r.get("prompt")) if isinstance(r, dict) else r for r in rows]
     for i, prompt in enumerate(prompts):
         if not isinstance(prompt, str):
-            raise InputError(f"{source}: entry {i + 1} is neither a string "
+            raise InputError(f"{path}: entry {i + 1} is neither a string "
                              "nor an object with `caption`")
     return [prompt.strip() for prompt in prompts if prompt.strip()]
 
@@ -194,25 +218,21 @@ class PromptSet:
 def read_geneval(path: Path) -> list[dict]:
     """GenEval's metadata, one object a line; InputError that names a line which is none."""
     try:
-        lines = [(number, line) for number, line in enumerate(
-            path.read_text(encoding="utf-8-sig").split("\n"), 1) if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not a readable file of GenEval's metadata, "
-                         f"evaluation_metadata.jsonl ({error})") from None
-    rows = []
-    for number, line in lines:
+        rows = json_lines(path)
+    except InputError as error:
+        raise InputError(f"{error}: not a readable file of GenEval's metadata, "
+                         "evaluation_metadata.jsonl") from None
+    for number, row in rows.items():
         try:
-            row = json.loads(line)
             wants = [*enumerate(row.get("include", [])), *((0, w) for w in row.get("exclude", []))]
             if not (isinstance(row["tag"], str) and row["prompt"].strip() and wants
                     and all(_can_be_wanted(want, before) for before, want in wants)):
                 raise ValueError("incomplete")
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        except (ValueError, KeyError, TypeError, AttributeError):
             raise InputError(f"{path}: line {number} is no GenEval metadata "
                              "(tag, prompt, include: each with class and count, its position "
                              "to one before it)") from None
-        rows.append(row)
-    return rows
+    return list(rows.values())
 
 
 def _can_be_wanted(want: dict, before: int) -> bool:

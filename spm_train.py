@@ -38,6 +38,7 @@ from finetune import TrainConfig, decide_compiling, load_model, loss_scaler, ove
 from loading import DTYPES, SDXL_VAE, TINY, Pipeline, load_judging
 from pairs import (
     Pairs,
+    draw_latents,
     encode_cached,
     epoch_order,
     hold_out,
@@ -184,11 +185,8 @@ def predicted_pixels(setting: Setting, index: list[int], moments: torch.Tensor, 
     keyed by the pair's number in `index`.
     """
     pipe, size = setting.pipe, setting.pickscore.config.vision.image_size
-    mean, std = (moments.float() * pipe.vae.config.scaling_factor).unbind(1)    # [N, 2, C, H, W]
-    draws = upload(torch.stack([torch.randn(3, *mean.shape[2:], generator=generator(*key, i))
-                                for i in index]), pipe.device)
-    latents = (mean + std * draws[:, 1:]).flatten(0, 1)                         # [2 N, C, H, W]
-    noise = draws[:, 0].repeat_interleave(2, 0)
+    scaled = moments.float() * pipe.vae.config.scaling_factor
+    latents, noise = draw_latents(scaled, [generator(*key, i) for i in index])  # [2 N, C, H, W]
     t, cond = upload(timestep, pipe.device).repeat_interleave(2), cond.repeat(2)
     x_t = ddim.add_noise(pipe.schedule, latents, noise, t)
     noise_pred = guided_noise(pipe, x_t, t, cond, negative(pipe, cond, setting.empty),
@@ -418,15 +416,15 @@ class Trainer:
         rounds.end(record, "pairs", count, record["accuracy"], shown)
         spoilt = too_many_unreadable(self.unreadable, rounds.done * self.config.batch, self.used,
                                      self.config.max_unreadable, folder)
-        if rounds.due or rounds.ending or spoilt or rounds.bad >= TOO_MANY:
-            self.save()
-        if spoilt:
-            raise spoilt
-        if rounds.bad >= TOO_MANY:
-            raise InputError(
+        if not spoilt and rounds.bad >= TOO_MANY:
+            spoilt = InputError(
                 f"step {rounds.done}: {TOO_MANY} optimizer steps in a row were not finite; the "
                 f"last good SPM is in {folder}'s checkpoint (try --dtype fp32, another --vae, or a "
                 "lower --lr)")
+        if rounds.due or rounds.ending or spoilt:
+            self.save()
+        if spoilt:
+            raise spoilt
         if rounds.ending and rounds.done < rounds.total:
             rounds.leave()
 

@@ -183,6 +183,13 @@ def test_a_data_sets_name_may_hold_a_dot(monkeypatch):
     assert asked == ["owner/data.v1", "owner/data"]
 
 
+def test_without_pyarrow_nothing_is_fetched(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("prompt_sets.fetch_parquet", lambda source: pytest.fail("fetched"))
+    with pytest.raises(InputError, match="owner/data: reading Parquet needs pyarrow; pip install pyarrow"):
+        read_prompts("owner/data")
+
+
 # The field's sets
 
 @needs_real
