@@ -63,7 +63,7 @@ from loading import (
 from metrics import WITH_TOKENIZER, Metric, find_metric, load_metric, metric_sources, rgb
 from observers import Trace
 from prompt_sets import PromptSet, checked_prompt, drawn, join_sets
-from report import SHOWN, draw_trace, read_logs, write_report
+from report import draw_trace, read_logs, shown, write_report
 from study import tally, write_study
 from training import (
     Processes,
@@ -400,11 +400,10 @@ def table(results: dict[str, dict[str, dict]], metrics: list[str]) -> str:
     for name, row in results.items():
         cells = [name]
         for m in metrics:
-            factor, digits = SHOWN.get(m, (1, 3))
-            mean = f"{factor * row[m]['mean']:.{digits}f}"
+            mean = shown(m, row[m]["mean"])
             win = f"{100 * row[m]['win_rate']:.1f} %"
             if row[m]["standard_error"] is not None:
-                mean += f" ± {factor * row[m]['standard_error']:.{digits}f}"
+                mean += f" ± {shown(m, row[m]['standard_error'])}"
                 win += " ({:.1f} to {:.1f})".format(*(100 * v for v in row[m]["win_rate_interval"]))
             cells += [mean, "" if name == next(iter(results)) else win]
         lines.append("| " + " | ".join(cells) + " |")
@@ -422,9 +421,8 @@ def group_tables(by_group: dict[str, dict[str, dict[str, float]]]) -> str:
     """Markdown of {model: {metric: group_means}}: a table per metric, a row per model."""
     lines = []
     for name, columns in next(iter(by_group.values())).items():
-        factor, digits = SHOWN.get(name, (1, 3))
         lines += [f"\n| {name} | " + " | ".join(columns) + " |", "|---" * (1 + len(columns)) + "|"]
-        cells = {model: " | ".join(f"{factor * row[name][c]:.{digits}f}" for c in columns)
+        cells = {model: " | ".join(shown(name, row[name][c]) for c in columns)
                  for model, row in by_group.items()}
         lines += [f"| {model} | {row} |" for model, row in cells.items()]
     return "\n".join(lines) + "\n"

@@ -145,6 +145,7 @@ CLAIMS = [
     *(("8", "t 0-750", f"t {a}-{b}") for a, b in RANGES if (a, b) != (0, 750)),
     ("9", DEMO, "random pair"),
 ]
+STUDENT = {2: 12.71, 3: 4.303}      # seeds -> standard errors in half of a 95 % interval
 TIE = 0.1           # points of aesthetics, a twentieth of the demo's gain, that are no difference
 
 
@@ -336,9 +337,14 @@ def interval(values: list[float]) -> str:
     n, mean = len(values), average(values)
     if n < 2:
         return f"{mean:+.3f} (1 seed)"
-    error = (sum((v - mean) ** 2 for v in values) / (n - 1) / n) ** 0.5
-    text = f"{mean:+.3f} ± {({2: 12.71, 3: 4.303}.get(n, 2.8)) * error:.3f}"
+    text = f"{mean:+.3f} ± {STUDENT[n] * standard_error(values):.3f}"
     return text if n == len(SEEDS) else f"{text} ({n} seeds)"
+
+
+def standard_error(values: list[float]) -> float:
+    """Of the mean of two or more values."""
+    n, mean = len(values), average(values)
+    return (sum((v - mean) ** 2 for v in values) / (n - 1) / n) ** 0.5
 
 
 def verdict(better: dict[str, dict], worse: dict[str, dict]) -> dict:
@@ -354,9 +360,8 @@ def verdict(better: dict[str, dict], worse: dict[str, dict]) -> dict:
     gains = [[arm[s]["evaluations"]["aesthetics"]["difference"] for s in seeds]
              for arm in (better, worse)]
     differences = [a - b for a, b in zip(*gains)]
-    mean = average(differences)
-    error = (sum((d - mean) ** 2 for d in differences) / (len(seeds) - 1) / len(seeds)) ** 0.5
-    low, high = mean - 4.303 * error, mean + 4.303 * error          # t of two degrees of freedom
+    mean, error = average(differences), standard_error(differences)
+    low, high = mean - STUDENT[3] * error, mean + STUDENT[3] * error
     t = abs(mean) / error if error else math.inf
     p = 1 - 1 / math.sqrt(1 + 2 / t ** 2) if t else 1.0             # whose tails have this form
     word = "undecidable"
