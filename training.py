@@ -56,11 +56,10 @@ GROUPS = {          # of --help; what stands in none is about the method
     "memory and speed": "device memory compile sample_batch train_batch decode_batch micro_batch "
                         "checkpointing cache_latents decoder decoder_check profile",
     "output": "out seed save_every grid_every snapshot_every export_geneval curves report_rows "
-              "study study_pairs tally trace track",
+              "study study_pairs tally trace",
 }
 WRONG = (AttributeError, EOFError, IndexError, KeyError, RuntimeError, TypeError, ValueError,
          pickle.UnpicklingError)        # what another content than the expected one may raise
-EXPECTED = {bool: "true or false", int: "must be a whole number", float: "must be a number"}
 LESS_MEMORY = ("try --memory low, or lower --sample_batch, --train_batch or --decode_batch "
                "(spm_train.py: lower --micro_batch; evaluate.py: lower --batch)")
 FULL = "out of memory|alloc_failed|can't allocate memory|(calculation|multiplication) overflow"
