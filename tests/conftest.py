@@ -131,7 +131,7 @@ def spm(tmp_path_factory, pickscore):
 
 @pytest.fixture
 def compilations(monkeypatch):
-    """What torch.compile has compiled since the start of the test, in a list; traced only, which spares the compiler."""
+    """What torch.compile has compiled since the start of the test, in any mode, in a list; traced only, which spares the compiler."""
     made, compile_ = [], torch.compile
 
     def backend(graph, inputs):
@@ -139,7 +139,7 @@ def compilations(monkeypatch):
         return graph.forward
 
     torch._dynamo.reset()
-    monkeypatch.setattr(torch, "compile", lambda f, **settings: compile_(f, backend=backend, **settings))
+    monkeypatch.setattr(torch, "compile", lambda f, mode=None, **settings: compile_(f, backend=backend, **settings))
     return made
 
 

@@ -26,20 +26,6 @@ EAGER = [name for name in LEADS if name not in ("whole", "graphs")]      # which
 MODELS = pytest.mark.parametrize("model", ["sd", "sdxl", "tiny"])
 
 
-@pytest.fixture
-def graphs(monkeypatch):
-    """What torch.compile has compiled since the start of the test, in any mode; traced only."""
-    made, compile_ = [], torch.compile
-
-    def backend(graph, inputs):
-        made.append(graph)
-        return graph.forward
-
-    torch._dynamo.reset()
-    monkeypatch.setattr(torch, "compile", lambda f, mode=None, **settings: compile_(f, backend=backend, **settings))
-    return made
-
-
 def with_lora(request, model: str, **changes):
     """A pipeline whose LoRA does something."""
     source = "tiny" if model == "tiny" else str(request.getfixturevalue(model))
@@ -106,16 +92,16 @@ def test_outputs_and_gradients_are_the_same(request, name, model):
     assert_twins(pipe, other)
 
 
-def test_the_whole_unet_is_one_graph(request, graphs):
+def test_the_whole_unet_is_one_graph(request, compilations):
     pipe = with_lora(request, "small")
     other = twin(pipe, "whole")
     compile_blocks(other.unet)              # later, as the benchmark does: nothing is cut
     assert_twins(pipe, other)
-    assert len(graphs) == 3                 # policy, with gradients and without; reference
+    assert len(compilations) == 3                 # policy, with gradients and without; reference
 
 
 @pytest.mark.parametrize("name", EAGER)
-def test_compiled_blocks_stay_in_one_piece(request, graphs, name):
+def test_compiled_blocks_stay_in_one_piece(request, compilations, name):
     pipe = with_lora(request, "small")
     other = twin(pipe, name)
     for kind, shapes in ((TransformerBlock, [(2, 9, 8), (2, 16, 12)]), (ResnetBlock, [(2, 8, 4, 4), (2, 32)])):
@@ -123,7 +109,7 @@ def test_compiled_blocks_stay_in_one_piece(request, graphs, name):
         inputs = [torch.randn(shape, generator=seeded(len(shape))) for shape in shapes]
         compiled = torch.compile(block.forward, fullgraph=True, dynamic=False)
         assert_close(compiled(*inputs), plain(*inputs))
-    assert len(graphs) == 2
+    assert len(compilations) == 2
 
 
 @pytest.mark.parametrize("shape, offset", [((2, 8, 5, 3), 0.0), ((1, 12, 16, 16), 300.0)])

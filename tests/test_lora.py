@@ -550,14 +550,18 @@ def test_a_target_without_a_match_is_refused():
         assert not lora.layers(model)
 
 
+def trained_looking(checkpoint, rank: int, file):
+    """A LoRA for a checkpoint, in diffusers format, that does something."""
+    unet = load_pipeline(str(checkpoint)).unet
+    fill(lora.add(unet, rank))
+    save_file(lora.state(unet), file)
+    return file
+
+
 @pytest.fixture
 def lora_file(sd, tmp_path):
-    """A trained-looking LoRA for the minuscule SD checkpoint, in diffusers format."""
-    from safetensors.torch import save_file
-    unet = load_pipeline(str(sd)).unet
-    fill(lora.add(unet, 3))
-    save_file(lora.state(unet), tmp_path / "lora.safetensors")
-    return tmp_path / "lora.safetensors"
+    """Of the minuscule SD checkpoint."""
+    return trained_looking(sd, 3, tmp_path / "lora.safetensors")
 
 
 def test_command_line_converts_there_and_back(sd, lora_file, tmp_path):
@@ -646,11 +650,8 @@ def header_of(file) -> dict[str, str]:
 
 @pytest.fixture
 def small_lora(small, tmp_path):
-    """A trained-looking LoRA for the smallest checkpoint."""
-    unet = load_pipeline(str(small)).unet
-    fill(lora.add(unet, 2))
-    save_file(lora.state(unet), tmp_path / "small.safetensors")
-    return tmp_path / "small.safetensors"
+    """Of the smallest checkpoint."""
+    return trained_looking(small, 2, tmp_path / "small.safetensors")
 
 
 def test_a_merge_that_fails_leaves_nothing(small, small_lora, tmp_path, monkeypatch):
