@@ -155,6 +155,7 @@ class Layer(nn.Module):
 
     def forward(self, x: torch.Tensor, causal: bool = False,
                 time: torch.Tensor | None = None) -> torch.Tensor:
+        """Tokens [N, L, D] -> [N, L, D]; `time` [N, D] scales, shifts and gates (adaLN)."""
         if time is None:
             x = x + self.self_attn(self.layer_norm1(x), causal)
             return x + self.mlp(self.layer_norm2(x))

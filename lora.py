@@ -401,6 +401,7 @@ def save(weights: dict[str, torch.Tensor], target: Path, header: dict[str, str])
            value.clone().contiguous() for key, value in weights.items()}
 
     def write(path: Path) -> None:
+        """The library's file, its header's entries put in order within the same bytes."""
         save_file(out, path, metadata=header | {"format": "pt"})
         with open(path, "rb+") as file:
             size = int.from_bytes(file.read(8), "little")

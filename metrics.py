@@ -375,6 +375,7 @@ def imagereward(source: str, tokenizer_source: str, device: torch.device) -> Met
 
     @torch.no_grad()
     def score(images: list[Image.Image], prompts: list[str]) -> torch.Tensor:
+        """Rewards [N]: BERT reads the prompt while it attends to what the ViT has seen."""
         pixels = preprocess_bytes(images, vision.config.image_size).to(device)
         seen = vision(pixel_values=pixels).last_hidden_state                        # [N, L, D]
         words = tokenizer(prompts, padding="max_length", truncation=True, return_tensors="pt",
