@@ -25,7 +25,9 @@ from pathlib import Path
 import torch
 
 import lora
+import tracking
 from calls import Calls
+from card import write_card
 from clip_spm import CLIP, preprocess_decoded
 from diffusion import encode_empty, generate, grid, judge_features, repaired
 from loading import (
@@ -38,6 +40,7 @@ from loading import (
     resolve,
 )
 from prompt_sets import read_prompts
+from report import write_live
 from training import (
     TOO_MANY,
     Processes,
@@ -142,6 +145,9 @@ class RunConfig(TrainConfig):
     grid_every: int = opt(10, "rounds between sample grids, from round 0 on; their mean score by "
                           "the judge is the log's validation_score; 0: never", least=0)
     snapshot_every: int = opt(0, "rounds between LoRAs that stay, in loras/; 0: none", least=0)
+    track: str = opt("", "show the run there while it runs; the package is extra. Without it, too, "
+                     "report.html in the run folder is kept up to date",
+                     ("", *tracking.MODULES))
 
 
 LOW = {         # estimates: sd15 within 10 GB at 512 pixels, sdxl within 24 GB at 1024
@@ -154,12 +160,18 @@ COMPILING = {"sd15": (120, 0.94), "sdxl": (170, 4.4)}
 # May differ when a run is resumed. A preset may, because what it sets is compared itself.
 FREE = ("out", "preset", "device", "epochs", "rounds", "memory", "sample_batch", "train_batch",
         "decode_batch", "checkpointing", "compile", "decoder_check", "profile", "save_every",
-        "grid_every", "snapshot_every")
+        "grid_every", "snapshot_every", "track")
 
 
 def fit_machine(config: RunConfig, presets: dict[str, dict], processes: Processes,
                 count: int) -> RunConfig:
-    """The configuration with `memory` and `compile` decided, for a run over `count` prompts."""
+    """The configuration with `memory` and `compile` decided, for a run over `count` prompts.
+
+    Raises InputError where what --track needs is missing: before anything is loaded.
+    """
+    with processes.agreed():
+        if config.track and processes.main:
+            tracking.load(config.track)
     config = fit_memory(config, presets, processes.device)
     rounds = config.epochs * -(-count // config.prompts_per_round)
     rounds = min(config.rounds or rounds, rounds) - last_step(Path(config.out))
@@ -315,6 +327,11 @@ def save_lora(pipe: Pipeline, folder: Path) -> None:
               lora.kohya_header(weights, pipe.unet, Path(pipe.name).name))
 
 
+def previewed(prompts: list[str]) -> list[str]:
+    """The 16 prompts of the samples, the same every time."""
+    return [prompts[i] for i in permutation(len(prompts), 0, "preview")[:16]]
+
+
 def draw_samples(pipe: Pipeline, prompts: list[str], config: RunConfig, path: Path,
                  judge: CLIP | None = None) -> float | None:
     """A grid of the same 16 training prompts and seeds every time -> the judge's mean score.
@@ -322,7 +339,7 @@ def draw_samples(pipe: Pipeline, prompts: list[str], config: RunConfig, path: Pa
     The pictures are finished, so the judge is told t = 0. None without a judge, or if a score is
     not finite.
     """
-    some = [prompts[i] for i in permutation(len(prompts), 0, "preview")[:16]]
+    some = previewed(prompts)
     batch = min(config.sample_batch, config.decode_batch)
     with torch.compiler.set_stance("force_eager"):          # its batches have other shapes
         images = generate(
@@ -405,6 +422,9 @@ class Trainer:
             f"{sum(p.numel() for p in self.weights):,} parameters, {self.processes.world} x "
             f"{pipe.device}, starting at round {self.rounds.done}")
         self.before = self.good = self.copy()               # good: it drew finite pictures
+        with self.processes.agreed():
+            tracker = tracking.TRACKERS[config.track if self.processes.main else ""]
+            self.tracker = tracker(run.folder, run.config, self.rounds.done)
 
     def copy(self) -> list[torch.Tensor]:
         """The LoRA as it is now; the main process alone keeps any, SDXL's has 0.37 GB."""
@@ -415,17 +435,21 @@ class Trainer:
 
     def __exit__(self, kind, error, trace) -> None:
         """A signal during work that may be dropped: save what is done, and leave."""
+        if kind is Stopped and self.rounds.done > self.rounds.saved:    # its score would be lost
+            self.save()
+        self.show(running=False)
+        self.tracker.close()
+        self.run.close()
         if kind is Stopped:
-            if self.rounds.done > self.rounds.saved:        # else its score would be lost
-                self.save()
             self.rounds.leave()
         if kind is None and self.processes.main:
             self.conclude()
-        self.run.close()
 
     def turns(self) -> Iterator[Turn]:
         """The rounds, each with its share of the epoch's shuffled prompts."""
         self.at_start = None if self.rounds.done else self.validate(0)
+        self.track(0, dict(validation_score=self.at_start))
+        self.show()
         for step in self.rounds:
             epoch, place = divmod(step, self.rounds_per_epoch)
             order = permutation(len(self.prompts), self.config.seed, "order", epoch)
@@ -468,12 +492,15 @@ class Trainer:
         self.at_start = None
         score = validation if self.judge and config.grid_every else stats["score"]
         rounds.end(record, "prompts", len(turn.indices), score, shown)
+        self.track(rounds.done, record)
         if self.processes.main and is_due(rounds.done, config.snapshot_every):
             save_lora(pipe, self.run.folder / "loras" / f"{rounds.done:05d}")
         if rounds.bad >= TOO_MANY:
             self.give_up()
         if rounds.due or rounds.ending:
             self.save()
+        if rounds.due or self.grid_of(rounds.done).exists():
+            self.show()
         if rounds.ending and rounds.done < rounds.total:
             rounds.leave()
 
@@ -484,17 +511,32 @@ class Trainer:
         """
         score, began = None, time.perf_counter()
         if self.processes.main and is_due(done, self.config.grid_every, done == self.rounds.total):
-            path = self.run.folder / f"samples-{done:05d}.png"
-            score = draw_samples(self.pipe, self.prompts, self.config, path, self.judge)
+            score = draw_samples(self.pipe, self.prompts, self.config, self.grid_of(done),
+                                 self.judge)
         self.processes.barrier()
         self.rounds.started += time.perf_counter() - began      # it is no part of the round
         return score
 
+    def grid_of(self, done: int) -> Path:
+        """Where the samples after `done` rounds are."""
+        return self.run.folder / f"samples-{done:05d}.png"
+
+    def track(self, done: int, record: dict) -> None:
+        """Round `done`, as it is logged, to where --track says."""
+        self.tracker.log(done, record, self.grid_of(done), previewed(self.prompts))
+
+    def show(self, running: bool = True) -> None:
+        """Write the run folder's report.html."""
+        if self.processes.main:
+            write_live(self.run.folder, self.run.read_log(), self.rounds.total, running,
+                       self.run.config)
+
     def save(self) -> None:
-        """LoRA files, then the checkpoint: whoever is killed in between writes them again."""
+        """LoRA files, card, then the checkpoint: whoever is killed in between writes them again."""
         score = self.rounds.take_score()
         if self.processes.main:
             save_lora(self.pipe, self.run.folder)
+            write_card(self.run.folder)
             if self.run.is_best(score):
                 save_lora(self.pipe, self.run.folder / "best")
         weights = [p.detach() for p in self.weights]
