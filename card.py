@@ -24,7 +24,7 @@ TEXT = """{mark}
 
 # {title}
 
-A LoRA of {base}, trained with {method} for {rounds} rounds.
+A LoRA of {base}, trained with {method}; rounds: {rounds}.
 
 {pictures}
 

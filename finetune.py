@@ -447,8 +447,10 @@ class Trainer:
 
     def turns(self) -> Iterator[Turn]:
         """The rounds, each with its share of the epoch's shuffled prompts."""
-        self.at_start = None if self.rounds.done else self.validate(0)
-        self.track(0, dict(validation_score=self.at_start))
+        self.at_start = None
+        if not self.rounds.done:
+            self.at_start = self.validate(0)
+            self.track(0, dict(validation_score=self.at_start))
         self.show()
         for step in self.rounds:
             epoch, place = divmod(step, self.rounds_per_epoch)

@@ -22,7 +22,7 @@ from weights import InputError, read_json
 
 # Paul Tol's colours, safe for the colour-blind.
 COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#888888")
-CURVES = {"validation_score": "judge's mean score of the same prompts every time",
+CURVES = {"validation_score": "judge, same prompts each time",
           "score": "judge's mean score of the candidates",
           "score_gap": "best minus worst of a pool", "margin": "log-ratio, winner - loser",
           "ratio_win": "policy / reference, winners", "ratio_lose": "policy / reference, losers",
@@ -123,6 +123,9 @@ td:first-child { overflow-wrap: anywhere; min-width: 4rem; }
 tbody tr:last-child > * { border-bottom: 0; }
 th .quiet { font-weight: 400; }
 .up, .down { white-space: nowrap; }
+.grids {
+  display: grid; gap: .8rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 30rem), 1fr));
+}
 .trace { border-radius: .4rem; display: block; margin-top: .3rem; }
 details { margin-top: 3rem; }
 summary { cursor: pointer; font-size: 1.3rem; font-weight: 700; }
@@ -369,7 +372,7 @@ LIVE = """<p class="kicker">{kicker}</p>
 <h1>{title}</h1>
 <p class="lead">{state}</p>
 <progress value="{done}" max="{total}" style="width: 100%"></progress>
-{grids}
+<div class="grids">{grids}</div>
 <h2 id="watch">What to watch</h2>
 <ul>{advice}</ul>
 {curves}"""
@@ -526,8 +529,10 @@ def learning_curves(logs: dict[str, list[dict]]) -> str:
         axes: dict[tuple[str, str], dict] = {}
         for name, rows in logs.items():
             unit = "round" if "round" in rows[0] else "step"
-            line = [(row[unit] if number(row.get(unit)) else i + 1, row[field])
-                    for i, row in enumerate(rows) if number(row.get(field))]
+            start = rows[0].get(f"{field}_at_start")
+            line = [(0, start)] if number(start) else []
+            line += [(row[unit] if number(row.get(unit)) else i + 1, row[field])
+                     for i, row in enumerate(rows) if number(row.get(field))]
             judge = str(rows[0].get("judge", name)) if field in JUDGED else ""
             if line:
                 axes.setdefault((unit, judge), {})[name] = line
