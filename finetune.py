@@ -32,8 +32,10 @@ from clip_spm import CLIP, preprocess_decoded
 from diffusion import encode_empty, generate, grid, judge_features, repaired
 from loading import (
     DTYPES,
+    JUDGES,
     NAMES,
     Pipeline,
+    load_clip,
     load_pipeline,
     load_tiny_decoder,
     option,
@@ -333,11 +335,10 @@ def previewed(prompts: list[str]) -> list[str]:
 
 
 def draw_samples(pipe: Pipeline, prompts: list[str], config: RunConfig, path: Path,
-                 judge: CLIP | None = None) -> float | None:
-    """A grid of the same 16 training prompts and seeds every time -> the judge's mean score.
+                 judges: dict[str, CLIP] | None = None) -> dict[str, float]:
+    """A grid of the same 16 training prompts and seeds every time -> each judge's mean score.
 
-    The pictures are finished, so the judge is told t = 0. None without a judge, or if a score is
-    not finite.
+    The pictures are finished, so the judges are told t = 0. What is not finite is left out.
     """
     some = previewed(prompts)
     batch = min(config.sample_batch, config.decode_batch)
@@ -345,9 +346,10 @@ def draw_samples(pipe: Pipeline, prompts: list[str], config: RunConfig, path: Pa
         images = generate(
             pipe, some, list(range(len(some))), batch, steps=config.steps,
             guidance_scale=config.guidance_scale, resolution=config.resolution or None)
-        score = judged(pipe, judge, images, some) if judge else math.nan
+        scores = {name: judged(pipe, judge, images, some)
+                  for name, judge in (judges or {}).items()}
     write_atomic(path, functools.partial(grid(images, 8, captions=some).save, format="PNG"))
-    return score if math.isfinite(score) else None
+    return {name: score for name, score in scores.items() if math.isfinite(score)}
 
 
 @torch.no_grad()
@@ -397,7 +399,11 @@ class Trainer:
         self.pipe, self.prompts = pipe, prompts
         # Without a judge nothing is drawn, so nothing is guided.
         self.empty = encode_empty(pipe) if judge else None
-        self.judge = judge
+        # By the names of their scores in the log.
+        self.judges = {"validation_score": judge} if judge else {}
+        if config.model == "tiny" and config.grid_every and self.processes.main:
+            pickscore = load_clip(JUDGES["tiny"]["pickscore"], device=pipe.device)
+            self.judges["validation_pickscore"] = pickscore
         self.rounds_per_epoch = -(-len(prompts) // config.prompts_per_round)
         total = min(config.rounds or math.inf, config.epochs * self.rounds_per_epoch)
         self.rounds = Rounds(run, total, "round", config, pipe.calls, name)
@@ -447,10 +453,11 @@ class Trainer:
 
     def turns(self) -> Iterator[Turn]:
         """The rounds, each with its share of the epoch's shuffled prompts."""
-        self.at_start = None
+        at_start = {}
         if not self.rounds.done:
-            self.at_start = self.validate(0)
-            self.track(0, dict(validation_score=self.at_start))
+            at_start = self.validate(0)
+            self.track(0, at_start)
+        self.at_start = {f"{name}_at_start": score for name, score in at_start.items()}
         self.show()
         for step in self.rounds:
             epoch, place = divmod(step, self.rounds_per_epoch)
@@ -488,11 +495,11 @@ class Trainer:
                       lora_norm=lora.norm(pipe.unet), evaluations=int(evaluations))
         shown = {k: f"{stats[k]:.4g}" for k in ("score", "pairs", "margin") if stats[k] is not None}
         validation = self.validate(rounds.done + 1)
-        record |= {name: value for name, value in (
-            ("validation_score", validation), ("validation_score_at_start", self.at_start))
-            if value is not None}
-        self.at_start = None
-        score = validation if self.judge and config.grid_every else stats["score"]
+        record |= validation | self.at_start
+        self.at_start = {}
+        score = stats["score"]
+        if "validation_score" in self.judges and config.grid_every:
+            score = validation.get("validation_score")
         rounds.end(record, "prompts", len(turn.indices), score, shown)
         self.track(rounds.done, record)
         if self.processes.main and is_due(rounds.done, config.snapshot_every):
@@ -506,18 +513,18 @@ class Trainer:
         if rounds.ending and rounds.done < rounds.total:
             rounds.leave()
 
-    def validate(self, done: int) -> float | None:
+    def validate(self, done: int) -> dict[str, float]:
         """Draw and judge the samples that are due after `done` rounds; the main process alone.
 
         Before the log and the checkpoint: whoever is killed in between does it again.
         """
-        score, began = None, time.perf_counter()
+        scores, began = {}, time.perf_counter()
         if self.processes.main and is_due(done, self.config.grid_every, done == self.rounds.total):
-            score = draw_samples(self.pipe, self.prompts, self.config, self.grid_of(done),
-                                 self.judge)
+            scores = draw_samples(self.pipe, self.prompts, self.config, self.grid_of(done),
+                                  self.judges)
         self.processes.barrier()
         self.rounds.started += time.perf_counter() - began      # it is no part of the round
-        return score
+        return scores
 
     def grid_of(self, done: int) -> Path:
         """Where the samples after `done` rounds are."""

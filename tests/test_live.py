@@ -16,7 +16,10 @@ import report
 import spo_train
 import tracking
 from conftest import seeded
+from diffusion import generate, to_pil
 from helpers import PROMPTS, call, command, log_of
+from loading import TINY, load_pipeline
+from metrics import load_metric
 from training import permutation
 from weights import InputError
 
@@ -272,6 +275,22 @@ def test_card_refuses_what_is_no_training(tmp_path):
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and not (tmp_path / "README.md").exists()
     with pytest.raises(InputError, match="not the folder of a training"):
         card.write_card(tmp_path)
+
+
+def test_tiny_is_also_judged_by_its_pickscore(tmp_path):
+    """By hand for the base: the pictures of the fixed prompts, scored as evaluate.py scores them; the training is what it is without."""
+    words = ("spo_train", "--rounds", 1, "--steps", 4, "--k", 2, "--prompts_per_round", 2, "--pairs_per_step", 4)
+    call(*words, "--grid_every", 1, "--out", tmp_path / "run")
+    call(*words, "--grid_every", 0, "--out", tmp_path / "plain")
+    [row], [plain] = log_of(tmp_path / "run"), log_of(tmp_path / "plain")
+    assert {k: v for k, v in row.items() if "validation" not in k} == plain and "validation_pickscore" in row
+    file = "pytorch_lora_weights.safetensors"
+    assert (tmp_path / "run" / file).read_bytes() == (tmp_path / "plain" / file).read_bytes()
+    pipe, texts = load_pipeline("tiny"), (TINY / "train_prompts.txt").read_text().splitlines()
+    some = [texts[i] for i in permutation(len(texts), 0, "preview")[:16]]
+    images = generate(pipe, some, list(range(16)), steps=4, guidance_scale=3.0)
+    scores = load_metric("pickscore", "tiny", pipe.tokenizers[0], pipe.device).score(to_pil(images), some)
+    assert row["validation_pickscore_at_start"] == pytest.approx(float(sum(scores)) / 16, rel=1e-3)
 
 
 def test_the_demo_leaves_at_least_four_grids():
