@@ -171,9 +171,8 @@ def fit_machine(config: RunConfig, presets: dict[str, dict], processes: Processe
 
     Raises InputError where what --track needs is missing: before anything is loaded.
     """
-    with processes.agreed():
-        if config.track and processes.main:
-            tracking.load(config.track)
+    if config.track:
+        tracking.load(config.track)
     config = fit_memory(config, presets, processes.device)
     rounds = config.epochs * -(-count // config.prompts_per_round)
     rounds = min(config.rounds or rounds, rounds) - last_step(Path(config.out))

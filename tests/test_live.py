@@ -15,6 +15,7 @@ import finetune
 import report
 import spo_train
 import tracking
+import training
 from conftest import seeded
 from diffusion import generate, to_pil
 from helpers import PROMPTS, call, command, log_of
@@ -184,6 +185,23 @@ def test_the_page_follows_a_training(words, tmp_path, monkeypatch):
     for words in (f"validation_score {rows[-1]['validation_score']:.4g}, {rows[0]['validation_score_at_start']:.4g} at the start", "valid_share", "ratio_win"):
         assert words in pages[-1]
     assert "src=\"data:image/jpeg" in pages[-1] and "http://" not in pages[-1] and "https://" not in pages[-1]
+
+
+def test_a_signal_while_pictures_are_drawn_leaves_nothing_behind(words, tmp_path, monkeypatch):
+    """The page says that it stopped, the tracker is closed, the signals are the caller's again, before the process leaves."""
+    monkeypatch.setitem(sys.modules, tracking.MODULES["tensorboard"], SimpleNamespace(SummaryWriter=Writer))
+    monkeypatch.setattr(Writer, "told", [])
+    mine, seen, leave = signal.getsignal(signal.SIGTERM), [], training.Rounds.leave
+
+    def leaving(rounds):
+        seen.append((signal.getsignal(signal.SIGTERM), Writer.told[-1], (tmp_path / "run/report.html").read_text(encoding="utf-8")))
+        leave(rounds)
+    monkeypatch.setattr(training.Rounds, "leave", leaving)
+    monkeypatch.setattr(spo_train, "sample_pools", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(SystemExit) as caught:
+        call(*words, "--rounds", 2, "--grid_every", 0, "--track", "tensorboard", "--out", tmp_path / "run")
+    [(handler, last, page)] = seen
+    assert caught.value.code == 143 and handler is mine and last == "close" and "stopped" in page and "refresh" not in page
 
 
 def test_advice_by_hand():

@@ -100,7 +100,7 @@ def evaluated(tmp_path_factory):
     folder = tmp_path_factory.mktemp("report")
     prompts = folder / "prompts.txt"
     prompts.write_text("\n".join([*PROMPTS[:3], NASTY]))
-    call("spo_train", "--prompts", prompts, "--rounds", 1, "--threshold", 0, "--steps", 5, "--prompts_per_round", 2, "--grid_every", 0,
+    call("spo_train", "--prompts", prompts, "--rounds", 1, "--threshold", 0, "--steps", 5, "--prompts_per_round", 2, "--grid_every", 1,
          "--out", folder / "run", "--lr", 0.05)
     lora = f"spo={folder / 'run'}"
     call("evaluate", "--trace", PROMPTS[0], "--lora", lora, "--out", folder / "out")
