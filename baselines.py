@@ -167,8 +167,8 @@ def ddpo_values(trainer: Trainer, pairs: spo_train.Pairs, gain: torch.Tensor,
     noise_pred = guided_noise(pipe, x_t, t, cond, uncond, config.guidance_scale)
     t_prev = t - pipe.schedule.stride(config.steps)
     mean, std = ddim.step_gaussian(pipe.schedule, x_t, noise_pred, t, t_prev, config.eta)
-    log_ratio = ddim.log_prob(pairs.x_next[prompt, step, which], mean, std)
-    log_ratio = log_ratio - pairs.notes["log_prob"][prompt, step, which]
+    log_ratio = (ddim.log_prob(pairs.x_next[prompt, step, which], mean, std)
+                 - pairs.notes["log_prob"][prompt, step, which])
     advantage, now = gain[prompt, which], log_ratio.detach()
     loss = ddpo_loss(log_ratio, advantage, config.clip_range)
     outside = ((now.exp() - 1).abs() > config.clip_range).float()
@@ -240,8 +240,8 @@ def noised_pairs(trainer: Trainer, rows: list[int], images: torch.Tensor,
     t = torch.stack([torch.randint(last, (1,), generator=g) for g in generators])       # [N, 1]
     moments = encode_pairs(pipe, images).unbind(1)
     mean, std = (m.flatten(0, 1).float() for m in moments)                              # [2 N, ...]
-    draws = torch.stack([torch.randn(3, *mean.shape[1:], generator=g) for g in generators])
-    draws = upload(draws, pipe.device)
+    draws = upload(torch.stack([torch.randn(3, *mean.shape[1:], generator=g) for g in generators]),
+                   pipe.device)
     latents = (mean + std * draws[:, 1:].flatten(0, 1)) * pipe.vae.config.scaling_factor
     noise = draws[:, :1].expand(-1, 2, *mean.shape[1:]).flatten(0, 1)
     return latents, noise, upload(t, pipe.device).expand(-1, 2).flatten()
@@ -254,11 +254,10 @@ def offline_values(trainer: Trainer, data: Pairs, rows: list[int], got: list[tor
     pipe, config = trainer.pipe, trainer.config
     images, seen = stack_pictures(got, pipe.side(config.resolution))
     latents, noise, t = noised_pairs(trainer, rows, images, epoch)
-    captions = [data.captions[i] for i in rows]
-    cond = encode_prompts(pipe, captions, config.resolution or None).repeat(2)
-    label = upload(data.label[rows], pipe.device)
-    first, second = torch.where(label > 0.5, 0, 1), torch.where(label > 0.5, 1, 0)
-    order = torch.stack([first, second], 1)                                 # [N, 2]: winner, loser
+    cond = encode_prompts(pipe, [data.captions[i] for i in rows],
+                          config.resolution or None).repeat(2)
+    loser = (upload(data.label[rows], pipe.device) > 0.5).long()            # [N], which of the two
+    order = torch.stack([1 - loser, loser], 1)                              # [N, 2]: winner, loser
 
     def errors() -> torch.Tensor:                                           # [2, N]
         return denoising_errors(pipe, latents, noise, t, cond).view(-1, 2).gather(1, order).t()
@@ -325,20 +324,19 @@ def train_offline(config: BaselineConfig, run: Run, processes: Processes) -> Non
                          "Parquet file of preference pairs")
     pipe = prepare_policy(config, processes)
     pipe.calls.sizes = compiled_sizes(config, processes.world, 1, 2)
-    side = pipe.side(config.resolution)
-    read = (functools.partial(load_pairs, config.pairs, side) if config.pairs
-            else functools.partial(unpainted_pairs, config.count, config.seed))
+    read = (functools.partial(load_pairs, config.pairs, pipe.side(config.resolution))
+            if config.pairs else functools.partial(unpainted_pairs, config.count, config.seed))
     data = read_or_leave(processes, read)
     labels = data.label.tolist()
     used = [i for i, label in enumerate(labels) if label != 0.5]            # a tie has no winner
     if not used:
         raise InputError(f"{config.pairs}: every pair is a tie")
     captions, listed = [data.captions[i] for i in used], run.folder / "unreadable.txt"
-    known = fingerprint([str(labels[i]) for i in used])
-    with Trainer(config, run, pipe, captions, None, config.method, pair_labels=known) as trainer:
+    with Trainer(config, run, pipe, captions, None, config.method,
+                 pair_labels=fingerprint([str(labels[i]) for i in used])) as trainer:
         resumed = trainer.rounds.done and listed.exists()
-        before = listed.read_text(encoding="utf-8").splitlines() if resumed else []
-        unreadable = {why: why for why in before}
+        before = listed.read_text(encoding="utf-8") if resumed else ""
+        unreadable = {why: why for why in before.splitlines()}
         for turn in trainer.turns():
             stats, broken = offline_round(trainer, data, used, turn)
             if broken:

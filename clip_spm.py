@@ -19,7 +19,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)      # pixel statistics that every CLIP was trained with
 STD = (0.26862954, 0.26130258, 0.27577711)
@@ -350,6 +350,14 @@ def preprocess_decoded(images: torch.Tensor, size: int, clamp_first: bool = Fals
         top, left = (target[0] - size) // 2, (target[1] - size) // 2
         images = images[..., top:top + size, left:left + size]
     return _normalised((images / 2 + 0.5).clamp(0, 1))
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """A picture as its EXIF turns it; damaged EXIF says nothing about the pixels."""
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:       # PIL raises what it likes
+        return image
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

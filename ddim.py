@@ -40,8 +40,8 @@ class Schedule:
         """
         name = str(config.get("_class_name", "DDIMScheduler"))
         own = name == "DDIMScheduler"           # with its defaults
-        if re.search("Flow|EDM", name) or not (
-                own or any(key.startswith("beta") for key in config)):
+        betas = own or {"beta_start", "beta_end", "beta_schedule", "trained_betas"} & config.keys()
+        if re.search("Flow|EDM", name) or not betas:
             raise ValueError(f"scheduler config: _class_name={name!r} is another noise process "
                              "(a flow, EDM) than that of SD-1.5 and SDXL, which has betas")
         for key, values in SUPPORTED.items():

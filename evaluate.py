@@ -35,6 +35,7 @@ from tqdm import tqdm
 import geneval
 import lora
 import spo_train
+from clip_spm import upright
 from diffusion import (
     decode,
     encode_empty,
@@ -52,6 +53,7 @@ from loading import (
     SDXL_VAE,
     TINY,
     Pipeline,
+    build,
     check_schedule,
     clip_file,
     first_tokenizer,
@@ -71,9 +73,11 @@ from training import (
     opt,
     parse_options,
     run_script,
+    sha256,
     start_processes,
     write_atomic,
     write_json,
+    write_text,
     writing,
 )
 from unet import UNet
@@ -188,11 +192,10 @@ def wear(pipe: Pipeline, source: str) -> None:
     if "conv_in.weight" in weights:
         if scale != 1:
             raise InputError(f"{source}: a whole UNet, which has no strength; leave out the @")
-        for folder in Path(file).resolve().parents[:2]:
+        for folder in Path(file).absolute().parents[:2]:     # the hub's cache is of links
             check_schedule(folder, pipe)
         own = next(pipe.unet.parameters())
-        with torch.device("meta"):
-            unet = UNet(pipe.unet.config)
+        unet = build(UNet, pipe.unet.config, Path(file))
         pipe.unet = load_strict(unet, clean(weights), source, own.dtype, own.device)
     elif source:
         try:
@@ -204,10 +207,14 @@ def wear(pipe: Pipeline, source: str) -> None:
 # The pictures
 
 def load_images(paths: list[Path], most: int = TILE) -> torch.Tensor:
-    """Picture files -> [N, 3, H, W] in [0, 1], all of the first one's H, W, at most `most`."""
-    first = open_image(paths[0])
+    """Picture files -> [N, 3, H, W] in [0, 1], all of the first one's H, W, at most `most`.
+
+    EXIF turns them, for whoever looks, but not what is scored, as in the metrics' own code.
+    """
+    first = upright(open_image(paths[0]))
     first.thumbnail((most, most))
-    return torch.cat([rgb(open_image(p).convert("RGB").resize(first.size)) for p in paths]) / 255
+    return torch.cat([rgb(upright(open_image(p)).convert("RGB").resize(first.size))
+                      for p in paths]) / 255
 
 
 def find_images(folder: str, count: int) -> dict[str, list[Path]]:
@@ -215,19 +222,18 @@ def find_images(folder: str, count: int) -> dict[str, list[Path]]:
 
     The base comes first. Raises InputError unless there are `count` pictures of every name.
     """
-    if not os.path.isdir(folder):
-        raise InputError(f"--images {folder}: no such folder")
-    homes = sorted(Path(folder).iterdir(), key=lambda p: (p.name != "base", p.name))
+    def place(path: Path) -> list[str | int]:
+        return [int(part) if i % 2 else part
+                for i, part in enumerate(re.split(r"(\d+)", path.name))]
+
+    homes = sorted(Path(folder).glob("*/"), key=lambda p: (p.name != "base", p.name))
     files = {home.name: sorted((p for p in home.iterdir()
-                                if p.suffix.lower() in SUFFIXES and p.is_file()),
-                               key=lambda p: [int(part) if i % 2 else part for i, part in
-                                              enumerate(re.split(r"(\d+)", p.name))])
-             for home in homes if home.is_dir()}
-    wrong = next((f"{name} holds {len(paths)}" for name, paths in files.items()
-                  if len(paths) != count), None if files else "holds no folder of")
-    if wrong:
-        raise InputError(f"--images {folder}: {wrong} pictures, the prompts ask for {count} "
-                         "(--images_per_prompt, --limit)")
+                                if p.suffix.lower() in SUFFIXES and p.is_file()), key=place)
+             for home in homes}
+    wrong = [f"{name} holds {len(paths)}" for name, paths in files.items() if len(paths) != count]
+    if wrong or not files:
+        raise InputError(f"--images {folder}: {[*wrong, 'holds no folder of'][0]} pictures, "
+                         f"the prompts ask for {count} (--images_per_prompt, --limit)")
     return files
 
 
@@ -424,27 +430,21 @@ def group_tables(by_group: dict[str, dict[str, dict[str, float]]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def weight_files(source: str) -> list[Path]:
-    """A candidate's files: its weights, shards if they are an index, peft's configuration."""
-    shards = read_json(source)["weight_map"].values() if source.endswith(".json") else []
-    names = (Path(source).name, *sorted(set(shards)), "adapter_config.json")
-    files = [Path(source).parent / name for name in names]
-    return [file for file in files if source and file.is_file()]
-
-
 def digest(paths: list[Path]) -> str:
-    """SHA-256 over the contents of files."""
-    total = hashlib.sha256()
-    for path in paths:
-        with open(path, "rb") as handle:
-            total.update(hashlib.file_digest(handle, "sha256").digest())
-    return total.hexdigest()
+    """SHA-256 over those of the files that there are."""
+    found = [bytes.fromhex(sha256(path)) for path in paths if path.is_file()]
+    return hashlib.sha256(b"".join(found)).hexdigest()
 
 
 def worn_by(source: str) -> str:
-    """By what a candidate's pictures are known: its files' contents, and its strength."""
+    """By what a candidate's pictures are known: its files' contents, and its strength.
+
+    Its files: the weights, shards if they are an index, peft's configuration.
+    """
     file, scale = strength(source)
-    return digest(weight_files(file)) + (f"@{scale}" if scale != 1 else "")
+    shards = read_json(file)["weight_map"].values() if file.endswith(".json") else []
+    names = (Path(file).name, *sorted(set(shards)), "adapter_config.json") if file else ()
+    return digest([Path(file).parent / n for n in names]) + (f"@{scale}" if scale != 1 else "")
 
 
 def claim(folder: Path, identity: dict, processes: Processes) -> None:
@@ -505,8 +505,8 @@ def draw_trajectories(pipe: Pipeline, models: dict[str, str], config: EvaluateCo
                       folder: Path) -> None:
     """Draw one SPO trajectory per candidate with the settings that the model is trained with."""
     preset = preset_of(config.model)
-    own = dict(model=config.model, preset=preset, spm=config.spm, dtype=config.dtype)
-    settings = spo_train.SPOConfig(**(spo_train.PRESETS[preset] | own))
+    settings = spo_train.SPOConfig(**(spo_train.PRESETS[preset] | dict(
+        model=config.model, preset=preset, spm=config.spm, dtype=config.dtype)))
     judge = spo_train.load_judge(settings, pipe)
     for name, source in models.items():
         wear(pipe, source)
@@ -565,11 +565,9 @@ def lone_tokenizer(config: EvaluateConfig, sources: dict):
              and not (name.startswith("hpsv2") and sources[name][1])]
     if not needy:
         return None
-    try:
+    with option(f"metrics {needy[0]}: reads prompts by the tokenizer of --model or "
+                "--tokenizer FOLDER, else the official one;"):
         return first_tokenizer(config.model, config.tokenizer)
-    except InputError as error:
-        raise InputError(f"--metrics {needy[0]}: reads prompts by the tokenizer of --model or "
-                         f"--tokenizer FOLDER, else the official one; {error}") from None
 
 
 def describe(config: EvaluateConfig, chosen: PromptSet, pipe: Pipeline | None) -> dict:
@@ -612,7 +610,7 @@ def write_results(config: EvaluateConfig, protocol: dict, chosen: PromptSet,
         table(results, list(formulas)), group_tables(by_group) if groups else "",
         ", ".join(f"{k} {v}" for k, v in protocol.items()),
         *(f"- {m}: {formula}" for m, formula in formulas.items()), ""])
-    write_atomic(folder / "results.md", lambda p: p.write_text(text, encoding="utf-8"))
+    write_text(folder / "results.md", text)
     columns = min(12, len(prompts))             # same prompt and seed below each other
     save_png(folder / "grid.png", grid(
         load_images([path for paths in files.values() for path in paths[:columns]]), columns,
@@ -680,8 +678,7 @@ def main() -> None:
     if config.images:
         claim(folder, dict(protocol, lora={}), processes)
     else:
-        base = fingerprint(*pipe.identity)
-        claim(folder, dict(protocol, base=base, lora={
+        claim(folder, dict(protocol, base=fingerprint(*pipe.identity), lora={
             name: worn_by(source) for name, source in models.items()}), processes)
         todo = undrawn(models, len(prompts), processes, folder / "images")
         if any(todo.values()):

@@ -15,9 +15,11 @@ Shapes: N slots, a slot being whatever a method learns from: a step of a pair, a
 import contextlib
 import dataclasses
 import functools
+import importlib.util
 import math
 import time
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,9 +109,8 @@ class RunConfig(TrainConfig):
                        "4k Pick-a-Pic captions); empty: tiny's own")
     sample_prompts: int = opt(0, "use so many of them, drawn by the seed (P: 4000); 0: all",
                               least=0)
-    judge_dtype: str = opt("", "of the judge's weights; empty: fp16 where --dtype is bf16, else as "
-                           "--dtype (O: fp32 with TF32 products, which have fp16's mantissa)",
-                           ("", *DTYPES))
+    judge_dtype: str = opt("fp32", "of the judge's weights (O: fp32, on a GPU with TF32 products)",
+                           tuple(DTYPES))
     decoder: str = opt("", "small decoder of the pictures that the judge sees: taesd, a folder, "
                        "file or hub id; empty: the VAE's")
     # Sampling (P 5.1)
@@ -206,6 +207,9 @@ def repays(preset: str, prompts: float) -> tuple[bool, str]:
     """Does compiling repay its time over so many prompts of one process? And why, in words."""
     if preset not in COMPILING:
         return False, f"{preset} is too small to gain by it"
+    compiler = os.environ.get("CC") or any(map(shutil.which, ("gcc", "clang", "cc")))
+    if not importlib.util.find_spec("triton") or not compiler:
+        return False, "it needs Triton and a C compiler"
     takes, saves = COMPILING[preset]
     return prompts * saves > takes, (f"it takes about {takes} s and saves about "
                                      f"{prompts * saves:.0f} s in what is left of the run")
@@ -271,11 +275,6 @@ def prepare_policy(config: RunConfig, processes: Processes) -> Pipeline:
     return pipe
 
 
-def rounded_less(dtype: str) -> str:
-    """fp16 for bf16: what only computes, and far from fp16's limits, wants its three more bits."""
-    return "fp16" if dtype == "bf16" else dtype
-
-
 def vae_decoder(pipe: Pipeline, config: RunConfig) -> Callable:
     """Latents [N, C, h, w] -> pictures [N, 3, H, W] in about [-1, 1], fp32."""
     decode, dtype = pipe.vae.decode, pipe.vae.post_quant_conv.weight.dtype
@@ -286,7 +285,8 @@ def vae_decoder(pipe: Pipeline, config: RunConfig) -> Callable:
 
 def small_decoder(pipe: Pipeline, config: RunConfig) -> Callable:
     """The same by the decoder that --decoder names."""
-    dtype = DTYPES[config.vae_dtype or rounded_less(config.dtype)]
+    usual = "fp16" if config.dtype == "bf16" else config.dtype      # as the VAE's
+    dtype = DTYPES[config.vae_dtype or usual]
     decode = load_tiny_decoder(config.decoder, pipe, dtype)
     if config.compile is True:
         decode.compile(dynamic=False)

@@ -22,13 +22,13 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image
 
-from clip_spm import CLIP
+from clip_spm import CLIP, upright
 from loading import check_vocabulary, load_clip
 from metrics import DETECTOR, Metric, picture_vectors, preprocess_bytes, rgb, text_vectors
-from training import fingerprint, write_atomic
-from weights import InputError, fetch
+from training import fingerprint, write_text
+from weights import InputError, fetch, first_line
 
 TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
@@ -59,13 +59,13 @@ class Found:
 
 def check_rows(rows: list[dict]) -> None:
     """InputError for what the detector cannot tell: all pictures of it would count as wrong."""
+    known = {"class": CLASSES, "count": range(1, MOST + 1), "color": [None, *COLOURS]}
     for row in rows:
         for want in row.get("include", []) + row.get("exclude", []):
-            known = {"class": want["class"] in CLASSES, "count": want["count"] <= MOST,
-                     "color": want.get("color", COLOURS[0]) in COLOURS}
-            for name in [name for name, sound in known.items() if not sound]:
-                raise InputError(f"geneval: the metadata of {row['prompt']!r} ask for the {name} "
-                                 f"{want[name]!r}, which the detector cannot tell")
+            for name, values in known.items():
+                if want.get(name) not in values:
+                    raise InputError(f"geneval: the metadata of {row['prompt']!r} ask for the "
+                                     f"{name} {want[name]!r}, which the detector cannot tell")
     if len({row["prompt"] for row in rows}) < len(rows):
         raise InputError("geneval: the metadata have a prompt twice, and may ask for two things")
 
@@ -169,7 +169,7 @@ def load_detector(source: str, device: torch.device):
             folder, dtype=torch.float32, output_loading_info=True)
     except (ImportError, OSError, ValueError, RuntimeError) as error:
         raise InputError(f"{folder}: no Mask2Former in transformers' layout "
-                         f"({str(error).splitlines()[0][:120]})") from None
+                         f"({first_line(error, 120)})") from None
     if info["missing_keys"] or model.config.num_labels != len(CLASSES):
         raise InputError(f"{folder}: lacks {len(info['missing_keys'])} weights or has not COCO's "
                          f"80 classes ({model.config.num_labels})")
@@ -214,7 +214,7 @@ def geneval(source: str, clip_source: str, rows: list[dict], tokenizer,
         if prompt not in by_prompt:
             raise InputError(f"geneval: {prompt!r} is not in the metadata")
         row = by_prompt[prompt]
-        image = ImageOps.exif_transpose(image)
+        image = upright(image)
         return judge(keep(detect(model, image, device), row["tag"]), row,
                      lambda name, group: name_colours(clip, words(name), image, group))
 
@@ -242,8 +242,7 @@ def export(rows: list[dict], pictures: list[Path], folder: Path) -> None:
         home = folder / f"{i // each:05d}"
         (home / "samples").mkdir(parents=True, exist_ok=True)
         if i % each == 0:
-            write_atomic(home / "metadata.jsonl",
-                         lambda p: p.write_text(json.dumps(rows[i // each])))
+            write_text(home / "metadata.jsonl", json.dumps(rows[i // each]))
         target = home / "samples" / f"{i % each:04d}.png"
         if path.suffix == ".png":
             try:
@@ -252,4 +251,4 @@ def export(rows: list[dict], pictures: list[Path], folder: Path) -> None:
             except OSError:             # another file system
                 pass
         # A PNG keeps neither the turn nor CMYK.
-        ImageOps.exif_transpose(Image.open(path)).convert("RGB").save(target)
+        upright(Image.open(path)).convert("RGB").save(target)

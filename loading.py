@@ -386,10 +386,15 @@ def check_vocabulary(tokenizer, size: int, network: str) -> None:
     A few embeddings may lie idle: of added tokens that this tokenizer lacks, BERT's in ImageReward.
     `network` names it in the message.
     """
-    ids = set(tokenizer.get_vocab().values())
+    vocabulary = tokenizer.get_vocab()
+    ids = set(vocabulary.values())
     if len(ids) <= len(set(tokenizer.all_special_ids)):
         raise InputError(f"{tokenizer.name_or_path}: the tokenizer knows no words, only "
                          f"{len(ids)} special tokens; its vocabulary is missing")
+    words = [token[:-4] for token in vocabulary if re.fullmatch("[a-z]{4,}</w>", token)][:99]
+    if words and min(map(len, tokenizer(words).input_ids)) > 3:         # begin, the word, end
+        raise InputError(f"{tokenizer.name_or_path}: the tokenizer spells every word, as "
+                         f"{words[0]!r}, letter by letter; its merges (merges.txt) are missing")
     if max(ids) >= size or len(ids) < size - size // 100 - 2:
         raise InputError(f"{tokenizer.name_or_path}: the tokenizer has {len(ids)} tokens, "
                          f"{network} {size}: they belong to different models")
@@ -442,7 +447,7 @@ def marked_prediction(path: Path, weights: dict[str, torch.Tensor]) -> str:
     """
     header, beside = read_header(path), path.with_suffix(".yaml")
     lines = beside.read_text("utf-8", "replace") if beside.is_file() else ""
-    found = re.search(r"^\s*parameterization:\s*['\"]?(\w+)", lines, re.MULTILINE)
+    found = re.search(r"^[^#\n]*\bparameterization['\"]?:\s*['\"]?(\w+)", lines, re.MULTILINE)
     said = ("v" if "v_pred" in weights else header.get("modelspec.prediction_type")
             or header.get("modelspec.predict_key") or (found[1] if found else "eps"))
     return dict(eps="epsilon", v="v_prediction").get(said, said)
@@ -506,9 +511,10 @@ def _folder(source: str, root: Path, dtype: torch.dtype, device: torch.device,
         vae, vae_file = _planned(VAE, VAEConfig, other["vae"], vae.config)
     schedule = read_schedule(root, prediction_type)
     encoders = [clip for clip, _ in texts]
-    pipe = Pipeline(source, _tokenizers(root, encoders), encoders, unet, vae, schedule,
-                    bool(index.get("force_zeros_for_empty_prompt", len(names) > 1)),    # diffusers'
-                    device=device)
+    pipe = Pipeline(
+        source, _tokenizers(root, encoders), encoders, unet, vae, schedule, device=device,
+        # diffusers' default
+        zero_negative=bool(index.get("force_zeros_for_empty_prompt", len(names) > 1)))
     _check_fit(pipe, source)
     for n, (clip, file) in zip(names, texts):
         load_strict(clip, clean(read_weights(file, f"text_encoder{n}")), file, dtype, device)

@@ -34,7 +34,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 
 import loading
-from training import refuse, run_script, write_atomic, write_json, writing
+from training import plain_parser, run_script, write_atomic, write_json, writing
 from unet import UNet, UNetConfig
 from weights import (
     PEFT,
@@ -354,15 +354,14 @@ def file_in(source: str, folder: Path) -> Path:
     files = [folder / name for name in LORA_NAMES if (folder / name).is_file()][:1] or sorted(
         fetch(source, ["*.safetensors", "adapter_config.json"]).glob("*.safetensors"))
     if len(files) != 1:
-        raise InputError(f"{source}: holds {len(files)} LoRA files "
-                         f"({', '.join(file.name for file in files)}); say which: {source}/FILE")
+        names = ", ".join(file.name for file in files) or "no .safetensors file"
+        raise InputError(f"{source}: holds {names}; say which with {source}/FILE")
     return files[0]
 
 
 def parse() -> argparse.Namespace:
     """What the command line says."""
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = plain_parser(__doc__)
     parser.add_argument("action", choices=("convert", "merge"))
     parser.add_argument("source", type=Path,
                         help="a LoRA file in one of the formats A to D, or the folder of a run "
@@ -375,7 +374,6 @@ def parse() -> argparse.Namespace:
                         help="convert: what to write")
     parser.add_argument("--scale", type=float, default=1.0,
                         help="how strong the LoRA is written or merged")
-    parser.error = refuse
     return parser.parse_args()
 
 

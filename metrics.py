@@ -19,7 +19,6 @@ bytes after resizing.
 
 Shapes: N pictures, a list of PIL pictures; S a tower's side, L tokens, D width of its features.
 """
-import hashlib
 import html
 import importlib.util
 import math
@@ -35,8 +34,8 @@ import torch.nn as nn
 from PIL import Image
 
 from clip_spm import CLIP, MEAN, STD, CLIPConfig, clip_h, preprocess_pil
-from loading import TINY, check_vocabulary, clip_file, load_clip, option, read_tokenizer
-from training import fingerprint
+from loading import TINY, build, check_vocabulary, clip_file, load_clip, option, read_tokenizer
+from training import fingerprint, sha256
 from weights import (
     InputError,
     fetch,
@@ -121,9 +120,8 @@ def find_metric(name: str, sources: list[str]) -> None:
 
 def is_official(file: Path, name: str) -> bool:
     """Is this a metric's official file? InputError where it is that of another one."""
-    with open(file, "rb") as handle:
-        digest = hashlib.file_digest(handle, "sha256").hexdigest()
-    whose = next((n for n, begin in OFFICIAL.items() if digest.startswith(begin)), "")
+    begin = sha256(file)[:8]
+    whose = next((n for n, official in OFFICIAL.items() if begin == official), "")
     if whose not in ("", name):
         raise InputError(f"{file}: these are the weights of another metric, "
                          f"write --metrics {whose}={file}")
@@ -247,9 +245,9 @@ def pickscore(source: str, tokenizer, device: torch.device) -> Metric:
         return clip.score(picture_vectors(clip, preprocess_pil, images),
                           text_vectors(clip, tokenizer, prompts)).cpu()
 
-    what = "the tiny model's PickScore" if source == OWN else "PickScore v1"
-    told = source.replace(str(TINY.parent), "tiny")
-    return Metric("pickscore", f"{what}: exp(logit scale) x cosine, {told}", score,
+    what, place = (("the tiny model's PickScore", "tiny/model/pickscore") if source == OWN else
+                   ("PickScore v1", source))
+    return Metric("pickscore", f"{what}: exp(logit scale) x cosine, {place}", score,
                   fingerprint(clip, tokenizer))
 
 
@@ -261,8 +259,7 @@ def hpsv2(name: str, source: str, tokenizer, device: torch.device,
     and their numbers do not compare.
     """
     file = fetch(source, [])
-    with torch.device("meta"):
-        clip = CLIP(config or clip_h())
+    clip = build(CLIP, config or clip_h(), file)
     load_strict(clip, from_open_clip(read_weights(file)), file, torch.float32, device)
     told = "" if is_official(file, name) else UNKNOWN
     check_vocabulary(tokenizer, clip.config.text.vocab_size, "the metric's CLIP")

@@ -10,7 +10,6 @@ Captions and labels are held in memory, pictures are not. Where pictures lie tog
 group of a Parquet file), they are used at about the same time: an epoch shuffles the groups, then
 the rows of a few groups at a time.
 """
-import contextlib
 import functools
 import io
 import json
@@ -23,10 +22,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 
 from calls import upload
-from clip_spm import to_rgb
+from clip_spm import to_rgb, upright
 from loading import Pipeline
 from prompt_sets import TRAINING, checked_prompt, parquet_files
 from training import Processes, Run, Stopped, permutation, warn, write_atomic
@@ -101,9 +100,7 @@ def square(picture: Path | bytes | dict, side: int, place: str = "") -> torch.Te
     try:
         if isinstance(picture, dict):
             picture = picture.get("bytes")
-        image = Image.open(picture if isinstance(picture, Path) else io.BytesIO(picture))
-        with contextlib.suppress(Exception):        # damaged EXIF says nothing about the pixels
-            ImageOps.exif_transpose(image, in_place=True)
+        image = upright(Image.open(picture if isinstance(picture, Path) else io.BytesIO(picture)))
         size = np.array(image.size)
         if size.min() < SMALLEST:
             raise UnreadablePicture(f"{image.width} x {image.height} pixels")
@@ -139,6 +136,8 @@ def read_row(row: dict, place: str) -> tuple[str, float, float | None]:
     if not isinstance(caption, str):
         raise InputError(f"{place} has a caption that is no text")
     checked_prompt(caption, place)
+    if isinstance(row.get("has_label"), str):           # of which "False" would count as true
+        raise InputError(f"{place} has has_label {row['has_label']!r}; it must be true or false")
     if not is_labelled(row):
         label = torch.nan
     elif not isinstance(label, int | float) or label not in (0, 0.5, 1):

@@ -169,6 +169,10 @@ def read_table(path: Path) -> list[dict[str, str]]:
         raise InputError(f"{path}: cannot be read ({error})") from None
     names = [name.strip().lower() for name in lines[0]] if lines else []
     column = next((name for name in ("caption", "prompt", "text") if name in names), None)
+    for i, line in enumerate(lines[1:], 1):
+        if any(line[len(names):]):
+            raise InputError(f"{path}: row {i}, {line[0][:40]!r}..., has more columns than the "
+                             "header; put prompts with commas in quotation marks")
     rows = [dict(zip(names, line)) for line in lines[1:]]
     rows = [row | dict(prompt=row[column].strip()) for row in rows if row.get(column, "").strip()]
     if not rows:
@@ -213,9 +217,9 @@ def read_geneval(path: Path) -> list[dict]:
 
 def _can_be_wanted(want: dict, before: int) -> bool:
     """Is this an entry of `include` that `before` others precede, or (0) one of `exclude`?"""
-    places = [str([relation, other]) for relation in ("left of", "right of", "above", "below")
+    places = [repr([relation, other]) for relation in ("left of", "right of", "above", "below")
               for other in range(before)]
-    return (("position" not in want or str(want["position"]) in places)
+    return (("position" not in want or repr(want["position"]) in places)
             and want["class"] != "" and isinstance(want["class"], str)
             and isinstance(want.get("color", ""), str)
             and isinstance(want["count"], int) and want["count"] > 0)

@@ -16,13 +16,14 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
+from clip_spm import upright
 from diffusion import to_pil
 from training import warn, write_atomic
 from weights import InputError, read_json
 
 # Paul Tol's colours, safe for the colour-blind.
 COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#888888")
-CURVES = {"validation_score": "judge, same prompts each time",
+CURVES = {"validation_score": "same prompts every time",
           "validation_pickscore": "PickScore of the same pictures",
           "score": "judge's mean score of the candidates",
           "score_gap": "best minus worst of a pool", "margin": "log-ratio, winner - loser",
@@ -395,7 +396,7 @@ def data_uri(image: Image.Image, side: int = 0, quality: int = 85) -> str:
 
     So the tiny model's pictures stay exact.
     """
-    image, handle = image.convert("RGB"), io.BytesIO()
+    image, handle = upright(image).convert("RGB"), io.BytesIO()
     if side and max(image.size) > side:
         image.thumbnail((side, side), Image.Resampling.LANCZOS)
     kind = "png" if max(image.size) <= 128 else "jpeg"

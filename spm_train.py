@@ -156,8 +156,8 @@ class Setting:
         """[N] of these pairs, on the device: people's, or PickScore's."""
         if self.config.labels == "human":
             return upload(self.pairs.label[index], self.pipe.device)
-        ids = upload(self.ids[index], self.pipe.device)
-        return relabel(self.pickscore, images, self.pickscore.text_features(ids))
+        return relabel(self.pickscore, images, self.pickscore.text_features(
+            upload(self.ids[index], self.pipe.device)))
 
 
 @torch.no_grad()
@@ -343,12 +343,12 @@ def learning_rate(step: int, config: SPMConfig) -> float:
 
     `released` is DeepSpeed's WarmupDecayLR as the official training runs it: nothing at step 0.
     """
-    if config.rate == "released":
-        if step < config.warmup:
-            return config.lr * math.log(step + 1) / math.log(max(config.warmup, 2))
-        return config.lr * (config.steps - step) / max(config.steps - config.warmup, 1)
-    lr = config.lr * min(1.0, (step + 1) / max(config.warmup, 1))
-    return lr * (1 - step / config.steps) if config.rate == "linear" else lr
+    lr, steps, warmup = config.lr, config.steps, config.warmup
+    warmed = lr * min(1.0, (step + 1) / max(warmup, 1))
+    return dict(
+        released=lr * math.log(step + 1) / math.log(max(warmup, 2)) if step < warmup else
+        lr * (steps - step) / max(steps - warmup, 1),
+        linear=warmed * (1 - step / steps), constant=warmed)[config.rate]
 
 
 class Trainer:
@@ -387,8 +387,8 @@ class Trainer:
         broken = torch.tensor([float(len(found.broken))], device=processes.device)
         processes.sum([p.grad for p in weights] + [found.stats, broken])
         if broken.item():
-            broken = processes.union(found.broken)
-            self.unreadable = list_unreadable(self.unreadable, broken, self.run)
+            self.unreadable = list_unreadable(self.unreadable, processes.union(found.broken),
+                                              self.run)
         self.scaler.unscale_(self.optimizer)
         norms = [float(torch.nn.utils.clip_grad_norm_(list(clip.parameters()), config.clip_norm))
                  for clip in models.values()]
@@ -564,9 +564,9 @@ def main() -> None:
     if isinstance(config.validation, int):
         held, used = hold_out(pairs, config.validation, config.seed)
     else:
-        others = load_pairs(config.validation, side, splits=VALIDATION)
-        judged = Setting(pipe, pickscore, others, config, processes)
-        held, used = list(range(len(others.captions))), set(range(len(pairs.captions)))
+        judged = Setting(pipe, pickscore, load_pairs(config.validation, side, splits=VALIDATION),
+                         config, processes)
+        held, used = list(range(len(judged.ids))), set(range(len(setting.ids)))
     trainer = Trainer(setting, run, len(used))
     models, rounds = trainer.models, trainer.rounds
     if config.compile is True:

@@ -38,7 +38,6 @@ from finetune import (
     compiled_sizes,
     fit_machine,
     prepare_policy,
-    rounded_less,
     small_decoder,
     training_prompts,
     vae_decoder,
@@ -400,7 +399,7 @@ def check(config: SPOConfig) -> None:
 def load_judge(config: SPOConfig, pipe: Pipeline) -> Judge:
     """The judge of a model's pictures; InputError if --judge and the file differ on timesteps."""
     source = config.spm or judge_source(config.model, config.preset, config.judge)
-    dtype = DTYPES[config.judge_dtype or rounded_less(config.dtype)]
+    dtype = DTYPES[config.judge_dtype]
     clip = load_judging(f"judge {config.judge}:", source, dtype, pipe, config.judge == "spm")
     features = clip.image_features
     if config.compile is True:

@@ -512,7 +512,8 @@ def _identity(thing) -> typing.Iterator[bytes]:
                 yield from _identity(value)
     elif hasattr(thing, "get_vocab"):
         backend = getattr(thing, "backend_tokenizer", None)         # whose paddings change with use
-        yield json.dumps([sorted(thing.get_vocab().items()),
+        read = thing(["A Word", "a word " * 9], padding="max_length", truncation=True, max_length=9)
+        yield json.dumps([sorted(thing.get_vocab().items()), read.input_ids,
                           json.loads(backend.to_str())["model"] if backend else ""]).encode()
     elif dataclasses.is_dataclass(thing):
         for value in vars(thing).values():
@@ -690,7 +691,7 @@ class Run:
                 with open(temporary, "wb") as handle:   # so that a full disk is said to be one
                     torch.save(state, handle)
                 write_json(path.with_suffix(".json"),
-                           dict(step=step, score=score, sha256=_sha256(temporary)))
+                           dict(step=step, score=score, sha256=sha256(temporary)))
 
             write_atomic(path, write)
             scores = self._scores()
@@ -873,7 +874,8 @@ class Rounds:
         sys.exit(128 + (self.processes.stop or signal.SIGTERM))
 
 
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
+    """Of a file's contents, in hexadecimal."""
     with open(path, "rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
@@ -884,7 +886,7 @@ def _damage(path: Path) -> str:
         expected = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))["sha256"]
     except (FileNotFoundError, ValueError, KeyError, TypeError, RecursionError):
         return "its .json is missing or damaged"
-    if _sha256(path) != expected:
+    if sha256(path) != expected:
         return "checksum differs"
     try:
         torch.load(path, map_location="cpu", weights_only=True, mmap=True)

@@ -143,14 +143,15 @@ def lora_alphas(weights: dict[str, torch.Tensor], metadata: str,
             raise ValueError(odd[0])
         for key, value in weights.items():
             match = re.fullmatch(r"((?:unet\.)?(.+))\.lora_A(?:\.\w+)?\.weight", key)
-            if match and "lora_alpha" in config:
+            if match:
                 parts = match[2].rsplit(".", 16)
                 names = [".".join(parts[i:]) for i in range(len(parts))] + [f"^{match[2]}"]
                 found = min((ends[name] for name in names if name in ends), default=None)
                 alpha = float(found[1] if found else config["lora_alpha"])
                 scale = len(value) ** 0.5 if config.get("use_rslora") else 1.0
                 out[f"{match[1]}.alpha"] = torch.tensor(alpha * scale)
-    except (ArithmeticError, AttributeError, RecursionError, TypeError, ValueError) as error:
+    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError,
+            ValueError) as error:
         raise InputError(f"{source} cannot be read ({first_line(error, 120)}), "
                          "so the LoRA's strength is not known") from None
     return out

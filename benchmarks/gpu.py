@@ -206,7 +206,7 @@ def setting(place: Place, model: str, prompts: int, options: str, cap_gb: float)
     words = spo_words(place, model, prompts, "--rounds", 2, *options.split())
     status = place.run(*words, cap_gb=cap_gb)
     place.found["fits"] = status == 0
-    if status and "out of GPU memory" not in place.said.read_text():
+    if status and "error: out of memory" not in place.said.read_text():
         raise Cut(f"spo_train.py ended with status {status}")
     if status == 0:
         row = rows_of(place.runs)[-1]

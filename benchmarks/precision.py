@@ -9,6 +9,7 @@ rounding errors are, relative to what tells candidates apart, and drawn numbers 
 that would change. TF32 products are imitated by rounding a linear layer's weights and inputs to ten
 bits of mantissa. Writes benchmarks/results/precision.json.
 """
+import copy
 import sys
 import time
 from collections import Counter
@@ -107,14 +108,11 @@ def large_judge() -> dict:
     clip = CLIP(clip_h()).eval()
     pixels = torch.randn(PICTURES, 3, 224, 224)
     text = nn.functional.normalize(torch.randn(1, 1024), dim=-1)
-    weights = {key: value.clone() for key, value in clip.vision_model.state_dict().items()}
     scores = {}
     for kind in tqdm(KINDS, "CLIP-H"):
-        clip.vision_model.load_state_dict(weights)
-        judge = in_precision(clip, kind)
+        judge = in_precision(copy.deepcopy(clip), kind)
         features = torch.cat([judge.image_features(part) for part in pixels.split(2)])
         scores[kind] = (features * text).sum(-1).double()
-        clip = CLIP(clip_h()).eval() if kind == "tf32" else judge.float()       # without hooks
     found = {}
     for kind in KINDS[1:]:
         error = scores[kind] - scores["fp32"]

@@ -349,6 +349,7 @@ def test_a_compiled_run_sees_one_shape_and_trains_the_same(sd, pickscore, pictur
     call("baselines", *words, "--out", tmp_path / "eager")
     for ours, theirs in zip(log_of(tmp_path / "compiled"), log_of(tmp_path / "eager"), strict=True):
         assert ours.pop("evaluations") > theirs.pop("evaluations") and (ours["score"] is None) == (theirs["score"] is None)
+        ours = {k: v for k, v in ours.items() if "validation" not in k}         # the grids'
         assert {k: v or 0 for k, v in ours.items()} == pytest.approx({k: v or 0 for k, v in theirs.items()}, rel=1e-3, abs=1e-4)
 
 

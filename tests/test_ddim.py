@@ -159,12 +159,14 @@ def test_what_belongs_to_a_sampler_is_not_taken_over():
 
 @pytest.mark.parametrize("name", ["FlowMatchEulerDiscreteScheduler", "EDMEulerScheduler", "EDMDPMSolverMultistepScheduler", "ScoreSdeVeScheduler"])
 def test_other_noise_processes_are_refused(name):
-    """Their configurations, as diffusers writes them, have no betas; a flow's class is refused with some as well."""
+    """Their configurations, as diffusers writes them, have none of our betas; a flow's class is refused with some as well."""
     import diffusers
     config = dict(getattr(diffusers, name)().config)
     for more in ({}, CONFIG) if "Score" not in name else ({},):
         with pytest.raises(ValueError, match=f"_class_name='{name}'"):
             ddim.Schedule.from_json(more | config | dict(_class_name=name))
+    with pytest.raises(ValueError, match="another noise process"):
+        ddim.Schedule.from_json(dict(_class_name="ScoreSdeVpScheduler", beta_min=0.1, beta_max=20, num_train_timesteps=1000))
 
 
 @pytest.mark.parametrize("changes", [dict(use_flow_sigmas=True, flow_shift=3.0), dict(prediction_type="flow_prediction"), dict(prediction_type="sample"),

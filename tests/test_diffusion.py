@@ -583,6 +583,16 @@ def test_a_vocabulary_is_held_against_its_network(size, words):
             loading.check_vocabulary(empty, len(empty), "the net")
 
 
+def test_a_vocabulary_needs_its_merges(sd, tmp_path):
+    """Without them each word is as many tokens as letters, all of which the encoder knows."""
+    shutil.copytree(sd, tmp_path / "none")
+    path = tmp_path / "none/tokenizer/tokenizer.json"
+    state = json.loads(path.read_text())
+    path.write_text(json.dumps(state | dict(model=state["model"] | dict(merges=[]))))
+    with pytest.raises(InputError, match="none/tokenizer: the tokenizer spells every word, .* merges"):
+        load_pipeline(str(tmp_path / "none"))
+
+
 def test_a_token_too_many_is_one_line(sd, tmp_path):
     """A tokenizer to which a word was added, and the encoder was not."""
     shutil.copytree(sd, tmp_path / "more")

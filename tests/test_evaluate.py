@@ -24,6 +24,7 @@ from evaluate import compare
 from helpers import PROMPTS, call, together
 from metrics import load_metric
 from tiny import world
+from report import data_uri
 from training import lock
 from weights import InputError
 
@@ -500,6 +501,18 @@ def test_the_grid_is_of_a_sensible_size(tmp_path):
     assert pictures.shape == (2, 3, 256, 512) and pictures[:, :, 9, 9].tolist() == [[1, 0, 0], [0, 0, 1]]
 
 
+def test_exif_turns_what_is_shown(tmp_path):
+    """In the grid, the report and the study; damaged EXIF turns nothing."""
+    picture, exif = Image.new("RGB", (16, 32), "red"), Image.Exif()
+    picture.paste((0, 0, 255), (0, 16, 16, 32))
+    exif[0x0112] = 6
+    picture.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "a.png", exif=exif)
+    picture.save(tmp_path / "b.png", exif=b"Exif\0\0no TIFF!")
+    grid = evaluate.load_images([tmp_path / "a.png", tmp_path / "b.png"])
+    assert grid.shape == (2, 3, 32, 16) and torch.equal(grid[0], grid[1])
+    assert data_uri(Image.open(tmp_path / "a.png")) == data_uri(Image.open(tmp_path / "b.png")) == data_uri(picture)
+
+
 def test_pipes_are_no_pictures(tmp_path):
     (tmp_path / "x").mkdir()
     os.mkfifo(tmp_path / "x/0.png")
@@ -517,6 +530,12 @@ def test_a_unet_for_another_noise_process_is_no_candidate(kind, other_unet, tmp_
         for source in (other_unet, other_unet / "unet", other_unet / "unet/diffusion_pytorch_model.safetensors"):
             with pytest.raises(InputError, match=says):
                 call("evaluate", *kind, "--lora", f"x={source}")
+    shutil.copytree(other_unet, tmp_path / "blobs")
+    for file in [file for file in other_unet.rglob("*") if file.is_file()]:         # as in the hub's cache
+        file.unlink()
+        file.symlink_to((tmp_path / "blobs" / file.relative_to(other_unet)).rename(tmp_path / f"blobs/{file.parent.name}-{file.name}"))
+    with pytest.raises(InputError, match="FlowMatchEulerDiscreteScheduler"):
+        call("evaluate", *kind, "--lora", f"x={other_unet}")
     (other_unet / "scheduler/scheduler_config.json").write_text(json.dumps(scheduler))
     call("evaluate", *kind, "--lora", f"x={other_unet}", "--limit", 1)
 

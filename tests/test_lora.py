@@ -248,7 +248,7 @@ def test_a_peft_folder_is_read(settings, tmp_path):
 
 @pytest.mark.parametrize("change, says", [
     (dict(use_dora=True), "use_dora True"), (dict(peft_type="LOHA"), "peft_type 'LOHA'"), (dict(init_lora_weights="pissa"), "'pissa'"),
-    (dict(lora_alpha=None), "NoneType"), (dict(lora_alpha=[1]), "list"), (dict(alpha_pattern=3), "int"), (dict(alpha_pattern={"to_q": 10 ** 400}), "too large"),
+    (dict(lora_alpha=None), "NoneType"), (dict(lora_alpha=[1]), "list"), ('{"r": 2}', "lora_alpha"), (dict(alpha_pattern=3), "int"), (dict(alpha_pattern={"to_q": 10 ** 400}), "too large"),
     (dict(alpha_pattern={"((a|b|_|[0-9])*)*!": 2}), "names no modules"), (dict(alpha_pattern={"to_.*": 2}), "names no modules"),
     (dict(alpha_pattern={".".join(["(.*a"] * 30) + ")" * 30: 2}), "names no modules"), (100_000 * "[", "recursion"), ("{", "Expecting"), ("[]", "list"),
     ("\xff", "Expecting")], ids=str)

@@ -36,6 +36,7 @@ def test_prompt_files(tmp_path):
     ("a.txt", "a cat\n".encode("utf-16-le"), "is no Unicode text: character 2 is NUL"), ("a.json", b'["a\\u0000b"]', "character 2 is NUL"),
     *[(name, b'["a cat"]', "prompts are read from .txt, .json") for name in ("p.yaml", "p.json.bak", "p.txt.gz", "none", "P.MD")],
     ("a.csv", b"a cat\na dog\n", "the column Prompt"), ("a.csv", b"caption;n\na cat;1\n", "the column Prompt"), ("a.tsv", b"Prompt\n\n", "prompts below it"),
+    ("a.csv", b"caption\na cat\na dog, flying\n", "row 2, 'a dog'..., has more columns than the header"), ("a.tsv", b"Prompt\tNote\na\tb\tc\n", "row 1, 'a'..., has more"),
     ("a.csv", b"", "the column Prompt"), ("a.csv", b"caption\n\xff", "not UTF-8"), ("none.csv", None, "cannot be read"),
     ("none.txt", None, "cannot be read")])
 def test_prompt_files_that_are_wrong(tmp_path, name, content, says):
@@ -239,7 +240,7 @@ def test_pickapic_from_its_parquet(tmp_path):
     ('{"tag": "a", "prompt": "p", "include": [{"class": "cat"}]}', "line 1"), ('{"tag": "a", "prompt": "p", "include": [{"class": "cat", "count": 0}]}', "line 1"),
     *[('\n{"tag": "a", "prompt": "p", "include": [{"class": "cat", "count": 1}, {"class": "dog", "count": 1, ' + more + "}]}", "line 2 is no GenEval")
       for more in ('"position": ["above", 1]', '"position": ["above", -1]', '"position": ["above", 0.0]', '"position": ["over", 0]', '"position": null',
-                   '"position": ["above"]', '"position": "above"', '"class": 7', '"class": ""', '"class": null', '"count": 1.5', '"count": "1"',
+                   '"position": ["above"]', '"position": "above"', '"position": "[\'above\', 0]"', '"class": 7', '"class": ""', '"class": null', '"count": 1.5', '"count": "1"',
                    '"count": -1', '"color": ["red"]')]])
 def test_bad_metadata_names_its_line(text, says, tmp_path):
     (tmp_path / "m.jsonl").write_text(text)

@@ -243,7 +243,7 @@ def test_negative_conditioning_of_sdxl_can_be_the_encoded_empty_prompt(sdxl):
     ({"modelspec.predict_key": "v"}, None, "v_prediction"), ({"modelspec.prediction_type": "v"}, None, "v_prediction"),
     ({"modelspec.prediction_type": "epsilon"}, "parameterization: v", "epsilon"), ({"format": "pt"}, None, "epsilon"),
     ({}, "model:\n  params:\n    parameterization: \"v\"\n", "v_prediction"), ({}, "model:\n  params:\n    parameterization: eps\n", "epsilon"),
-    ({}, "model:\n  params: {}\n", "epsilon")])
+    ({}, "model:\n  params: {}\n", "epsilon"), ({}, "model: {params: {linear_start: 0.00085, 'parameterization': v}}\n", "v_prediction"), ({}, "# parameterization: v\n", "epsilon")])
 def test_a_file_says_what_it_predicts_in_its_header_or_beside_it(sd, single, tmp_path, header, beside, want):
     """As ComfyUI and sd-scripts write it, and as A1111 reads it; the option wins over both."""
     folder, file = single

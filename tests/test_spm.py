@@ -84,6 +84,7 @@ def test_pairs_are_read(pairs):
     ('{"caption": "x", "image_0": "a", "image_1": "a", "label_0": 1, "label_1": 1}', "line 1 has label_0 1 and label_1 1"),
     ('{"caption": "x", "image_0": "a", "image_1": "a", "label_0": 0, "label_1": 0}', "line 1 has label_0 0 and label_1 0"),
     ('{"caption": "x", "image_0": "a", "image_1": "a", "label_0": 1, "label_1": "0"}', "line 1 has label_0 1 and label_1 '0'"),
+    ('{"caption": "x", "image_0": "a", "image_1": "a", "label_0": 1, "has_label": "False"}', "line 1 has has_label 'False'"),
     *[('{"caption": "x", "image_0": "a", "image_1": "a", "label_0": 1, "num_example_per_prompt": ' + size + "}", "line 1 has num_example_per_prompt ")
       for size in ("Infinity", "NaN", "-2", "1e-300", '"3"', "1" + 400 * "0")]])
 def test_pairs_that_are_wrong(tmp_path, row, says):

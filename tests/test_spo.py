@@ -916,7 +916,7 @@ def test_a_run_of_tiny_can_be_moved(trained, tmp_path):
 def test_the_configuration_is_printed_before_anything_is_loaded(small, spm, prompts, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("finetune.load_pipeline", lambda *_, **__: (_ for _ in ()).throw(InputError("loading")))
     done = command("spo_train", "--model", small, "--spm", spm, "--prompts", prompts, "--out", tmp_path / "run", "--device", "cpu")
-    assert done.returncode == 2 and "loading" in done.stderr and done.stdout == f"settings of sd15 --model {small} --out {tmp_path}/run --device cpu --prompts {prompts} --memory normal --spm {spm} (all: {tmp_path}/run/config.json)\n"
+    assert done.returncode == 2 and "loading" in done.stderr and done.stdout == f"settings of sd15 --model {small} --out {tmp_path}/run --device cpu --compile false --prompts {prompts} --memory normal --spm {spm} (all: {tmp_path}/run/config.json)\n"
 
 
 @pytest.mark.parametrize("words, says", [
@@ -1008,9 +1008,17 @@ def test_a_round_never_waits_for_the_device(request, small, spm, monkeypatch, j)
 @pytest.mark.parametrize("preset, prompts, on, why", [
     ("sd15", 120, False, "takes about 120 s and saves about 113 s"), ("sd15", 130, True, "saves about 122 s"), ("sdxl", 38, False, "170 s"), ("sdxl", 40, True, "saves about 176 s"),
     ("tiny", 1e9, False, "tiny is too small")])
-def test_compiling_is_worth_it_in_long_runs(preset, prompts, on, why):
+def test_compiling_is_worth_it_in_long_runs(preset, prompts, on, why, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    monkeypatch.setenv("CC", "gcc")
     found, words = finetune.repays(preset, prompts)
     assert found is on and why in words
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert preset == "tiny" or finetune.repays(preset, prompts) == (False, "it needs Triton and a C compiler")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    monkeypatch.delenv("CC")
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    assert preset == "tiny" or finetune.repays(preset, prompts) == (False, "it needs Triton and a C compiler")
 
 
 def test_what_compile_auto_decides(tmp_path, monkeypatch, capsys):
@@ -1018,6 +1026,8 @@ def test_what_compile_auto_decides(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "before")         # put back after the test
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
     monkeypatch.setattr("finetune.fit_memory", lambda config, *_: config)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    monkeypatch.setenv("CC", "gcc")
     parse = lambda *words: parse_options(SPOConfig, spo_train.PRESETS, ["--out", str(tmp_path / "run"), *map(str, words)])  # noqa: E731
     decide = lambda device, world, *words: finetune.fit_machine(parse(*words), spo_train.PRESETS, Processes(0, world, torch.device(device)), 4000).compile  # noqa: E731
     assert parse().compile == "auto" and parse("--compile").compile is True and parse("--compile", "false").compile is False and parse("--compile=auto").compile == "auto"

@@ -707,7 +707,8 @@ def test_fingerprint_of_everything_a_picture_depends_on():
                  lambda: setattr(changed.vae, "config", replace(changed.vae.config, scaling_factor=2.0)),
                  lambda: setattr(changed.unet, "config", replace(changed.unet.config, attention_head_dim=8)),
                  lambda: setattr(changed, "zero_negative", True),
-                 lambda: changed.tokenizers[0].add_tokens(["<new>"])):
+                 lambda: setattr(changed.tokenizers[0], "pad_token", "!"), lambda: setattr(changed.tokenizers[0], "padding_side", "left"),
+                 lambda: setattr(changed.tokenizers[0], "truncation_side", "left"), lambda: changed.tokenizers[0].add_tokens(["<new>"])):
         edit()
         edits.append(edit)
         assert new()

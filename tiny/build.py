@@ -106,13 +106,15 @@ def learning_rate(step: int, steps: int, peak: float, warmup: int = 100) -> floa
     return peak * (0.02 + 0.98 * 0.5 * (1 + math.cos(angle)))
 
 
-def update(optimizer: torch.optim.Optimizer, loss: torch.Tensor, lr: float) -> None:
-    """One step down the gradient of the loss, whose norm is bounded by 1."""
+def update(progress: tqdm, optimizer: torch.optim.Optimizer, loss: torch.Tensor,
+           lr: float) -> None:
+    """One step down the gradient of the loss, whose norm is bounded by 1; its bar says the loss."""
     optimizer.param_groups[0]["lr"] = lr
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0)
     optimizer.step()
+    progress.set_postfix(loss=f"{loss:.4f}", refresh=False)
 
 
 def save_weights(state: dict[str, torch.Tensor], file: Path) -> None:
@@ -148,9 +150,8 @@ def build_vae(
         edges = difference.diff(dim=2).abs().mean() + difference.diff(dim=3).abs().mean()
         kl = 0.5 * (mean.square() + std.square() - 1 - 2 * std.log()).mean()
         l1 = difference.abs().mean()        # last: autograd sums gradients in the graph's order
-        update(optimizer, l1 + 0.5 * edges + 1e-3 * kl, learning_rate(step, steps, 2e-3))
-        if step % 100 == 0:
-            progress.set_postfix(l1=f"{l1:.4f}", kl=f"{kl:.2f}", refresh=False)
+        update(progress, optimizer, l1 + 0.5 * edges + 1e-3 * kl,
+               learning_rate(step, steps, 2e-3))
     mean, _ = encode(vae.eval(), images[:4096])
     config = dict(VAE_CONFIG, scaling_factor=round(float(1 / mean.std()), 5))
     write_json(out / "vae/config.json", config)
@@ -220,8 +221,8 @@ def build_tokenizer(out: Path) -> None:
 
 def tokenize(source: str, texts: list[str]) -> torch.Tensor:
     """Token ids [N, L], padded, through the same tokenizer class as the official models."""
-    ids = first_tokenizer(source)(texts, padding="max_length", truncation=True).input_ids
-    return torch.tensor(ids)
+    return first_tokenizer(source)(texts, padding="max_length", truncation=True,
+                                   return_tensors="pt").input_ids
 
 
 def clip_json(out: Path) -> dict:
@@ -294,10 +295,8 @@ def build_clip(
             eyes = image_features(clip, images[pick])
             words = clip.text_features(ids[both])
         loss = contrastive_loss(clip, eyes, words, both)
-        update(optimizer, loss, learning_rate(step, steps, 1.5e-3))
+        update(progress, optimizer, loss, learning_rate(step, steps, 1.5e-3))
         clip.logit_scale.data.clamp_(0, math.log(100))
-        if step % 100 == 0:
-            progress.set_postfix(loss=f"{loss:.3f}", refresh=False)
     clip.eval()
     save_clip(clip, out.parent / "work/clip", config)       # PickScore starts from it; not shipped
     text = CLIP(CLIPConfig.from_json(config["text_config"]))
@@ -376,7 +375,6 @@ def train_unet(
     trained = [unet, text] if train_text else [unet]
     live = [v for module in trained for v in module.state_dict().values()]
     average = [v.clone() for v in live]
-    running = 0.0
     optimizer = torch.optim.AdamW(
         [p for module in trained for p in module.parameters()],
         betas=(0.9, 0.99), weight_decay=1e-3, fused=True,
@@ -393,13 +391,10 @@ def train_unet(
             x_t = ddim.add_noise(schedule, x_0, noise, timestep)
             noise_pred = unet(x_t, timestep, prompt_embeds)
         loss = (noise_pred.float() - noise).square().mean()
-        update(optimizer, loss, learning_rate(step, steps, peak, warmup=200))
+        update(progress, optimizer, loss, learning_rate(step, steps, peak, warmup=200))
         decay = min(0.998 if train_text else 0.999, (1 + step) / (10 + step))
         with torch.no_grad():
             torch._foreach_lerp_(average, live, 1 - decay)
-        running = running * 0.99 + loss.detach() * 0.01 if step else loss.detach()
-        if step % 100 == 0:
-            progress.set_postfix(mse=f"{running:.4f}", refresh=False)
         if train_text and step % 800 == 799:
             save_average(out, unet, text, average)
             check_unet(out, device, least=0, scales=(3.0,))
@@ -459,9 +454,7 @@ def build_pickscore(
         pick = torch.randint(train, (batch,))
         first, second = scores(pick).unbind(1)
         loss = preference_loss(first, second, labels[pick].to(device)).mean()
-        update(optimizer, loss, learning_rate(step, steps, 2e-4, warmup=30))
-        if step % 50 == 0:
-            progress.set_postfix(loss=f"{loss:.3f}", refresh=False)
+        update(progress, optimizer, loss, learning_rate(step, steps, 2e-4, warmup=30))
     with torch.no_grad():
         unseen = torch.arange(train, len(images))
         first, second = torch.cat([scores(part) for part in unseen.split(250)]).cpu().unbind(1)
@@ -481,8 +474,8 @@ def judge_table(
     images, captions, labels = world.preference_pairs(count, seed)
     pairs = Pairs(captions, labels, torch.ones(count), [range(count)], lambda i: images[i])
     config = SPMConfig(**PRESETS["tiny"], seed=seed)
-    first = next(iter(models.values()))                     # what size of pictures it wants
-    setting = Setting(pipe, first, pairs, config, start_processes(device))
+    # The first model says what size of pictures all are shown.
+    setting = Setting(pipe, [*models.values()][0], pairs, config, start_processes(device))
     return accuracy_table(setting, models, list(range(count)))
 
 
@@ -542,14 +535,10 @@ def main() -> None:
     out = Path(options.out).resolve()
     out.mkdir(parents=True, exist_ok=True)
     write_prompts(out)
-    minutes = {}
     for name in options.stages:
         begin = time.perf_counter()
         STAGES[name](out, device, options.seed)
-        minutes[name] = (time.perf_counter() - begin) / 60
-    print("stage      minutes")
-    for name, spent in minutes.items():
-        print(f"{name:10} {spent:7.1f}")
+        print(f"stage  {name}: {(time.perf_counter() - begin) / 60:.1f} minutes", flush=True)
 
 
 if __name__ == "__main__":

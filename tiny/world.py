@@ -283,10 +283,9 @@ def find_things(images: torch.Tensor) -> list[list[Thing]]:
 
 def fulfils(things: list[Thing], caption: Caption) -> bool:
     """True if exactly the caption's objects are there and stand as it says."""
-    if sorted((t.colour, t.shape) for t in things) != sorted(caption.objects):
-        return False
-    if caption.kind != "relation":
-        return True
+    same = sorted((t.colour, t.shape) for t in things) == sorted(caption.objects)
+    if not same or caption.kind != "relation":
+        return same
     first, second = (next(t for t in things if (t.colour, t.shape) == o) for o in caption.objects)
     return stands(first, second, caption.relation)
 
@@ -371,10 +370,10 @@ def mistaken(caption: Caption, captions: list[Caption], rand: torch.Generator) -
     """What a careless painter might paint instead: at most two words of the caption differ."""
     while True:
         other = captions[int(torch.randint(len(captions), (1,), generator=rand))]
-        if other.kind == caption.kind and other.text != caption.text:
-            words, others = caption.text.split(), other.text.split()
-            if len(words) == len(others) and sum(a != b for a, b in zip(words, others)) <= 2:
-                return other
+        words, others = caption.text.split(), other.text.split()
+        wrong = sum(a != b for a, b in zip(words, others))
+        if other.kind == caption.kind and len(words) == len(others) and 0 < wrong <= 2:
+            return other
 
 
 def preference_pairs(
@@ -417,9 +416,8 @@ def pairs_to_paint(count: int, seed: int, mistakes: float = 0.35) -> tuple[list[
     def paint(first: int, last: int) -> tuple[torch.Tensor, torch.Tensor]:
         begin = first // 128 * 256
         some, only = slice(begin, begin + 256), slice(2 * first - begin, 2 * last - begin)
-        drawn = render(painted[some], states[first // 128].clone_state(), slip=slip[some],
-                       only=only)
-        drawn = (drawn * 255).round().byte()
+        drawn = (render(painted[some], states[first // 128].clone_state(), slip=slip[some],
+                        only=only) * 255).round().byte()
         truth = torch.zeros(2, count, 2)                            # of the others: no matter
         truth[:, first:last] = torch.stack(
             [alignment(drawn / 255, asked[2 * first:2 * last]), aesthetics(drawn / 255)]
