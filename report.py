@@ -24,7 +24,7 @@ from weights import InputError, read_json
 # Paul Tol's colours, safe for the colour-blind.
 COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#888888")
 CURVES = {"validation_score": "same prompts every time",
-          "validation_pickscore": "PickScore of the same pictures",
+          "validation_pickscore": "of the same pictures",
           "score": "judge's mean score of the candidates",
           "score_gap": "best minus worst of a pool", "margin": "log-ratio, winner - loser",
           "ratio_win": "policy / reference, winners", "ratio_lose": "policy / reference, losers",
