@@ -24,6 +24,7 @@ demo: $(VENV)/.runtime
 	$(PY) spo_train.py --out $(OUT)
 	$(PY) evaluate.py --trace "three blue squares" --lora spo=$(OUT) --out $(OUT)/evaluation
 	$(PY) evaluate.py --lora base= spo=$(OUT) --curves spo=$(OUT) --out $(OUT)/evaluation
+	$(PY) card.py $(OUT)
 
 test: $(VENV)/.dev
 	$(PY) -m ruff check .

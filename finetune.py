@@ -27,19 +27,24 @@ from pathlib import Path
 import torch
 
 import lora
+import tracking
 from calls import Calls
+from card import write_card
 from clip_spm import CLIP, preprocess_decoded
 from diffusion import encode_empty, generate, grid, judge_features, repaired
 from loading import (
     DTYPES,
+    JUDGES,
     NAMES,
     Pipeline,
+    load_clip,
     load_pipeline,
     load_tiny_decoder,
     option,
     resolve,
 )
 from prompt_sets import read_prompts
+from report import write_live
 from training import (
     TOO_MANY,
     Processes,
@@ -143,6 +148,9 @@ class RunConfig(TrainConfig):
     grid_every: int = opt(10, "rounds between sample grids, from round 0 on; their mean score by "
                           "the judge is the log's validation_score; 0: never", least=0)
     snapshot_every: int = opt(0, "rounds between LoRAs that stay, in loras/; 0: none", least=0)
+    track: str = opt("", "show the run there while it runs; the package is extra. Without it, too, "
+                     "report.html in the run folder is kept up to date",
+                     ("", *tracking.MODULES))
 
 
 LOW = {         # estimates: sd15 within 10 GB at 512 pixels, sdxl within 24 GB at 1024
@@ -155,12 +163,17 @@ COMPILING = {"sd15": (120, 0.94), "sdxl": (170, 4.4)}
 # May differ when a run is resumed. A preset may, because what it sets is compared itself.
 FREE = ("out", "preset", "device", "epochs", "rounds", "memory", "sample_batch", "train_batch",
         "decode_batch", "checkpointing", "compile", "decoder_check", "profile", "save_every",
-        "grid_every", "snapshot_every")
+        "grid_every", "snapshot_every", "track")
 
 
 def fit_machine(config: RunConfig, presets: dict[str, dict], processes: Processes,
                 count: int) -> RunConfig:
-    """The configuration with `memory` and `compile` decided, for a run over `count` prompts."""
+    """The configuration with `memory` and `compile` decided, for a run over `count` prompts.
+
+    Raises InputError where what --track needs is missing: before anything is loaded.
+    """
+    if config.track:
+        tracking.load(config.track)
     config = fit_memory(config, presets, processes.device)
     rounds = config.epochs * -(-count // config.prompts_per_round)
     rounds = min(config.rounds or rounds, rounds) - last_step(Path(config.out))
@@ -315,22 +328,27 @@ def save_lora(pipe: Pipeline, folder: Path) -> None:
               lora.kohya_header(weights, pipe.unet, Path(pipe.name).name))
 
 
-def draw_samples(pipe: Pipeline, prompts: list[str], config: RunConfig, path: Path,
-                 judge: CLIP | None = None) -> float | None:
-    """A grid of the same 16 training prompts and seeds every time -> the judge's mean score.
+def previewed(prompts: list[str]) -> list[str]:
+    """The 16 prompts of the samples, the same every time."""
+    return [prompts[i] for i in permutation(len(prompts), 0, "preview")[:16]]
 
-    The pictures are finished, so the judge is told t = 0. None without a judge, or if a score is
-    not finite.
+
+def draw_samples(pipe: Pipeline, prompts: list[str], config: RunConfig, path: Path,
+                 judges: dict[str, CLIP] | None = None) -> dict[str, float]:
+    """A grid of the same 16 training prompts and seeds every time -> each judge's mean score.
+
+    The pictures are finished, so the judges are told t = 0. What is not finite is left out.
     """
-    some = [prompts[i] for i in permutation(len(prompts), 0, "preview")[:16]]
+    some = previewed(prompts)
     batch = min(config.sample_batch, config.decode_batch)
     with torch.compiler.set_stance("force_eager"):          # its batches have other shapes
         images = generate(
             pipe, some, list(range(len(some))), batch, steps=config.steps,
             guidance_scale=config.guidance_scale, resolution=config.resolution or None)
-        score = judged(pipe, judge, images, some) if judge else math.nan
+        scores = {name: judged(pipe, judge, images, some)
+                  for name, judge in (judges or {}).items()}
     write_atomic(path, functools.partial(grid(images, 8, captions=some).save, format="PNG"))
-    return score if math.isfinite(score) else None
+    return {name: score for name, score in scores.items() if math.isfinite(score)}
 
 
 @torch.no_grad()
@@ -380,7 +398,11 @@ class Trainer:
         self.pipe, self.prompts = pipe, prompts
         # Without a judge nothing is drawn, so nothing is guided.
         self.empty = encode_empty(pipe) if judge else None
-        self.judge = judge
+        # By the names of their scores in the log.
+        self.judges = {"validation_score": judge} if judge else {}
+        if config.model == "tiny" and config.grid_every and self.processes.main:
+            pickscore = load_clip(JUDGES["tiny"]["pickscore"], device=pipe.device)
+            self.judges["validation_pickscore"] = pickscore
         self.rounds_per_epoch = -(-len(prompts) // config.prompts_per_round)
         total = min(config.rounds or math.inf, config.epochs * self.rounds_per_epoch)
         self.rounds = Rounds(run, total, "round", config, pipe.calls, name)
@@ -405,6 +427,9 @@ class Trainer:
             f"{sum(p.numel() for p in self.weights):,} parameters, {self.processes.world} x "
             f"{pipe.device}, starting at round {self.rounds.done}")
         self.before = self.good = self.copy()               # good: it drew finite pictures
+        with self.processes.agreed():
+            tracker = tracking.TRACKERS[config.track if self.processes.main else ""]
+            self.tracker = tracker(run.folder, run.config, self.rounds.done)
 
     def copy(self) -> list[torch.Tensor]:
         """The LoRA as it is now; the main process alone keeps any, SDXL's has 0.37 GB."""
@@ -415,17 +440,24 @@ class Trainer:
 
     def __exit__(self, kind, error, trace) -> None:
         """A signal during work that may be dropped: save what is done, and leave."""
+        if kind is Stopped and self.rounds.done > self.rounds.saved:    # its score would be lost
+            self.save()
+        self.show(running=False)
+        self.tracker.close()
+        self.run.close()
         if kind is Stopped:
-            if self.rounds.done > self.rounds.saved:        # else its score would be lost
-                self.save()
             self.rounds.leave()
         if kind is None and self.processes.main:
             self.conclude()
-        self.run.close()
 
     def turns(self) -> Iterator[Turn]:
         """The rounds, each with its share of the epoch's shuffled prompts."""
-        self.at_start = None if self.rounds.done else self.validate(0)
+        at_start = {}
+        if not self.rounds.done:
+            at_start = self.validate(0)
+            self.track(0, at_start)
+        self.at_start = {f"{name}_at_start": score for name, score in at_start.items()}
+        self.show()
         for step in self.rounds:
             epoch, place = divmod(step, self.rounds_per_epoch)
             order = permutation(len(self.prompts), self.config.seed, "order", epoch)
@@ -462,39 +494,57 @@ class Trainer:
                       lora_norm=lora.norm(pipe.unet), evaluations=int(evaluations))
         shown = {k: f"{stats[k]:.4g}" for k in ("score", "pairs", "margin") if stats[k] is not None}
         validation = self.validate(rounds.done + 1)
-        record |= {name: value for name, value in (
-            ("validation_score", validation), ("validation_score_at_start", self.at_start))
-            if value is not None}
-        self.at_start = None
-        score = validation if self.judge and config.grid_every else stats["score"]
+        record |= validation | self.at_start
+        self.at_start = {}
+        score = stats["score"]
+        if "validation_score" in self.judges and config.grid_every:
+            score = validation.get("validation_score")
         rounds.end(record, "prompts", len(turn.indices), score, shown)
+        self.track(rounds.done, record)
         if self.processes.main and is_due(rounds.done, config.snapshot_every):
             save_lora(pipe, self.run.folder / "loras" / f"{rounds.done:05d}")
         if rounds.bad >= TOO_MANY:
             self.give_up()
         if rounds.due or rounds.ending:
             self.save()
+        if rounds.due or self.grid_of(rounds.done).exists():
+            self.show()
         if rounds.ending and rounds.done < rounds.total:
             rounds.leave()
 
-    def validate(self, done: int) -> float | None:
+    def validate(self, done: int) -> dict[str, float]:
         """Draw and judge the samples that are due after `done` rounds; the main process alone.
 
         Before the log and the checkpoint: whoever is killed in between does it again.
         """
-        score, began = None, time.perf_counter()
+        scores, began = {}, time.perf_counter()
         if self.processes.main and is_due(done, self.config.grid_every, done == self.rounds.total):
-            path = self.run.folder / f"samples-{done:05d}.png"
-            score = draw_samples(self.pipe, self.prompts, self.config, path, self.judge)
+            scores = draw_samples(self.pipe, self.prompts, self.config, self.grid_of(done),
+                                  self.judges)
         self.processes.barrier()
         self.rounds.started += time.perf_counter() - began      # it is no part of the round
-        return score
+        return scores
+
+    def grid_of(self, done: int) -> Path:
+        """Where the samples after `done` rounds are."""
+        return self.run.folder / f"samples-{done:05d}.png"
+
+    def track(self, done: int, record: dict) -> None:
+        """Round `done`, as it is logged, to where --track says."""
+        self.tracker.log(done, record, self.grid_of(done), previewed(self.prompts))
+
+    def show(self, running: bool = True) -> None:
+        """Write the run folder's report.html."""
+        if self.processes.main:
+            write_live(self.run.folder, self.run.read_log(), self.rounds.total, running,
+                       self.run.config)
 
     def save(self) -> None:
-        """LoRA files, then the checkpoint: whoever is killed in between writes them again."""
+        """LoRA files, card, then the checkpoint: whoever is killed in between writes them again."""
         score = self.rounds.take_score()
         if self.processes.main:
             save_lora(self.pipe, self.run.folder)
+            write_card(self.run.folder)
             if self.run.is_best(score):
                 save_lora(self.pipe, self.run.folder / "best")
         weights = [p.detach() for p in self.weights]

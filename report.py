@@ -6,10 +6,12 @@ The page needs no network and no server: pictures are embedded as thumbnails, ch
 short script sorts, compares two models on one picture, and enlarges.
 """
 import base64
+import contextlib
 import html
 import io
 import json
 import os
+import time
 from pathlib import Path
 
 from PIL import Image, ImageDraw
@@ -22,6 +24,7 @@ from weights import InputError, read_json
 # Paul Tol's colours, safe for the colour-blind.
 COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#888888")
 CURVES = {"validation_score": "same prompts every time",
+          "validation_pickscore": "of the same pictures",
           "score": "judge's mean score of the candidates",
           "score_gap": "best minus worst of a pool", "margin": "log-ratio, winner - loser",
           "ratio_win": "policy / reference, winners", "ratio_lose": "policy / reference, losers",
@@ -122,6 +125,9 @@ td:first-child { overflow-wrap: anywhere; min-width: 4rem; }
 tbody tr:last-child > * { border-bottom: 0; }
 th .quiet { font-weight: 400; }
 .up, .down { white-space: nowrap; }
+.grids {
+  display: grid; gap: .8rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 30rem), 1fr));
+}
 .trace { border-radius: .4rem; display: block; margin-top: .3rem; }
 details { margin-top: 3rem; }
 summary { cursor: pointer; font-size: 1.3rem; font-weight: 700; }
@@ -364,6 +370,21 @@ step="0.1" aria-label="how much of the left model is seen"><span id="edge"></spa
 <form method="dialog"><button id="earlier" type="button">&#8592; previous</button>
 <button id="close">close</button><button id="later" type="button">next &#8594;</button></form>
 </dialog>"""
+LIVE = """<p class="kicker">{kicker}</p>
+<h1>{title}</h1>
+<p class="lead">{state}</p>
+<progress value="{done}" max="{total}" style="width: 100%"></progress>
+<div class="grids">{grids}</div>
+<h2 id="watch">What to watch</h2>
+<ul>{advice}</ul>
+{curves}"""
+WATCH = (           # the advice of docs/watch.md, with the newest values
+    "validation_score {validation_score:.4g}, {validation_score_at_start:.4g} at the start: it "
+    "should rise. The prompts and seeds are the same every time.",
+    "valid_share {valid_share:.3g}: if it is near zero, lower --threshold. margin {margin:.3g}: "
+    "far below 1 / beta (beta is {beta:g}), the loss does not yet hold the LoRA near the base.",
+    "ratio_win {ratio_win:.4g}, ratio_lose {ratio_lose:.4g}: both climbing above 1.02 is an early "
+    "sign of over-optimization. Look at the pictures.")
 TRACES = """<h2 id="trajectories">Trajectories</h2>
 <p class="quiet">A row per scored step, its candidates as decoded x0 with the judge's scores. Green:
 winner; red: loser; blue dot: where the trajectory goes on, chosen at random; grey: too close to
@@ -413,8 +434,9 @@ def draw_trace(trace: list[dict], width: int = 96) -> Image.Image:
     return canvas
 
 
-def write_page(path: Path, title: str, style: str, body: str, data, script: str) -> None:
-    """Write one HTML file that needs no other. `title` is text, `body` HTML.
+def write_page(path: Path, title: str, style: str, body: str, data, script: str,
+               head: str = "") -> None:
+    """Write one HTML file that needs no other. `title` is text, `body` and `head` HTML.
 
     `script` finds `data` in #data, as JSON that no prompt can close; ValueError for NaN in it.
     """
@@ -422,7 +444,7 @@ def write_page(path: Path, title: str, style: str, body: str, data, script: str)
     page = f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{html.escape(title)}</title>
+<title>{html.escape(title)}</title>{head}
 <style>{THEME}{style}</style></head><body>
 {body}
 <script type="application/json" id="data">{held}</script>
@@ -509,8 +531,10 @@ def learning_curves(logs: dict[str, list[dict]]) -> str:
         axes: dict[tuple[str, str], dict] = {}
         for name, rows in logs.items():
             unit = "round" if "round" in rows[0] else "step"
-            line = [(row[unit] if number(row.get(unit)) else i + 1, row[field])
-                    for i, row in enumerate(rows) if number(row.get(field))]
+            start = rows[0].get(f"{field}_at_start")
+            line = [(0, start)] if number(start) else []
+            line += [(row[unit] if number(row.get(unit)) else i + 1, row[field])
+                     for i, row in enumerate(rows) if number(row.get(field))]
             judge = str(rows[0].get("judge", name)) if field in JUDGED else ""
             if line:
                 axes.setdefault((unit, judge), {})[name] = line
@@ -598,3 +622,46 @@ def write_report(path: Path, found: dict, files: dict[str, list[Path]], prompts:
         hidden="" if entries else "hidden")
     data = dict(models=models, found=found, rows=entries, shown=SHOWN)
     write_page(path, title, STYLE, body, data, SCRIPT)
+
+
+# The page of a training
+
+def round_of(grid: Path) -> str:
+    """After which round samples-*.png was drawn, in words."""
+    after = grid.stem.removeprefix("samples-")
+    return f"after round {after.lstrip('0')}" if after.strip("0") else "the base"
+
+
+def advice(rows: list[dict], config: dict) -> list[str]:
+    """WATCH with each field's newest value; a method without such fields goes without the line."""
+    newest = config | {k: v for row in rows for k, v in row.items() if number(v)}
+    out = []
+    for words in WATCH:
+        with contextlib.suppress(KeyError):
+            out.append(words.format_map(newest))
+    return out
+
+
+def write_live(folder: Path, rows: list[dict], total: int, running: bool, config: dict) -> None:
+    """report.html of a training: how far it is, the newest samples beside the base's, the curves.
+
+    `rows`: its log; `total`: rounds. While it runs, the page loads itself again every 30 s.
+    """
+    last = rows[-1] if rows else {}
+    done, minutes = last.get("round", 0), last.get("eta_minutes")
+    state = "finished" if done == total else "stopped; the same command goes on from here"
+    if running:
+        state = f"running, about {minutes:.0f} minutes left" if number(minutes) else "running"
+    grids = sorted(folder.glob("samples-*.png"))
+    shown = "".join(
+        f'<figure class="sheet"><figcaption>{round_of(grid)}</figcaption>'
+        f'<img alt="sample pictures" src="{data_uri(Image.open(grid), 1600)}"></figure>'
+        for grid in dict.fromkeys(grids[:1] + grids[-1:]))
+    name = folder.resolve().name
+    body = LIVE.format(
+        kicker=html.escape(f"{config.get('model')} · {time.strftime('%Y-%m-%d %H:%M:%S')}"),
+        title=html.escape(f"{name}: round {done} of {total}"), state=state, done=done, total=total,
+        grids=shown, curves=learning_curves({name: rows}) if rows else "",
+        advice="".join(f"<li>{html.escape(words)}</li>" for words in advice(rows, config)))
+    head = '\n<meta http-equiv="refresh" content="30">' if running else ""
+    write_page(folder / "report.html", f"{name}: {done} of {total}", STYLE, body, {}, "", head)

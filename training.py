@@ -55,8 +55,8 @@ GROUPS = {          # of --help; what stands in none is about the method
                     "prompts_per_round pairs_per_step",
     "memory and speed": "device memory compile sample_batch train_batch decode_batch micro_batch "
                         "checkpointing cache_latents decoder decoder_check profile",
-    "output": "out seed save_every grid_every snapshot_every export_geneval curves report_rows "
-              "study study_pairs tally trace",
+    "output": "out seed save_every grid_every snapshot_every track export_geneval curves "
+              "report_rows study study_pairs tally trace",
 }
 WRONG = (AttributeError, EOFError, IndexError, KeyError, RuntimeError, TypeError, ValueError,
          pickle.UnpicklingError)        # what another content than the expected one may raise

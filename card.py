@@ -1,0 +1,149 @@
+"""The README.md of a run's folder: a model card for the Hub, made of what lies in the folder.
+
+    python card.py runs/spo                 # a training writes it, too; this adds later evaluations
+    hf upload OWNER/NAME runs/spo --exclude "checkpoint-*"
+"""
+import needs  # noqa: F401
+import contextlib
+import os
+from pathlib import Path
+
+from huggingface_hub import ModelCardData
+
+import report
+from loading import NAMES
+from training import plain_parser, run_script, warn, write_text
+from weights import InputError, hub_id, read_json
+
+MARK = "<!-- Written anew by each training and card.py; without this line the page is yours. -->"
+LICENSES = {NAMES["sd15"]: "creativeml-openrail-m", NAMES["sdxl"]: "openrail++"}
+SETTINGS = ("method", "judge", "reward", "seed", "resolution", "steps", "guidance_scale", "eta",
+            "k", "j", "t_min", "t_max", "continue_from", "pair", "threshold", "beta", "clamp",
+            "lr", "rank", "targets", "prompts_per_round", "pairs_per_step")
+TEXT = """{mark}
+
+# {title}
+
+A LoRA of {base}, trained with {method}; rounds: {rounds}.
+
+{pictures}
+
+## Use it
+
+Recommended: strength 1, guidance (CFG) {guidance:g}, {steps} steps. Less strength is closer to the
+base.
+
+diffusers:
+
+```python
+import torch
+from diffusers import DiffusionPipeline
+
+pipe = DiffusionPipeline.from_pretrained("{base}", torch_dtype=torch.float16).to("cuda")
+pipe.load_lora_weights("OWNER/NAME", weight_name="pytorch_lora_weights.safetensors",
+                       adapter_name="{method}")
+pipe.set_adapters("{method}", 1.0)
+pipe("a photo of a cat", guidance_scale={guidance:g}, num_inference_steps={steps}).images[0]
+```
+
+ComfyUI: put `lora_kohya.safetensors` into `models/loras`; node LoraLoaderModelOnly with
+strength_model 1, KSampler with cfg {guidance:g} and {steps} steps.
+
+A1111: put `lora_kohya.safetensors` into `models/Lora`; write `<lora:lora_kohya:1>` in the prompt,
+CFG scale {guidance:g}, {steps} steps.
+
+## How it went
+
+{results}{curve}
+
+## Settings
+
+All of them are in `config.json`.
+
+{settings}
+"""
+
+
+def rows_of(head: tuple, lines: list[tuple]) -> str:
+    """A Markdown table; "" without lines."""
+    cells = [head, ("---",) * len(head), *lines]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in cells) if lines else ""
+
+
+def base_of(config: dict) -> tuple[str, str]:
+    """The base model as a reader may name it, and its hub id; "" for a folder or file of one's own.
+
+    No path of this machine is told.
+    """
+    base = NAMES.get(config["model"], config["model"])
+    with contextlib.suppress(InputError):
+        if not os.path.exists(base):
+            hub_id(base)
+            return base, base
+    return "tiny/model" if config["model"] == "tiny" else Path(base).name, ""
+
+
+def results(folder: Path) -> str:
+    """What evaluations in folders below found, a line for each model."""
+    lines = []
+    for path in sorted(folder.glob("*/results.json")):
+        try:
+            lines += [f"- {path.parent.name}: {words}" for words in report.summary(read_json(path))]
+        except (InputError, LookupError, TypeError, ValueError) as error:
+            warn(f"{path}: not an evaluation's results ({error}); the card goes without it")
+    return "\n".join(lines) + "\n\n" if lines else ""
+
+
+def curve(rows: list[dict]) -> str:
+    """The validation scores, as a table."""
+    start = rows[0].get("validation_score_at_start")
+    lines = [(0, f"{start:.4f}")] if report.number(start) else []
+    lines += [(row["round"], f"{row['validation_score']:.4f}") for row in rows
+              if report.number(row.get("validation_score"))]
+    return rows_of(("round", "judge's mean score of the same prompts and seeds"), lines)
+
+
+def card(folder: Path) -> str:
+    """The page, with the Hub's metadata; InputError where the folder is not a run's."""
+    config = read_json(folder / "config.json")
+    if not {"model", "steps", "guidance_scale"} <= config.keys():
+        raise InputError(f"{folder}: not the folder of a training of LoRAs")
+    rows = next(iter(report.read_logs((f"run={folder}",)).values()))
+    base, known = base_of(config)
+    method, guidance, steps = (config.get("method", "spo"), config["guidance_scale"],
+                               config["steps"])
+    data = ModelCardData(
+        base_model=known or None, base_model_relation="adapter" if known else None,
+        license=LICENSES.get(known), library_name="diffusers", pipeline_tag="text-to-image",
+        tags=["text-to-image", "lora", method, "diffusers"],
+        inference=dict(parameters=dict(guidance_scale=guidance, num_inference_steps=steps)))
+    grids = sorted(folder.glob("samples-*.png"))
+    pictures = "\n\n".join(
+        f"{report.round_of(grid)}:\n\n![sample pictures]({grid.name})"
+        for grid in dict.fromkeys(grids[:1] + grids[-1:]))
+    settings = [(name, config[name]) for name in SETTINGS if name in config]
+    settings.append(("prompts", Path(config.get("prompts", "")).name))
+    return f"---\n{data.to_yaml()}\n---\n" + TEXT.format(
+        mark=MARK, title=folder.resolve().name, base=base, method=method,
+        rounds=rows[-1].get("round"), pictures=pictures, guidance=guidance, steps=steps,
+        results=results(folder), curve=curve(rows), settings=rows_of(("option", "value"), settings))
+
+
+def write_card(folder: Path) -> None:
+    """Write README.md; one that somebody has made their own stays."""
+    path = folder / "README.md"
+    if not path.exists() or MARK in path.read_text(encoding="utf-8", errors="replace"):
+        write_text(path, card(folder))
+
+
+def main() -> None:
+    """Write the card of a run's folder."""
+    parser = plain_parser(__doc__)
+    parser.add_argument("folder", type=Path, help="of a training")
+    folder = parser.parse_args().folder
+    write_card(folder)
+    print(f"{folder / 'README.md'}: hf upload OWNER/NAME {folder} --exclude \"checkpoint-*\"")
+
+
+if __name__ == "__main__":
+    run_script(main)
