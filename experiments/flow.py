@@ -37,10 +37,10 @@ EVALUATIONS = 22_760                # of the demo: tiny, seed 0, nine rounds
 MOST_ROUNDS = 60
 RUNS, RESULTS = ROOT / "runs/flow", ROOT / "experiments/results"
 SPO = dict(model="tiny-flow")
-# Flow-GRPO draws its training trajectories in fewer steps than pictures (its "denoising reduction").
+# Flow-GRPO trains on trajectories of fewer steps than pictures have ("denoising reduction").
 GRPO = dict(model="tiny-flow", script="baselines.py", method="flow-grpo", k=4, steps=10,
-            prompts_per_round=8)
-TUNED = {       # method -> what it starts from, then each setting's values; the first is the start's
+            prompts_per_round=8, pairs_per_step=12)    # as many samples an update as SPO
+TUNED = {       # method -> what it starts from; each setting's values, the first is the start's
     "SPO": (SPO, dict(lr=(4e-4, 1e-4, 1.6e-3), beta=(100.0, 10.0, 1000.0))),
     "Flow-GRPO": (GRPO, dict(lr=(4e-4, 1e-4, 1.6e-3), clip_range=(1e-2, 1e-3, 1e-1))),
 }
