@@ -220,7 +220,7 @@ def test_steps_of_a_flow_without_spread_are_not_trained(monkeypatch):
     trainer = bare_trainer(pipe, config)
     batch = dataclasses.replace(turn_of([0, 2, 5]), texts=["a red circle", "two cyan circles", "a blue square"])
     pairs = spo_train.sample_round(trainer, judge, batch, walk, [*observers, density(pipe.schedule, config)])
-    assert pairs.timesteps == [1000.0, 667.0, 334.0] and pairs.valid.all()
+    assert pairs.timesteps == pytest.approx([1000.0, 667.0, 334.0]) and pairs.valid.all()
     seen = []
     monkeypatch.setattr(baselines, "policy_values", lambda trainer, pairs, gain, slots, config: seen.extend(slots) or policy_values(
         trainer, pairs, gain, slots, config))
