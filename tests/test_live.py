@@ -11,7 +11,6 @@ import pytest
 from huggingface_hub import ModelCard
 
 import card
-import finetune
 import report
 import spo_train
 import tracking
@@ -36,14 +35,14 @@ def words(small, spm, prompts):
 
 def stopped(words, monkeypatch, done: int) -> None:
     """The same run, which a SIGTERM ends after `done` rounds."""
-    real = finetune.Trainer.track
+    real = training.Run.log
 
-    def track(trainer, step, record):
-        real(trainer, step, record)
-        if step == done:
+    def log(run, record):
+        real(run, record)
+        if len(run.read_log()) == done:
             os.kill(os.getpid(), signal.SIGTERM)
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr(finetune.Trainer, "track", track)
+        patch.setattr(training.Run, "log", log)
         call(*words)
 
 
@@ -165,12 +164,12 @@ def test_tensorboards_own_files(tmp_path):
 
 def test_the_page_follows_a_training(words, tmp_path, monkeypatch):
     """Written from round 0 on; it loads itself again while the run goes on, not after it has stopped or ended."""
-    pages, real = [], finetune.write_live
+    pages, real = [], tracking.write_live
 
     def keep(folder, *args):
         real(folder, *args)
         pages.append((folder / "report.html").read_text(encoding="utf-8"))
-    monkeypatch.setattr(finetune, "write_live", keep)
+    monkeypatch.setattr(tracking, "write_live", keep)
     words = (*words, "--grid_every", 2, "--rounds", 3, "--out", tmp_path / "run")
     stopped(words, monkeypatch, 1)
     heads = [re.search("<h1>(.*)</h1>", page)[1] for page in pages]
@@ -191,12 +190,12 @@ def test_a_signal_while_pictures_are_drawn_leaves_nothing_behind(words, tmp_path
     """The page says that it stopped, the tracker is closed, the signals are the caller's again, before the process leaves."""
     monkeypatch.setitem(sys.modules, tracking.MODULES["tensorboard"], SimpleNamespace(SummaryWriter=Writer))
     monkeypatch.setattr(Writer, "told", [])
-    mine, seen, leave = signal.getsignal(signal.SIGTERM), [], training.Rounds.leave
+    mine, seen, leave = signal.getsignal(signal.SIGTERM), [], tracking.Rounds.leave
 
     def leaving(rounds):
         seen.append((signal.getsignal(signal.SIGTERM), Writer.told[-1], (tmp_path / "run/report.html").read_text(encoding="utf-8")))
         leave(rounds)
-    monkeypatch.setattr(training.Rounds, "leave", leaving)
+    monkeypatch.setattr(tracking.Rounds, "leave", leaving)
     monkeypatch.setattr(spo_train, "sample_pools", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     with pytest.raises(SystemExit) as caught:
         call(*words, "--rounds", 2, "--grid_every", 0, "--track", "tensorboard", "--out", tmp_path / "run")
@@ -215,7 +214,7 @@ def test_advice_by_hand():
 def test_the_page_without_pictures_or_with_a_strange_name(tmp_path):
     folder = tmp_path / "a <b> & c"
     folder.mkdir()
-    report.write_live(folder, [dict(round=1, score=1.0, eta_minutes=None)], 2, True, dict(model="<x>"))
+    report.write_live(folder, [dict(round=1, score=1.0, eta_minutes=None)], 2, "round", True, dict(model="<x>"))
     page = (folder / "report.html").read_text(encoding="utf-8")
     assert "a &lt;b&gt; &amp; c: round 1 of 2" in page and "<x>" not in page and "<figure class=\"sheet\">" not in page
 
