@@ -345,7 +345,7 @@ def draw_samples(pipe: Pipeline, prompts: list[str], config: RunConfig, path: Pa
             guidance_scale=config.guidance_scale, resolution=config.resolution or None)
         scores = {name: judged(pipe, judge, images, some)
                   for name, judge in (judges or {}).items()}
-    write_atomic(path, functools.partial(grid(images, 8, captions=some).save, format="PNG"))
+    write_atomic(path, functools.partial(grid(images, 4, captions=some).save, format="PNG"))
     return {name: score for name, score in scores.items() if math.isfinite(score)}
 
 
@@ -545,7 +545,7 @@ class Trainer:
             print(f"--decoder {self.config.decoder}: of {count} pairs, {same / count:.1%} are the "
                   "VAE's too")
         print(f"LoRA in {self.run.folder / 'pytorch_lora_weights.safetensors'} (diffusers) and "
-              "lora_kohya.safetensors (ComfyUI, A1111)")
+              "lora_kohya.safetensors (ComfyUI, A1111); README.md beside them says how to use it")
 
 
 def is_due(done: int, every: int, last: bool = False) -> bool:

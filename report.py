@@ -379,6 +379,7 @@ LIVE = """<p class="kicker">{kicker}</p>
 <div class="grids">{grids}</div>
 {advice}
 {curves}"""
+FINISHED = "finished; README.md in the same folder says how to use what was trained"
 WATCH = (           # the advice of docs/watch.md, with the newest values
     "validation_score {validation_score:.4g}, {validation_score_at_start:.4g} at the start: it "
     "should rise. The prompts and seeds are the same every time.",
@@ -673,7 +674,7 @@ def write_live(folder: Path, rows: list[dict], total: int, unit: str, running: b
     """
     last = rows[-1] if rows else {}
     done, minutes = last.get(unit, 0), last.get("eta_minutes")
-    state = "finished" if done == total else "stopped; the same command goes on from here"
+    state = FINISHED if done == total else "stopped; the same command goes on from here"
     if running:
         state = f"running, {time_left(minutes)} left" if number(minutes) else "running"
     grids = sorted(folder.glob("samples-*.png"))
