@@ -113,7 +113,7 @@ figcaption { font-size: .85rem; line-height: 1.35; }
   display: grid; gap: .8rem; margin: .8rem 0;
   grid-template-columns: repeat(auto-fill, minmax(min(100%, 19rem), 1fr));
 }
-svg { display: block; width: 100%; height: auto; }
+svg { display: block; width: 100%; height: auto; overflow: visible; }
 svg text { font-size: 11px; fill: currentColor; }
 .sheet { overflow-x: auto; margin: .8rem 0; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
@@ -127,9 +127,8 @@ td:first-child { overflow-wrap: anywhere; min-width: 4rem; }
 tbody tr:last-child > * { border-bottom: 0; }
 th .quiet { font-weight: 400; }
 .up, .down { white-space: nowrap; }
-.grids {
-  display: grid; gap: .8rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 30rem), 1fr));
-}
+.grids { display: flex; flex-wrap: wrap; gap: .8rem; margin: .8rem 0; }
+.grids .sheet { margin: 0; max-width: max(min(100%, 30rem), 50% - .4rem); }
 .trace { border-radius: .4rem; display: block; margin-top: .3rem; }
 details { margin-top: 3rem; }
 summary { cursor: pointer; font-size: 1.3rem; font-weight: 700; }
