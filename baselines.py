@@ -120,7 +120,7 @@ def d3po_as_spo(config: BaselineConfig) -> SPOConfig:
     every = config.method == "ddpo"                 # which learns from pictures that tie, too
     return SPOConfig(
         **shared, spm=config.reward, judge="pickscore", k=2 if every else config.k,
-        j=config.steps, t_min=0, t_max=999, threshold=-1.0 if every else 0.0, beta=config.beta,
+        j=config.steps, t_min=0, t_max=1000, threshold=-1.0 if every else 0.0, beta=config.beta,
         clamp=config.clamp)
 
 
@@ -142,11 +142,13 @@ def ddpo_loss(log_ratio: torch.Tensor, advantage: torch.Tensor, clip_range: floa
 
 def density(schedule: ddim.Schedule, config: BaselineConfig) -> Callable:
     """An observer of pools: each step's log-density under the policy that drew it, [B, J, 2]."""
+    previous = schedule.previous(config.steps)
+
     def observe(pool, batch) -> None:
         values = []
         for j, t in enumerate(pool.timesteps):
             noise = pool.noise[:, j]                                        # [B, K, C, H, W]
-            std = ddim.step_std(schedule, t, t - schedule.stride(config.steps), config.eta)
+            std = ddim.step_std(schedule, t, previous[t], config.eta)
             log_prob = ddim.log_prob((std * noise).flatten(0, 1), 0.0, std).view(noise.shape[:2])
             values.append(torch.stack([pick(log_prob, pool.win), pick(log_prob, pool.lose)], 1))
         pool.notes["log_prob"] = torch.stack(values, 1)
@@ -160,13 +162,13 @@ def ddpo_values(trainer: Trainer, pairs: spo_train.Pairs, gain: torch.Tensor,
     `gain` [B, 2] are the advantages of a prompt's two trajectories.
     """
     pipe, count = trainer.pipe, len(pairs.timesteps)
-    index = [(s // count, s % count, which, pairs.timesteps[s % count])
-             for which in (0, 1) for s in slots]
-    prompt, step, which, t = upload(torch.tensor(index).t(), pipe.device)       # [2 N] each
+    index = [(s // count, s % count, which) for which in (0, 1) for s in slots]
+    prompt, step, which = upload(torch.tensor(index).t(), pipe.device)          # [2 N] each
+    times = pipe.schedule.both_ends([pairs.timesteps[s % count] for s in slots] * 2, config.steps)
+    t, t_prev = upload(times, pipe.device)
     x_t, cond = pairs.x_t[prompt, step, which], pairs.cond[prompt]
     uncond = negative(pipe, cond, trainer.empty)
     noise_pred = guided_noise(pipe, x_t, t, cond, uncond, config.guidance_scale)
-    t_prev = t - pipe.schedule.stride(config.steps)
     mean, std = ddim.step_gaussian(pipe.schedule, x_t, noise_pred, t, t_prev, config.eta)
     log_ratio = (ddim.log_prob(pairs.x_next[prompt, step, which], mean, std)
                  - pairs.notes["log_prob"][prompt, step, which])
@@ -187,7 +189,7 @@ def ddpo_round(trainer: Trainer, pairs: spo_train.Pairs, turn: Turn,
 
     def place_of(slot: int) -> str:
         prompt, step = divmod(slot, len(pairs.timesteps))
-        return f"a step at t = {pairs.timesteps[step]}, prompt {turn.texts[prompt]!r}"
+        return f"a step at t = {pairs.timesteps[step]:g}, prompt {turn.texts[prompt]!r}"
 
     slots = pairs.valid.flatten().nonzero()[:, 0].tolist()
     names = ("loss", "margin", "ratio", "clipped")
@@ -219,12 +221,8 @@ def denoising_errors(pipe: Pipeline, latents: torch.Tensor, noise: torch.Tensor,
 
     It sees clean latents [N, C, H, W] noised to timesteps [N].
     """
-    schedule = pipe.schedule
-    target = noise
-    if schedule.prediction_type == "v_prediction":
-        alpha = ddim.alphas_at(schedule, timestep)
-        target = alpha.sqrt() * noise - (1 - alpha).sqrt() * latents
-    x_t = ddim.add_noise(schedule, latents, noise, timestep)
+    target = ddim.target(pipe.schedule, latents, noise, timestep)
+    x_t = ddim.add_noise(pipe.schedule, latents, noise, timestep)
     output = guided_noise(pipe, x_t, timestep, cond, None, 1.0)
     return (output - target).square().mean(dim=(1, 2, 3))
 
@@ -237,7 +235,7 @@ def noised_pairs(trainer: Trainer, rows: list[int], images: torch.Tensor,
     """
     pipe, seed = trainer.pipe, trainer.config.seed
     generators = [generator(seed, "noise", epoch, i) for i in rows]
-    last = len(pipe.schedule.alphas_cumprod)
+    last = pipe.schedule.count
     t = torch.stack([torch.randint(last, (1,), generator=g) for g in generators])       # [N, 1]
     latents, noise = draw_latents(encode_pairs(pipe, images), generators)
     timesteps = upload(t, pipe.device).expand(-1, 2).flatten()
@@ -316,7 +314,7 @@ def train_online(config: BaselineConfig, run: Run, processes: Processes,
 
 def train_offline(config: BaselineConfig, run: Run, processes: Processes) -> None:
     """Diffusion-DPO or MAPO, from pictures that people compared."""
-    if not config.pairs and config.preset != "tiny":
+    if not config.pairs and not config.preset.startswith("tiny"):
         raise InputError(f"--method {config.method} learns from pictures; give --pairs a folder or "
                          "Parquet file of preference pairs")
     pipe = prepare_policy(config, processes)

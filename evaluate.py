@@ -96,8 +96,8 @@ from weights import (
 @dataclass
 class EvaluateConfig(ModelConfig):
     """Every option, beside the model's."""
-    model: str = opt("", "tiny, sd15, sdxl, a folder or hub id in the diffusers layout, or a "
-                         "single-file checkpoint; empty: tiny, or with --images no model, the "
+    model: str = opt("", "tiny, tiny-flow, sd15, sdxl, a folder or hub id in the diffusers layout, "
+                         "or a single-file checkpoint; empty: tiny, or with --images no model, the "
                          "official PickScore and CLIP tokenizer")
     lora: tuple[str, ...] = opt(("base=",), "candidates as name=SOURCE: a LoRA (file, or folder "
                                             "of a run or peft adapter; SOURCE@0.7 for its "
@@ -145,6 +145,7 @@ PRESETS = {
                  batch=64, prompts=(str(TINY / "held_out_prompts.txt"),)),
     "sdxl": dict(vae=SDXL_VAE),
 }
+PRESETS["tiny-flow"] = PRESETS["tiny"] | dict(guidance_scale=2.0)
 TILE = 512              # most pixels a side of a picture in grid.png
 
 

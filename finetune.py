@@ -66,8 +66,8 @@ from weights import InputError, hub_id
 @dataclass
 class ModelConfig:
     """Which model, and in what form. P = the paper, O = the official code, T = found on tiny."""
-    model: str = opt("tiny", "tiny, sd15, sdxl, a folder or hub id in the diffusers layout, or a "
-                     "single-file checkpoint")
+    model: str = opt("tiny", "tiny, tiny-flow, sd15, sdxl, a folder or hub id in the diffusers "
+                     "layout, or a single-file checkpoint")
     out: str = opt("runs/spo", "run folder: LoRA, log.jsonl, config.json, checkpoints, samples")
     seed: int = opt(0, "every random number of the run is keyed by it", least=0)
     device: str = opt("", "cpu or cuda; empty: a GPU if there is one")
@@ -92,7 +92,7 @@ class TrainConfig(ModelConfig):
     """What a training run also says of its model."""
     preset: str = opt("", "whose settings are the defaults; empty: the model's own, or what a "
                       "local folder or single file turns out to be, else sd15",
-                      ("", "tiny", "sd15", "sdxl"))
+                      ("", "tiny", "tiny-flow", "sd15", "sdxl"))
     compile: bool | str = opt("auto", "torch.compile the UNet's blocks, the decoder and the judge; "
                               "auto: on a GPU, if the run is long enough to repay it",
                               ("auto", True, False))
@@ -221,7 +221,7 @@ def fit_memory(config: RunConfig, presets: dict[str, dict], device: torch.device
     """
     low = config.memory == "low"
     if config.memory == "auto" and device.type == "cuda":
-        needs = {"tiny": 0, "sd15": 32e9, "sdxl": 64e9}[config.preset]      # sdxl is estimated
+        needs = {"sd15": 32e9, "sdxl": 64e9}.get(config.preset, 0)          # sdxl is estimated
         low = torch.cuda.get_device_properties(device).total_memory < needs
     if low:
         small = LOW.get(config.preset, LOW[""])
@@ -398,7 +398,7 @@ class Trainer:
         self.empty = encode_empty(pipe) if judge else None
         # By the names of their scores in the log.
         self.judges = {"validation_score": judge} if judge else {}
-        if config.model == "tiny" and config.grid_every and self.processes.main:
+        if config.model.startswith("tiny") and config.grid_every and self.processes.main:
             pickscore = load_clip(JUDGES["tiny"]["pickscore"], device=pipe.device)
             self.judges["validation_pickscore"] = pickscore
         self.rounds_per_epoch = -(-len(prompts) // config.prompts_per_round)

@@ -128,6 +128,7 @@ PRESETS = {
     "sd15": dict(),
     "sdxl": dict(vae=SDXL_VAE, lr=1e-6, steps=7000, labels="pickscore", micro_batch=4),
 }
+PRESETS["tiny-flow"] = PRESETS["tiny"] | dict(guidance_scale=2.0)
 FREE = ("out", "preset", "device", "micro_batch", "cache_latents", "compile", "profile",
         "save_every", "max_unreadable", "ties", "track")
 
@@ -200,6 +201,7 @@ def pair_scores(pipe: Pipeline, clip: CLIP, pixels: torch.Tensor, timestep: torc
                 ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Scores [N, 2] of pairs whose pixels are [N, 2, 3, S, S], captions [N, L]."""
     n, device = len(pixels), pixels.device
+    timestep = ddim.told(pipe.schedule, timestep, clip.config.flow)
     pixels, timestep, ids = map(pipe.calls.fill, (pixels, timestep, ids))
     with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
         images = clip.image_features(pixels.flatten(0, 1),
@@ -305,23 +307,24 @@ def report_fault(step: int, models: dict[str, CLIP], found: Found, main: bool) -
 def save_spm(clip: CLIP, folder: Path) -> None:
     """An SPM with the official files' names (prefix `model.`), and the config that theirs lack."""
     config = clip.config
+    told = dict(flow=True) if config.flow else {}
     write_json(folder / "config.json", dict(
         text_config=dataclasses.asdict(config.text), projection_dim=config.projection_dim,
-        vision_config=dataclasses.asdict(config.vision)))
+        vision_config=dataclasses.asdict(config.vision), **told))
     weights = {"model." + k: v.detach().cpu().contiguous() for k, v in clip.state_dict().items()}
     write_atomic(folder / "model.safetensors",
                  lambda p: save_file(weights, p, metadata={"format": "pt"}))
 
 
-def build_models(pickscore: CLIP, config: SPMConfig,
-                 processes: Processes) -> tuple[dict[str, CLIP], torch.optim.Optimizer]:
+def build_models(pickscore: CLIP, config: SPMConfig, processes: Processes,
+                 flow: bool = False) -> tuple[dict[str, CLIP], torch.optim.Optimizer]:
     """The SPM, equal to PickScore, its step-blind twin if wanted, and one AdamW for both.
 
     The optimizer's state is sharded over the processes.
     """
     with torch.random.fork_rng(devices=[]):         # the caller's random state stays as it was
         torch.manual_seed(config.seed)
-        models = {"SPM": make_step_aware(pickscore)}
+        models = {"SPM": make_step_aware(pickscore, flow)}
         if config.step_blind:
             models["step-blind SPM"] = CLIP(pickscore.config).to(processes.device)
             models["step-blind SPM"].load_state_dict(pickscore.state_dict())
@@ -356,7 +359,8 @@ class Trainer:
     def __init__(self, setting: Setting, run: Run, used: int):
         config, pipe, pairs = setting.config, setting.pipe, setting.pairs
         self.config, self.run, self.used = config, run, used        # used: pairs to train on
-        self.models, self.optimizer = build_models(setting.pickscore, config, run.processes)
+        self.models, self.optimizer = build_models(
+            setting.pickscore, config, run.processes, setting.pipe.schedule.flow)
         self.scaler = setting.scaler
         self.rounds = tracking.Rounds(run, config.steps, "step", config, pipe.calls, "spm")
         state = run.resume(
@@ -514,7 +518,7 @@ def read_pairs(config: SPMConfig, side: int) -> Pairs:
     """The pairs that the options name, to train on and to hold out."""
     if config.pairs:
         return load_pairs(config.pairs, side, unlabelled=config.labels == "pickscore")
-    if config.preset == "tiny":
+    if config.preset.startswith("tiny"):
         held = config.validation if isinstance(config.validation, int) else 0
         return world_pairs(config.count + held, config.seed)
     raise InputError("--pairs: a folder with pairs.jsonl or Parquet files is needed (only tiny "

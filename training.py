@@ -120,7 +120,7 @@ def parse_options(cls, presets: dict[str, dict], arguments: list[str] | None = N
     given = {name: _convert(name, text, kinds[name]) for name, text in vars(known).items()}
     model = given.get("model", getattr(cls, "model", ""))
     own = preset_of(model)
-    preset = own if own == "tiny" else model
+    preset = own if own.startswith("tiny") else model
     if "preset" in kinds:
         preset = given["preset"] = given.get("preset") or own
     config = cls(**(presets.get(preset, {}) | given))
@@ -175,7 +175,7 @@ def _shown(value) -> str:
     if isinstance(value, tuple):
         return " ".join(map(_shown, value))
     text = str(value).lower() if value is None or isinstance(value, bool) else str(value)
-    return re.sub(r"^.*[/\\]tiny[/\\]model([/\\]|$)", r"tiny/model\1", text)
+    return re.sub(r"^.*[/\\]tiny[/\\](model|flow)([/\\]|$)", r"tiny/\1\2", text)
 
 
 def _convert(name: str, text: str | list[str], kind: type):
