@@ -63,7 +63,7 @@ from loading import (
 from metrics import WITH_TOKENIZER, Metric, find_metric, load_metric, metric_sources, rgb
 from observers import Trace
 from prompt_sets import PromptSet, checked_prompt, drawn, join_sets
-from report import draw_trace, read_logs, shown, write_report
+from report import draw_trace, read_logs, shown, summary, write_report
 from study import tally, write_study
 from training import (
     Processes,
@@ -620,8 +620,9 @@ def write_results(config: EvaluateConfig, protocol: dict, chosen: PromptSet,
         write_study(Path(config.study), files, prompts, config.study_pairs, config.seed)
         print(f"study page: {config.study}; raters send back votes-*.json, for --tally")
     print(text)
-    print(f"{'' if config.images else 'pictures, '}results.json, results.md, grid.png "
-          f"and report.html in {folder}")
+    print(*summary(found), sep="\n")
+    print(f"open {folder / 'report.html'}; {'' if config.images else 'pictures, '}results.json, "
+          "results.md and grid.png lie beside it")
 
 
 def score_pictures(config: EvaluateConfig, load, files: dict[str, list[Path]], prompts: list[str],

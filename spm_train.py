@@ -11,6 +11,7 @@ on the very same inputs.
 Shapes: N pairs, C H W latent, L tokens, S x S pixels of the CLIP, M models.
 """
 import needs  # noqa: F401
+import contextlib
 import dataclasses
 import functools
 import math
@@ -23,6 +24,7 @@ import torch
 from safetensors.torch import save_file
 
 import ddim
+import tracking
 from calls import upload
 from clip_spm import CLIP, make_step_aware, preference_loss, preprocess_decoded
 from diffusion import (
@@ -56,7 +58,6 @@ from prompt_sets import VALIDATION
 from training import (
     TOO_MANY,
     Processes,
-    Rounds,
     Run,
     fingerprint,
     generator,
@@ -79,8 +80,8 @@ REPORT_AT = (0, 251, 501, 701, 951)     # timesteps of the table of accuracies
 @dataclass
 class SPMConfig(TrainConfig):
     """The options, beside the model's. P: the paper, O: the released code, T: measured on tiny."""
-    out: str = opt("runs/spm", "run folder: model.safetensors, log.jsonl, config.json, "
-                   "results.json, checkpoints")
+    out: str = opt("runs/spm", "run folder: spm/, log.jsonl, config.json, results.json, "
+                   "checkpoints, report.html")
     pickscore: str = opt("yuvalkirstain/PickScore_v1",
                          "the CLIP to start from (P: PickScore), folder or hub id")
     pairs: str = opt("", "folder with pairs.jsonl or Parquet, a .parquet file or a hub data set "
@@ -129,7 +130,7 @@ PRESETS = {
 }
 PRESETS["tiny-flow"] = PRESETS["tiny"] | dict(guidance_scale=2.0)
 FREE = ("out", "preset", "device", "micro_batch", "cache_latents", "compile", "profile",
-        "save_every", "max_unreadable", "ties")
+        "save_every", "max_unreadable", "ties", "track")
 
 
 # What a judge sees of a pair, and what it says
@@ -361,7 +362,7 @@ class Trainer:
         self.models, self.optimizer = build_models(
             setting.pickscore, config, run.processes, setting.pipe.schedule.flow)
         self.scaler = setting.scaler
-        self.rounds = Rounds(run, config.steps, "step", config, pipe.calls, "spm")
+        self.rounds = tracking.Rounds(run, config.steps, "step", config, pipe.calls, "spm")
         state = run.resume(
             pairs=fingerprint(pairs.captions, [str(v) for v in pairs.label.tolist()]),
             pair_weights=fingerprint(pairs.weight),
@@ -555,6 +556,8 @@ def main() -> None:
     """Train as the command line says; continue if the run folder holds the same run."""
     config = parse_options(SPMConfig, PRESETS, description=__doc__)
     processes = start_processes(config.device or None)
+    if config.track:
+        tracking.load(config.track)
     left = (config.steps - last_step(Path(config.out))) * config.batch
     config = decide_compiling(config, processes, left / PAIRS)
     run = Run(config.out, config, processes, FREE, PRESETS)
@@ -573,21 +576,21 @@ def main() -> None:
     models, rounds = trainer.models, trainer.rounds
     if config.compile is True:
         compile_all(setting, models)
-    rounds.announce(f"{len(used)} training and {len(held)} validation pairs, {processes.world} x "
-                    f"{pipe.device}, starting at step {rounds.done}")
     if config.cache_latents:
         with processes.agreed():
             setting.latents = open_latents(run.folder, pipe, side, len(pairs.captions))
+    rounds.begin(f"{len(used)} training and {len(held)} validation pairs, {processes.world} x "
+                 f"{pipe.device}")
     coming = batches(setting, used, rounds.done)
-    for step in rounds:
-        epoch, batch, pictures = next(coming)
-        timesteps = torch.randint(0, 1000, (len(batch),),                           # t ~ U{0..999}
-                                  generator=generator(config.seed, "timestep", step))
-        found = backward(setting, models, batch, timesteps, pictures, step)
-        stats = trainer.update(found, step)
-        trainer.end(dict(step=step + 1, epoch=epoch, **stats), len(batch))
-    conclude(judged, models, held, run.folder)
-    run.close()
+    with contextlib.closing(rounds):
+        for step in rounds:
+            epoch, batch, pictures = next(coming)
+            timesteps = torch.randint(0, 1000, (len(batch),),                       # t ~ U{0..999}
+                                      generator=generator(config.seed, "timestep", step))
+            found = backward(setting, models, batch, timesteps, pictures, step)
+            stats = trainer.update(found, step)
+            trainer.end(dict(step=step + 1, epoch=epoch, **stats), len(batch))
+        conclude(judged, models, held, run.folder)
 
 
 if __name__ == "__main__":
