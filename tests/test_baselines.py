@@ -221,7 +221,7 @@ def test_steps_of_a_flow_without_spread_are_not_trained(monkeypatch):
     batch = dataclasses.replace(turn_of([0, 2, 5]), texts=["a red circle", "two cyan circles", "a blue square"])
     pairs = spo_train.sample_round(trainer, judge, batch, walk, [*observers, density(pipe.schedule, config)])
     assert pairs.timesteps == pytest.approx([1000.0, 667.0, 334.0]) and pairs.valid.all()
-    seen = []
+    trainer.optimizer, seen = torch.optim.AdamW(lora.parameters(pipe.unet), lr=1e-3), []
     monkeypatch.setattr(baselines, "policy_values", lambda trainer, pairs, gain, slots, config: seen.extend(slots) or policy_values(
         trainer, pairs, gain, slots, config))
     policy_round(trainer, pairs, batch, config)
