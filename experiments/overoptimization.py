@@ -1,7 +1,7 @@
 """Going on too long: 40 rounds of the demo, three seeds. Which logged number announces the harm?
 
     python experiments/overoptimization.py            # an hour on one core; or --seeds 0
-    python experiments/overoptimization.py --render   # table and pictures again, from the JSON
+    python experiments/overoptimization.py --render   # table and picture again, from the JSON
 
 Continues where it stopped. Every second round's LoRA is judged by ground truth on the 256 held-out
 captions, same noise for all. The log is what a user has; the rule below was written before the
@@ -26,6 +26,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "experiments")]
 import needs  # noqa: F401
 import torch
 
+import figures
 import tables
 from training import last_step, plain_parser, read_json, run_script, write_json, write_text
 
@@ -36,6 +37,9 @@ RUNS, RESULTS = ROOT / "runs/overoptimization", ROOT / "experiments/results"
 RECORD = RESULTS / "overoptimization.json"
 FIELDS = ("validation_score", "validation_pickscore", "score", "score_gap", "margin", "ratio_win",
           "ratio_lose", "clipped", "lora_norm", "grad_norm", "valid_share")
+DRAWN = {"validation_score": "validation_score: the judge, fixed prompts",
+         "validation_pickscore": "validation_pickscore: fixed prompts",
+         "score": "score: the judge, candidates", "ratio_win": "ratio_win: policy / reference"}
 SIGNALS = {                 # field -> the bound of "above"; None: "no new best"
     "validation_score": None, "validation_pickscore": None, "score": None,
     "ratio_win": 1.02, "ratio_lose": 1.02,
@@ -134,6 +138,28 @@ def render(record: dict) -> str:
     return "\n".join(lines[1:]) + "\n"
 
 
+def picture(record: dict) -> str:
+    """Truth above, below it four logged numbers, over rounds."""
+    seeds, panels = record["seeds"], []
+    for metric, name in (("aesthetics", "true aesthetics (0..10)"),
+                         ("alignment", "true alignment (share of pictures)")):
+        lines = {s: [(0, record["base"][metric]), *((int(n), row[metric])
+                     for n, row in run["truth"].items())] for s, run in seeds.items()}
+        panels.append((name, lines, {}))
+    for field, name in DRAWN.items():
+        lines = {s: list(enumerate(run["log"][field], 1)) for s, run in seeds.items()}
+        alarms = {s: alarm(run["log"][field], SIGNALS[field]) for s, run in seeds.items()}
+        panels.append((name, lines, {s: at for s, at in alarms.items() if at}))
+    begins = {s: harm(run["truth"], record["base"]) for s, run in seeds.items()}
+    return figures.draw_panels(
+        "Going on too long: does a logged number announce the harm?", panels, begins,
+        [f"Dashed: harm begins. Alignment is {100 * HARM:.0f} points below the base's, or "
+         f"aesthetics {LOSS:g} below their best,", "in two judged rounds in a row. Dots: a "
+         f"number's alarm goes off. It had no new best for {PATIENCE} rounds;",
+         f"ratio_win was above {SIGNALS['ratio_win']:g} (mean of three rounds). Truth: 256 "
+         "held-out captions, every second round."])
+
+
 def main() -> None:
     """Measure, unless only the table is wanted; write it from what is kept."""
     parser = plain_parser(__doc__)
@@ -142,8 +168,10 @@ def main() -> None:
     given = parser.parse_args()
     if not given.render:
         measure(given.seeds)
-    text = render(read_json(RECORD))
+    record = read_json(RECORD)
+    text = render(record)
     write_text(RESULTS / "overoptimization.md", text)
+    write_text(RESULTS / "overoptimization.svg", picture(record))
     print(text, end="")
 
 

@@ -651,6 +651,8 @@ def gains_of(arms: dict, name: str, metric: str = "aesthetics") -> list[float]:
 def pictures(results: dict) -> dict[str, str]:
     """{file name: SVG} of the findings, from what results/tables.json holds."""
     arms = results.get("arms", {})
+    if not arms:
+        return {}
 
     def noise(metric: str) -> float:
         errors = [seed["evaluations"][metric]["difference_standard_error"]
@@ -669,11 +671,14 @@ def pictures(results: dict) -> dict[str, str]:
             lines[method].append((evaluations, average(gains), half_width(gains)))
     rows = {title: [(name, gains_of(arms, name), half_width(gains_of(arms, name)))
                     for name in names]
-            for number, (title, names, _) in TABLES.items() if number != "1"}
+            for number, (title, names, _) in TABLES.items()
+            if number != "1" and arms.keys() & set(names)}
     plane, seen = {}, {"spo"} if DEMO in arms else set()        # the same run under two names
     for title, names, _ in TABLES.values():
         new = [name for name in names if name in arms and name not in seen]
         seen.update(new)
+        if not new:
+            continue
         plane[title.split(":")[0]] = [
             (name, average(gains_of(arms, name)), 100 * average(gains_of(arms, name, "alignment")))
             for name in new]
