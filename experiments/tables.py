@@ -20,8 +20,8 @@ training captions with other noise, at the budget of evaluations, wins, for ever
 the best lies at an end, the next one in that direction is tried too, at most two. PickScore is what
 a real user has; ground truth decides nothing.
 
-The table "tuned" goes further: every method starts from its authors' own settings and has ten runs
-over three settings, one after the other, judged in the same way.
+The table "tuned" goes further: every method has ten runs over three settings, one after the other,
+judged in the same way. Beta, clip range and timestep range start from the authors' own.
 """
 import fcntl
 import json
