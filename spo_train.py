@@ -184,8 +184,7 @@ def sample_pools(pipe: Pipeline, judge: Judge, batch: Batch, config: SPOConfig,
                  observers: Sequence[Callable] = ()) -> list[Pool]:
     """Walk down B trajectories: spread into K candidates, judge, go on from one (Figures 3, 4)."""
     schedule, shape = pipe.schedule, pipe.latent_shape(config.resolution or None)
-    previous = schedule.previous(config.steps)
-    timesteps = list(previous)
+    timesteps, previous = schedule.timesteps(config.steps), schedule.previous(config.steps)
     groups = pool_groups(ddim.spread(schedule, config.steps), config.t_min, config.t_max, config.j)
     early = [[i] for i in range(groups[0][0])]          # t > kappa: ordinary steps (section 4.3)
 

@@ -458,5 +458,5 @@ def test_what_cannot_be_trained_is_refused(sd, pickscore, pictures, prompts, tmp
 
 def test_defaults_are_the_methods_own():
     assert d3po_as_spo(BaselineConfig(beta=0.1)) == SPOConfig(out="runs/baseline", lr=0.0, prompts_per_round=40, judge="pickscore", k=2, j=20,
-                                                              t_min=0, t_max=999, threshold=0.0, beta=0.1, clamp=0.1)
+                                                              t_min=0, t_max=1000, threshold=0.0, beta=0.1, clamp=0.1)
     assert set(baselines.PRESETS) == set(spo_train.PRESETS) and "k" not in baselines.PRESETS["sdxl"]
