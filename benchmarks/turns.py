@@ -1,4 +1,4 @@
-"""The demo's training and evaluation in two checkouts, in turns: `python benchmarks/turns.py BEFORE`.
+"""The demo's training and evaluation, in another checkout and in this one, in turns.
 
     git worktree add ../before COMMIT && ln -s $PWD/.venv ../before/
     python benchmarks/turns.py ../before --runs 5
@@ -68,10 +68,11 @@ def main() -> None:
             seconds["evaluation", side].append(run(
                 checkout, "evaluate.py", "--lora", "base=", f"spo={out}", "--curves", f"spo={out}",
                 "--out", out / "evaluation"))
-            print(side, *(f"{what} {seconds[what, side][-1][0]:.1f} s "
-                          f"({seconds[what, side][-1][1]:.1f})" for what in ("training", "evaluation")),
-                  flush=True)
-    print(f"\n| {torch.get_num_threads()} threads | before | now | faster | computing | now | faster |")
+            for what in ("training", "evaluation"):
+                clock, computing = seconds[what, side][-1]
+                print(f"{what} {side}: {clock:.1f} s, computing {computing:.1f} s", flush=True)
+    threads = given.threads or torch.get_num_threads()
+    print(f"\n| {threads} threads | before | now | faster | computing, before | now | faster |")
     print("|---" * 7 + "|")
     for what in ("training", "evaluation"):
         (a, c), (b, d) = ([statistics.median(column) for column in zip(*seconds[what, side])]
