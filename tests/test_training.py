@@ -394,7 +394,7 @@ def test_a_device_that_is_not_there_is_one_line(device, monkeypatch):
 
 
 def test_memory_is_held_on_a_cpu():
-    """Three tensors of 24 MB, freed and made again: without hold_memory every page of them is a fault again, 18,000 a time."""
+    """Three tensors of 24 MB, freed and made again: without hold_memory pages of them are faults again, thousands a time."""
     start_processes("cpu")
 
     def faults() -> int:
@@ -405,7 +405,7 @@ def test_memory_is_held_on_a_cpu():
         return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
     faults()
-    assert faults() < 5_000
+    assert faults() < 2_000
 
 
 @pytest.mark.parametrize("device", ["mps", "mps:0"])
