@@ -23,7 +23,8 @@ $(VENV)/.dev: $(VENV)/.runtime requirements-dev.txt
 demo: $(VENV)/.runtime
 	$(PY) spo_train.py --out $(OUT)
 	$(PY) evaluate.py --trace "three blue squares" --lora spo=$(OUT) --out $(OUT)/evaluation
-	$(PY) evaluate.py --lora base= spo=$(OUT) --curves spo=$(OUT) --out $(OUT)/evaluation
+	$(PY) evaluate.py --lora base= spo-0.5=$(OUT)@0.5 spo=$(OUT) spo-1.5=$(OUT)@1.5 \
+	    --curves spo=$(OUT) --out $(OUT)/evaluation
 	$(PY) card.py $(OUT)
 
 test: $(VENV)/.dev

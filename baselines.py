@@ -6,6 +6,8 @@
 
 Online, from prompts alone; PickScore is the reward, seen only at the end of a trajectory:
     ddpo            policy gradient on the reward, clipped as in PPO (Black et al. 2023)
+    flow-grpo       the same of k trajectories a prompt, each against the others, with a penalty
+                    for leaving the reference; of flows in its authors' hands (Liu et al. 2025)
     d3po            the better and the worse of k trajectories, all their steps (Eq. 2; Yang et al.
                     2023)
 Offline, from pictures that people compared:
@@ -13,11 +15,11 @@ Offline, from pictures that people compared:
                     2023)
     mapo            no reference model; winners are also imitated (Hong et al. 2024)
 
-The online two are SPO's walk with one pool over the whole trajectory: candidates leave x_T, go down
-on their own and are judged as finished pictures. So they differ from SPO in just what the paper
-changes: when the preference is asked for.
+The online three are SPO's walk with one pool over the whole trajectory: candidates leave x_T, go
+down on their own and are judged as finished pictures. So they differ from SPO in just what the
+paper changes: when the preference is asked for.
 
-Shapes: N pairs or slots, S steps, C H W latent.
+Shapes: B prompts, K trajectories, N pairs or slots, S steps, C H W latent.
 """
 import needs  # noqa: F401
 import dataclasses
@@ -72,11 +74,14 @@ from weights import InputError
 
 METHODS = {         # where each starts from unless the preset or the command line says otherwise
     "ddpo": dict(lr=3e-4, beta=0.0),                # ddpo-pytorch
+    "flow-grpo": dict(lr=3e-4, beta=0.01),          # the authors' code, for PickScore
     "d3po": dict(lr=3e-5, beta=0.1),                # the authors' code
     "diffusion-dpo": dict(lr=2e-5, beta=5000.0),    # 1e-8 x an effective batch of 2048
     "mapo": dict(lr=2e-5, beta=0.1),                # rate as for diffusion-dpo
 }
 OFFLINE = ("diffusion-dpo", "mapo")
+POLICY_GRADIENT = ("ddpo", "flow-grpo")
+NARROW = 0.01       # a flow's steps of less spread are not trained: ratios there have no bounds
 
 
 @dataclass
@@ -85,28 +90,28 @@ class BaselineConfig(RunConfig):
     method: str = opt("d3po", "which rival", tuple(METHODS))
     out: str = opt("runs/baseline", "run folder: LoRA, log.jsonl, config.json, checkpoints, "
                    "samples")
-    lr: float = opt(0.0, "AdamW learning rate; 0: the method's own (ddpo 3e-4, d3po 3e-5, "
-                    "diffusion-dpo and mapo 2e-5)", least=0)
+    lr: float = opt(0.0, "AdamW learning rate; 0: the method's own (ddpo and flow-grpo "
+                    "3e-4, d3po 3e-5, diffusion-dpo and mapo 2e-5)", least=0)
     prompts_per_round: int = opt(40, "global batch of prompts (online) or of preference pairs "
                                  "(offline) per round", least=1)
-    # ddpo, d3po
+    # ddpo, flow-grpo, d3po
     reward: str = opt("", "PickScore's file or folder; empty: the one that belongs to the model")
-    k: int = opt(2, "d3po: trajectories per prompt, of which best and worst are compared; ddpo "
-                 "uses 2", least=2)
+    k: int = opt(2, "trajectories per prompt; d3po compares best and worst, flow-grpo (D: 24) each "
+                 "with all, ddpo uses 2", least=2)
     clamp: float = opt(0.1, "d3po: each probability ratio is clamped to 1 +- this (D)",
                        least=0, below=1)
-    clip_range: float = opt(1e-4, "ddpo: the probability ratio is clipped to 1 +- this (D)",
-                            above=0)
-    advantage_clip: float = opt(5.0, "ddpo: advantages, in standard deviations of the round's "
-                                "rewards, stay within +- this (D)", above=0)
+    clip_range: float = opt(1e-4, "ddpo, flow-grpo: the probability ratio is clipped to 1 +- this "
+                            "(D)", above=0)
+    advantage_clip: float = opt(5.0, "ddpo, flow-grpo: advantages, in standard deviations of the "
+                                "round's or the prompt's rewards, stay within +- this (D)", above=0)
     # diffusion-dpo, mapo
     pairs: str = opt("", "offline: folder with pairs.jsonl or Parquet, a .parquet file or a hub "
                      "data set; empty: the tiny world's")
     count: int = opt(44_000, "offline, tiny: size of the world's set of pairs", least=1)
     max_unreadable: float = opt(0.01, "offline: share of the pairs read so far whose pictures may "
                                 "be damaged; they are skipped and listed", least=0, most=1)
-    beta: float = opt(0.0, "strength of regularization (D: d3po 0.1, diffusion-dpo 5000, mapo "
-                      "0.1); 0: the method's own", least=0)
+    beta: float = opt(0.0, "strength of regularization (D: flow-grpo 0.01, d3po 0.1, "
+                      "diffusion-dpo 5000, mapo 0.1); 0: the method's own", least=0)
 
 
 SHARED = [field.name for field in dataclasses.fields(RunConfig)]
@@ -117,11 +122,11 @@ PRESETS = {model: {name: preset[name] for name in SHARED if name in preset}
 def d3po_as_spo(config: BaselineConfig) -> SPOConfig:
     """The online rivals' walk: MSPO with one group of all steps, judged once, by PickScore."""
     shared = {name: getattr(config, name) for name in SHARED}
-    every = config.method == "ddpo"                 # which learns from pictures that tie, too
+    every = config.method in POLICY_GRADIENT        # which learn from pictures that tie, too
+    k = 2 if config.method == "ddpo" else config.k
     return SPOConfig(
-        **shared, spm=config.reward, judge="pickscore", k=2 if every else config.k,
-        j=config.steps, t_min=0, t_max=999, threshold=-1.0 if every else 0.0, beta=config.beta,
-        clamp=config.clamp)
+        **shared, spm=config.reward, judge="pickscore", k=k, j=config.steps, t_min=0, t_max=1000,
+        threshold=-1.0 if every else 0.0, beta=config.beta, clamp=config.clamp)
 
 
 def advantages(scores: torch.Tensor, bound: float) -> torch.Tensor:
@@ -133,6 +138,15 @@ def advantages(scores: torch.Tensor, bound: float) -> torch.Tensor:
     return ((both - both.mean()) / (both.std() + 1e-8)).clamp(-bound, bound)
 
 
+def group_advantages(scores: torch.Tensor, bound: float) -> torch.Tensor:
+    """Rewards [B, K] -> advantages [B, K]: how far each lies above the mean of its own prompt's.
+
+    In their standard deviations, within +- bound.
+    """
+    spread = scores.std(1, keepdim=True)
+    return ((scores - scores.mean(1, keepdim=True)) / (spread + 1e-4)).clamp(-bound, bound)
+
+
 def ddpo_loss(log_ratio: torch.Tensor, advantage: torch.Tensor, clip_range: float) -> torch.Tensor:
     """PPO's clipped surrogate per sample: log p_theta / p_old and advantage, same shape -> loss."""
     ratio = log_ratio.exp()
@@ -141,59 +155,83 @@ def ddpo_loss(log_ratio: torch.Tensor, advantage: torch.Tensor, clip_range: floa
 
 
 def density(schedule: ddim.Schedule, config: BaselineConfig) -> Callable:
-    """An observer of pools: each step's log-density under the policy that drew it, [B, J, 2]."""
+    """An observer of pools: each step's log-density under the policy that drew it, [B, J, 2].
+
+    Of all K with flow-grpo, [B, J, K], and the steps' two ends [B, J, K, C, H, W].
+    """
+    previous = schedule.previous(config.steps)
+
     def observe(pool, batch) -> None:
-        values = []
+        values, every = [], config.method == "flow-grpo"
         for j, t in enumerate(pool.timesteps):
             noise = pool.noise[:, j]                                        # [B, K, C, H, W]
-            std = ddim.step_std(schedule, t, t - schedule.stride(config.steps), config.eta)
+            std = ddim.step_std(schedule, t, previous[t], config.eta)
             log_prob = ddim.log_prob((std * noise).flatten(0, 1), 0.0, std).view(noise.shape[:2])
-            values.append(torch.stack([pick(log_prob, pool.win), pick(log_prob, pool.lose)], 1))
+            if not every:
+                log_prob = torch.stack([pick(log_prob, pool.win), pick(log_prob, pool.lose)], 1)
+            values.append(log_prob)
         pool.notes["log_prob"] = torch.stack(values, 1)
+        if every:
+            path = [latents.expand_as(pool.path[-1]) for latents in pool.path]
+            pool.notes |= dict(x_t=torch.stack(path[:-1], 1), x_next=torch.stack(path[1:], 1))
     return observe
 
 
-def ddpo_values(trainer: Trainer, pairs: spo_train.Pairs, gain: torch.Tensor,
-                slots: list[int], config: BaselineConfig) -> list[torch.Tensor]:
-    """Both samples of each slot, averaged: the loss [N], then what is only logged.
+def policy_values(trainer: Trainer, pairs: spo_train.Pairs, gain: torch.Tensor,
+                  slots: list[int], config: BaselineConfig) -> list[torch.Tensor]:
+    """All K samples of each slot, averaged: the loss [N], then what is only logged.
 
-    `gain` [B, 2] are the advantages of a prompt's two trajectories.
+    `gain` [B, K] are the advantages of a prompt's trajectories.
     """
-    pipe, count = trainer.pipe, len(pairs.timesteps)
-    index = [(s // count, s % count, which, pairs.timesteps[s % count])
-             for which in (0, 1) for s in slots]
-    prompt, step, which, t = upload(torch.tensor(index).t(), pipe.device)       # [2 N] each
-    x_t, cond = pairs.x_t[prompt, step, which], pairs.cond[prompt]
+    pipe, count, k = trainer.pipe, len(pairs.timesteps), gain.shape[1]
+    index = [(s // count, s % count, which) for which in range(k) for s in slots]
+    place = tuple(upload(torch.tensor(index).t(), pipe.device))     # prompt, step, which: [K N]
+    times = pipe.schedule.both_ends([pairs.timesteps[s % count] for s in slots] * k, config.steps)
+    t, t_prev = upload(times, pipe.device)
+    ends = vars(pairs) | pairs.notes                                # all K's where they are kept
+    x_t, cond = ends["x_t"][place], pairs.cond[place[0]]
     uncond = negative(pipe, cond, trainer.empty)
-    noise_pred = guided_noise(pipe, x_t, t, cond, uncond, config.guidance_scale)
-    t_prev = t - pipe.schedule.stride(config.steps)
-    mean, std = ddim.step_gaussian(pipe.schedule, x_t, noise_pred, t, t_prev, config.eta)
-    log_ratio = (ddim.log_prob(pairs.x_next[prompt, step, which], mean, std)
-                 - pairs.notes["log_prob"][prompt, step, which])
-    advantage, now = gain[prompt, which], log_ratio.detach()
+
+    def gaussian() -> tuple[torch.Tensor, torch.Tensor]:
+        noise_pred = guided_noise(pipe, x_t, t, cond, uncond, config.guidance_scale)
+        return ddim.step_gaussian(pipe.schedule, x_t, noise_pred, t, t_prev, config.eta)
+
+    mean, std = gaussian()
+    log_ratio = ddim.log_prob(ends["x_next"][place], mean, std) - pairs.notes["log_prob"][place]
+    advantage, now = gain[place[0], place[2]], log_ratio.detach()
     loss = ddpo_loss(log_ratio, advantage, config.clip_range)
+    if config.method == "flow-grpo":
+        with torch.no_grad(), lora.disabled(pipe.unet):
+            mean_ref, _ = gaussian()
+        divergence = (mean - mean_ref).square() / (2 * std ** 2)    # KL of the two Gaussians
+        loss = loss + config.beta * divergence.mean(dim=(1, 2, 3))
     outside = ((now.exp() - 1).abs() > config.clip_range).float()
     values = [loss, advantage * now, now.exp(), outside]
-    return list(torch.stack(values).unflatten(1, (2, len(slots))).mean(1))
+    return list(torch.stack(values).unflatten(1, (k, len(slots))).mean(1))
 
 
-def ddpo_round(trainer: Trainer, pairs: spo_train.Pairs, turn: Turn,
-               config: BaselineConfig) -> dict:
-    """Two trajectories a prompt; every step of both is one policy-gradient sample."""
-    gain = torch.zeros(len(turn.indices), 2, device=trainer.pipe.device)
+def policy_round(trainer: Trainer, pairs: spo_train.Pairs, turn: Turn,
+                 config: BaselineConfig) -> dict:
+    """K trajectories a prompt (ddpo: 2); every step of each is one policy-gradient sample."""
+    gain = torch.zeros(len(turn.indices), pairs.scores.shape[-1], device=trainer.pipe.device)
     sound, scores = pairs.notes["fault"][:, 0] == 0, sound_scores(pairs)
     if len(scores):
-        gain[sound] = advantages(scores, config.advantage_clip)
+        compare = advantages if config.method == "ddpo" else group_advantages
+        gain[sound] = compare(scores, config.advantage_clip)
 
     def place_of(slot: int) -> str:
         prompt, step = divmod(slot, len(pairs.timesteps))
-        return f"a step at t = {pairs.timesteps[step]}, prompt {turn.texts[prompt]!r}"
+        return f"a step at t = {pairs.timesteps[step]:g}, prompt {turn.texts[prompt]!r}"
 
-    slots = pairs.valid.flatten().nonzero()[:, 0].tolist()
+    schedule, count = trainer.pipe.schedule, len(pairs.timesteps)
+    t, t_prev = schedule.both_ends(pairs.timesteps, config.steps)
+    least = NARROW if schedule.flow else 0.0
+    wide = ddim.step_std(schedule, t, t_prev, config.eta).flatten() > least
+    slots = [slot for slot in pairs.valid.flatten().nonzero()[:, 0].tolist() if wide[slot % count]]
     names = ("loss", "margin", "ratio", "clipped")
     for minibatch in trainer.minibatches(slots, names, turn, place_of):
         for part in minibatch:
-            loss, *logged = ddpo_values(trainer, pairs, gain, part, config)
+            loss, *logged = policy_values(trainer, pairs, gain, part, config)
             minibatch.backward(loss, logged)
         minibatch.step()
     return trainer.totals.means() | dict(pairs=len(slots))
@@ -219,12 +257,8 @@ def denoising_errors(pipe: Pipeline, latents: torch.Tensor, noise: torch.Tensor,
 
     It sees clean latents [N, C, H, W] noised to timesteps [N].
     """
-    schedule = pipe.schedule
-    target = noise
-    if schedule.prediction_type == "v_prediction":
-        alpha = ddim.alphas_at(schedule, timestep)
-        target = alpha.sqrt() * noise - (1 - alpha).sqrt() * latents
-    x_t = ddim.add_noise(schedule, latents, noise, timestep)
+    target = ddim.target(pipe.schedule, latents, noise, timestep)
+    x_t = ddim.add_noise(pipe.schedule, latents, noise, timestep)
     output = guided_noise(pipe, x_t, timestep, cond, None, 1.0)
     return (output - target).square().mean(dim=(1, 2, 3))
 
@@ -237,7 +271,7 @@ def noised_pairs(trainer: Trainer, rows: list[int], images: torch.Tensor,
     """
     pipe, seed = trainer.pipe, trainer.config.seed
     generators = [generator(seed, "noise", epoch, i) for i in rows]
-    last = len(pipe.schedule.alphas_cumprod)
+    last = pipe.schedule.count
     t = torch.stack([torch.randint(last, (1,), generator=g) for g in generators])       # [N, 1]
     latents, noise = draw_latents(encode_pairs(pipe, images), generators)
     timesteps = upload(t, pipe.device).expand(-1, 2).flatten()
@@ -295,19 +329,19 @@ def offline_round(trainer: Trainer, data: Pairs, used: list[int], turn: Turn) ->
 
 def train_online(config: BaselineConfig, run: Run, processes: Processes,
                  prompts: list[str]) -> None:
-    """DDPO or D3PO, from prompts."""
+    """DDPO, Flow-GRPO or D3PO, from prompts."""
     walk = d3po_as_spo(config)
     resolve(config)                                 # its judge is --reward
     pipe, judge, observers = prepare(walk, processes)
     with Trainer(config, run, pipe, prompts, judge.clip, config.method) as trainer:
         for turn in trainer.turns():
             watching = observers if turn.step < config.decoder_check else observers[:1]
-            if config.method == "ddpo":
+            if config.method in POLICY_GRADIENT:
                 watching = [density(pipe.schedule, config), *watching]
             pairs = sample_round(trainer, judge, turn, walk, watching)
             seen = report(pairs, turn, processes.main)
-            if config.method == "ddpo":
-                stats = ddpo_round(trainer, pairs, turn, config)
+            if config.method in POLICY_GRADIENT:
+                stats = policy_round(trainer, pairs, turn, config)
                 seen = dict(score=seen["score"], not_finite=seen["not_finite"])
             else:
                 stats = train_on_pairs(trainer, pairs, turn, walk)
@@ -316,7 +350,7 @@ def train_online(config: BaselineConfig, run: Run, processes: Processes,
 
 def train_offline(config: BaselineConfig, run: Run, processes: Processes) -> None:
     """Diffusion-DPO or MAPO, from pictures that people compared."""
-    if not config.pairs and config.preset != "tiny":
+    if not config.pairs and not config.preset.startswith("tiny"):
         raise InputError(f"--method {config.method} learns from pictures; give --pairs a folder or "
                          "Parquet file of preference pairs")
     pipe = prepare_policy(config, processes)

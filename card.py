@@ -30,8 +30,8 @@ A LoRA of {base}, trained with {method}; rounds: {rounds}.
 
 ## Use it
 
-Recommended: strength 1, guidance (CFG) {guidance:g}, {steps} steps. Less strength is closer to the
-base.
+Recommended: strength 1, guidance (CFG) {guidance:g}, {steps} steps, as it was trained. Less
+strength is closer to the base. {note}
 
 diffusers:
 
@@ -39,11 +39,13 @@ diffusers:
 import torch
 from diffusers import DiffusionPipeline
 
-pipe = DiffusionPipeline.from_pretrained("{base}", torch_dtype=torch.float16).to("cuda")
+pipe = DiffusionPipeline.from_pretrained("{source}", torch_dtype=torch.float16).to("cuda")
 pipe.load_lora_weights("OWNER/NAME", weight_name="pytorch_lora_weights.safetensors",
                        adapter_name="{method}")
 pipe.set_adapters("{method}", 1.0)
-pipe("a photo of a cat", guidance_scale={guidance:g}, num_inference_steps={steps}).images[0]
+image = pipe("{prompt}", guidance_scale={guidance:g},
+             num_inference_steps={steps}).images[0]
+image.save("picture.png")
 ```
 
 ComfyUI: put `lora_kohya.safetensors` into `models/loras`; node LoraLoaderModelOnly with
@@ -56,12 +58,21 @@ CFG scale {guidance:g}, {steps} steps.
 
 {results}{curve}
 
+{best}
+
 ## Settings
 
 All of them are in `config.json`.
 
 {settings}
 """
+
+TINY = """The tiny model is a toy of 64 x 64 pixels. It is not on the Hub: run this in the folder of
+the project that holds `tiny/model`. ComfyUI and A1111 do not know it, so their lines below are for
+a LoRA of SD-1.5 or SDXL."""
+OWN = "The base is not on the Hub: write the path of your folder for `FOLDER/OF/...`."
+BEST = """The LoRA here is that of the last round. `best/` holds that of the saved round with the
+highest score."""
 
 
 def rows_of(head: tuple, lines: list[tuple]) -> str:
@@ -70,17 +81,25 @@ def rows_of(head: tuple, lines: list[tuple]) -> str:
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in cells) if lines else ""
 
 
-def base_of(config: dict) -> tuple[str, str]:
-    """The base model as a reader may name it, and its hub id; "" for a folder or file of one's own.
-
-    No path of this machine is told.
-    """
+def base_of(config: dict) -> str:
+    """The base model's hub id; "" for a folder or file of one's own."""
     base = NAMES.get(config["model"], config["model"])
     with contextlib.suppress(InputError):
         if not os.path.exists(base):
             hub_id(base)
-            return base, base
-    return "tiny/model" if config["model"] == "tiny" else Path(base).name, ""
+            return base
+    return ""
+
+
+def about_base(config: dict) -> dict[str, str]:
+    """What the page says of the base. No path of this machine is told."""
+    if config["model"] == "tiny":
+        return dict(base="this project's tiny model", source="tiny/model", note=TINY,
+                    prompt="a red circle above a blue cross")
+    base = base_of(config)
+    own = Path(config["model"]).name
+    return dict(base=base or own, source=base or f"FOLDER/OF/{own}", prompt="a photo of a cat",
+                note="" if base else OWN)
 
 
 def results(folder: Path) -> str:
@@ -109,7 +128,7 @@ def card(folder: Path) -> str:
     if not {"model", "steps", "guidance_scale"} <= config.keys():
         raise InputError(f"{folder}: not the folder of a training of LoRAs")
     rows = next(iter(report.read_logs((f"run={folder}",)).values()))
-    base, known = base_of(config)
+    known = base_of(config)
     method, guidance, steps = (config.get("method", "spo"), config["guidance_scale"],
                                config["steps"])
     data = ModelCardData(
@@ -124,9 +143,10 @@ def card(folder: Path) -> str:
     settings = [(name, config[name]) for name in SETTINGS if name in config]
     settings.append(("prompts", Path(config.get("prompts", "")).name))
     return f"---\n{data.to_yaml()}\n---\n" + TEXT.format(
-        mark=MARK, title=folder.resolve().name, base=base, method=method,
+        mark=MARK, title=folder.resolve().name, method=method, **about_base(config),
         rounds=rows[-1].get("round"), pictures=pictures, guidance=guidance, steps=steps,
-        results=results(folder), curve=curve(rows), settings=rows_of(("option", "value"), settings))
+        results=results(folder), curve=curve(rows), best=BEST * (folder / "best").exists(),
+        settings=rows_of(("option", "value"), settings))
 
 
 def write_card(folder: Path) -> None:
@@ -142,7 +162,8 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="of a training")
     folder = parser.parse_args().folder
     write_card(folder)
-    print(f"{folder / 'README.md'}: hf upload OWNER/NAME {folder} --exclude \"checkpoint-*\"")
+    print(f"{folder / 'README.md'} says how to use the LoRA; to publish it: "
+          f"hf upload OWNER/NAME {folder} --exclude \"checkpoint-*\"")
 
 
 if __name__ == "__main__":

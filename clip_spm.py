@@ -65,6 +65,7 @@ class CLIPConfig:
     vision: TowerConfig | None = None
     projection_dim: int | None = None       # None: no projection, as in SD-1.5's text encoder
     step_aware: bool = False
+    flow: bool = False                      # an SPM of a flow's predictions (ddim.told)
 
     @classmethod
     def from_json(cls, config: dict, step_aware: bool = False) -> "CLIPConfig":
@@ -76,7 +77,7 @@ class CLIPConfig:
         vision = TowerConfig.from_json(config["vision_config"], hidden_size=768,
                                        intermediate_size=3072, num_attention_heads=12)
         return cls(TowerConfig.from_json(config["text_config"]), vision,
-                   config.get("projection_dim", 512), step_aware)
+                   config.get("projection_dim", 512), step_aware, config.get("flow", False) is True)
 
 
 def clip_h(step_aware: bool = False) -> CLIPConfig:
@@ -309,9 +310,9 @@ class CLIP(nn.Module):
         return self.logit_scale.float().exp() * (image_features * text_features).sum(-1)
 
 
-def make_step_aware(clip: CLIP) -> CLIP:
+def make_step_aware(clip: CLIP, flow: bool = False) -> CLIP:
     """A new SPM that scores bit for bit as `clip` (PickScore), at every timestep (section 4.2)."""
-    spm = CLIP(replace(clip.config, step_aware=True))
+    spm = CLIP(replace(clip.config, step_aware=True, flow=flow))
     spm.load_state_dict(clip.state_dict(), strict=False)        # adaLN and time embedder are new
     spm.to(clip.visual_projection.weight.device, clip.visual_projection.weight.dtype)
     spm.logit_scale.data = clip.logit_scale.data.clone()        # stays fp32 when the rest is not

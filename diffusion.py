@@ -137,7 +137,7 @@ def encode_empty(pipe: Pipeline) -> Conditioning | None:
     return None if pipe.zero_negative else encode_prompts(pipe, [""])
 
 
-def guided_noise(pipe: Pipeline, latents: torch.Tensor, timestep: torch.Tensor | int,
+def guided_noise(pipe: Pipeline, latents: torch.Tensor, timestep: torch.Tensor | float,
                  cond: Conditioning, uncond: Conditioning | None,
                  guidance_scale: float) -> torch.Tensor:
     """Classifier-free guidance: one forward of the UNet over [unconditional; conditional].
@@ -146,7 +146,7 @@ def guided_noise(pipe: Pipeline, latents: torch.Tensor, timestep: torch.Tensor |
     `uncond` None or guidance_scale 1 only the conditional half is computed.
     """
     n = len(latents)
-    if isinstance(timestep, int):           # filled on the device: a copy would wait for it
+    if not isinstance(timestep, torch.Tensor):  # filled on the device: a copy would wait for it
         timestep = torch.full((n,), timestep, device=latents.device)
     fill = pipe.calls.fill
     latents, timestep, cond = fill(latents), fill(timestep), cond.map(fill)
@@ -183,10 +183,10 @@ def generate_latents(pipe: Pipeline, prompts: list[str], seeds: list[int], steps
     latents = draw()
     cond = encode_prompts(pipe, prompts, resolution)
     uncond = negative(pipe, cond, encode_empty(pipe))
-    stride = pipe.schedule.stride(steps)
-    for t in pipe.schedule.timesteps(steps):
+    schedule = pipe.schedule
+    for t, previous in schedule.previous(steps).items():
         noise_pred = guided_noise(pipe, latents, t, cond, uncond, guidance_scale)
-        mean, std = ddim.step_gaussian(pipe.schedule, latents, noise_pred, t, t - stride, eta)
+        mean, std = ddim.step_gaussian(schedule, latents, noise_pred, t, previous, eta)
         latents = mean + std * draw() if eta > 0 else mean
     return latents
 

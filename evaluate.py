@@ -64,7 +64,7 @@ from loading import (
 from metrics import WITH_TOKENIZER, Metric, find_metric, load_metric, metric_sources, rgb
 from observers import Trace
 from prompt_sets import PromptSet, checked_prompt, drawn, join_sets
-from report import draw_trace, read_logs, shown, write_report
+from report import draw_trace, read_logs, shown, summary, write_report
 from study import tally, write_study
 from training import (
     Processes,
@@ -97,8 +97,8 @@ from weights import (
 @dataclass
 class EvaluateConfig(ModelConfig):
     """Every option, beside the model's."""
-    model: str = opt("", "tiny, sd15, sdxl, a folder or hub id in the diffusers layout, or a "
-                         "single-file checkpoint; empty: tiny, or with --images no model, the "
+    model: str = opt("", "tiny, tiny-flow, sd15, sdxl, a folder or hub id in the diffusers layout, "
+                         "or a single-file checkpoint; empty: tiny, or with --images no model, the "
                          "official PickScore and CLIP tokenizer")
     lora: tuple[str, ...] = opt(("base=",), "candidates as name=SOURCE: a LoRA (file, or folder "
                                             "of a run or peft adapter; SOURCE@0.7 for its "
@@ -146,6 +146,7 @@ PRESETS = {
                  batch=64, prompts=(str(TINY / "held_out_prompts.txt"),)),
     "sdxl": dict(vae=SDXL_VAE),
 }
+PRESETS["tiny-flow"] = PRESETS["tiny"] | dict(guidance_scale=2.0)
 TILE = 512              # most pixels a side of a picture in grid.png
 
 
@@ -621,8 +622,9 @@ def write_results(config: EvaluateConfig, protocol: dict, chosen: PromptSet,
         write_study(Path(config.study), files, prompts, config.study_pairs, config.seed)
         print(f"study page: {config.study}; raters send back votes-*.json, for --tally")
     print(text)
-    print(f"{'' if config.images else 'pictures, '}results.json, results.md, grid.png "
-          f"and report.html in {folder}")
+    print(*summary(found), sep="\n")
+    print(f"open {folder / 'report.html'}; {'' if config.images else 'pictures, '}results.json, "
+          "results.md and grid.png lie beside it")
 
 
 def score_pictures(config: EvaluateConfig, load, files: dict[str, list[Path]], prompts: list[str],

@@ -44,11 +44,9 @@ from loading import (
     resolve,
 )
 from prompt_sets import read_prompts
-from report import write_live
 from training import (
     TOO_MANY,
     Processes,
-    Rounds,
     Run,
     Stopped,
     check_preset,
@@ -68,8 +66,8 @@ from weights import InputError, hub_id
 @dataclass
 class ModelConfig:
     """Which model, and in what form. P = the paper, O = the official code, T = found on tiny."""
-    model: str = opt("tiny", "tiny, sd15, sdxl, a folder or hub id in the diffusers layout, or a "
-                     "single-file checkpoint")
+    model: str = opt("tiny", "tiny, tiny-flow, sd15, sdxl, a folder or hub id in the diffusers "
+                     "layout, or a single-file checkpoint")
     out: str = opt("runs/spo", "run folder: LoRA, log.jsonl, config.json, checkpoints, samples")
     seed: int = opt(0, "every random number of the run is keyed by it", least=0)
     device: str = opt("", "cpu or cuda; empty: a GPU if there is one")
@@ -94,12 +92,15 @@ class TrainConfig(ModelConfig):
     """What a training run also says of its model."""
     preset: str = opt("", "whose settings are the defaults; empty: the model's own, or what a "
                       "local folder or single file turns out to be, else sd15",
-                      ("", "tiny", "sd15", "sdxl"))
+                      ("", "tiny", "tiny-flow", "sd15", "sdxl"))
     compile: bool | str = opt("auto", "torch.compile the UNet's blocks, the decoder and the judge; "
                               "auto: on a GPU, if the run is long enough to repay it",
                               ("auto", True, False))
     profile: bool = opt(False, "write what the second round or step spends its time on: "
                         "profile.json (for Perfetto), profile.txt")
+    track: str = opt("", "show the run there while it runs; the package is extra. Without it, too, "
+                     "report.html in the run folder is kept up to date",
+                     ("", *tracking.MODULES))
 
 
 @dataclass
@@ -148,9 +149,6 @@ class RunConfig(TrainConfig):
     grid_every: int = opt(10, "rounds between sample grids, from round 0 on; their mean score by "
                           "the judge is the log's validation_score; 0: never", least=0)
     snapshot_every: int = opt(0, "rounds between LoRAs that stay, in loras/; 0: none", least=0)
-    track: str = opt("", "show the run there while it runs; the package is extra. Without it, too, "
-                     "report.html in the run folder is kept up to date",
-                     ("", *tracking.MODULES))
 
 
 LOW = {         # estimates: sd15 within 10 GB at 512 pixels, sdxl within 24 GB at 1024
@@ -223,7 +221,7 @@ def fit_memory(config: RunConfig, presets: dict[str, dict], device: torch.device
     """
     low = config.memory == "low"
     if config.memory == "auto" and device.type == "cuda":
-        needs = {"tiny": 0, "sd15": 32e9, "sdxl": 64e9}[config.preset]      # sdxl is estimated
+        needs = {"sd15": 32e9, "sdxl": 64e9}.get(config.preset, 0)          # sdxl is estimated
         low = torch.cuda.get_device_properties(device).total_memory < needs
     if low:
         small = LOW.get(config.preset, LOW[""])
@@ -347,7 +345,7 @@ def draw_samples(pipe: Pipeline, prompts: list[str], config: RunConfig, path: Pa
             guidance_scale=config.guidance_scale, resolution=config.resolution or None)
         scores = {name: judged(pipe, judge, images, some)
                   for name, judge in (judges or {}).items()}
-    write_atomic(path, functools.partial(grid(images, 8, captions=some).save, format="PNG"))
+    write_atomic(path, functools.partial(grid(images, 4, captions=some).save, format="PNG"))
     return {name: score for name, score in scores.items() if math.isfinite(score)}
 
 
@@ -400,12 +398,13 @@ class Trainer:
         self.empty = encode_empty(pipe) if judge else None
         # By the names of their scores in the log.
         self.judges = {"validation_score": judge} if judge else {}
-        if config.model == "tiny" and config.grid_every and self.processes.main:
+        if config.model.startswith("tiny") and config.grid_every and self.processes.main:
             pickscore = load_clip(JUDGES["tiny"]["pickscore"], device=pipe.device)
             self.judges["validation_pickscore"] = pickscore
         self.rounds_per_epoch = -(-len(prompts) // config.prompts_per_round)
         total = min(config.rounds or math.inf, config.epochs * self.rounds_per_epoch)
-        self.rounds = Rounds(run, total, "round", config, pipe.calls, name)
+        self.rounds = tracking.Rounds(run, total, "round", config, pipe.calls, name)
+        self.rounds.prompts = previewed(prompts)
         self.weights = lora.parameters(pipe.unet)
         self.optimizer = torch.optim.AdamW(
             self.weights, lr=config.lr, betas=(0.9, 0.999), eps=1e-8,
@@ -422,14 +421,11 @@ class Trainer:
                 restore_optimizer(self.optimizer, state["optimizer"])
                 self.scaler.load_state_dict(state.get("scaler") or self.scaler.state_dict())
                 self.rounds.restore(state)
-        self.rounds.announce(
+        self.before = self.good = self.copy()               # good: it drew finite pictures
+        self.rounds.begin(
             f"{len(prompts)} prompts, {total} rounds of {config.prompts_per_round}, LoRA of "
             f"{sum(p.numel() for p in self.weights):,} parameters, {self.processes.world} x "
-            f"{pipe.device}, starting at round {self.rounds.done}")
-        self.before = self.good = self.copy()               # good: it drew finite pictures
-        with self.processes.agreed():
-            tracker = tracking.TRACKERS[config.track if self.processes.main else ""]
-            self.tracker = tracker(run.folder, run.config, self.rounds.done)
+            f"{pipe.device}")
 
     def copy(self) -> list[torch.Tensor]:
         """The LoRA as it is now; the main process alone keeps any, SDXL's has 0.37 GB."""
@@ -442,9 +438,7 @@ class Trainer:
         """A signal during work that may be dropped: save what is done, and leave."""
         if kind is Stopped and self.rounds.done > self.rounds.saved:    # its score would be lost
             self.save()
-        self.show(running=False)
-        self.tracker.close()
-        self.run.close()
+        self.rounds.close()
         if kind is Stopped:
             self.rounds.leave()
         if kind is None and self.processes.main:
@@ -455,9 +449,8 @@ class Trainer:
         at_start = {}
         if not self.rounds.done:
             at_start = self.validate(0)
-            self.track(0, at_start)
+            self.rounds.track(at_start)
         self.at_start = {f"{name}_at_start": score for name, score in at_start.items()}
-        self.show()
         for step in self.rounds:
             epoch, place = divmod(step, self.rounds_per_epoch)
             order = permutation(len(self.prompts), self.config.seed, "order", epoch)
@@ -500,15 +493,12 @@ class Trainer:
         if "validation_score" in self.judges and config.grid_every:
             score = validation.get("validation_score")
         rounds.end(record, "prompts", len(turn.indices), score, shown)
-        self.track(rounds.done, record)
         if self.processes.main and is_due(rounds.done, config.snapshot_every):
             save_lora(pipe, self.run.folder / "loras" / f"{rounds.done:05d}")
         if rounds.bad >= TOO_MANY:
             self.give_up()
         if rounds.due or rounds.ending:
             self.save()
-        if rounds.due or self.grid_of(rounds.done).exists():
-            self.show()
         if rounds.ending and rounds.done < rounds.total:
             rounds.leave()
 
@@ -519,25 +509,11 @@ class Trainer:
         """
         scores, began = {}, time.perf_counter()
         if self.processes.main and is_due(done, self.config.grid_every, done == self.rounds.total):
-            scores = draw_samples(self.pipe, self.prompts, self.config, self.grid_of(done),
+            scores = draw_samples(self.pipe, self.prompts, self.config, self.rounds.grid(done),
                                   self.judges)
         self.processes.barrier()
         self.rounds.started += time.perf_counter() - began      # it is no part of the round
         return scores
-
-    def grid_of(self, done: int) -> Path:
-        """Where the samples after `done` rounds are."""
-        return self.run.folder / f"samples-{done:05d}.png"
-
-    def track(self, done: int, record: dict) -> None:
-        """Round `done`, as it is logged, to where --track says."""
-        self.tracker.log(done, record, self.grid_of(done), previewed(self.prompts))
-
-    def show(self, running: bool = True) -> None:
-        """Write the run folder's report.html."""
-        if self.processes.main:
-            write_live(self.run.folder, self.run.read_log(), self.rounds.total, running,
-                       self.run.config)
 
     def save(self) -> None:
         """LoRA files, card, then the checkpoint: whoever is killed in between writes them again."""
@@ -569,7 +545,7 @@ class Trainer:
             print(f"--decoder {self.config.decoder}: of {count} pairs, {same / count:.1%} are the "
                   "VAE's too")
         print(f"LoRA in {self.run.folder / 'pytorch_lora_weights.safetensors'} (diffusers) and "
-              "lora_kohya.safetensors (ComfyUI, A1111)")
+              "lora_kohya.safetensors (ComfyUI, A1111); README.md beside them says how to use it")
 
 
 def is_due(done: int, every: int, last: bool = False) -> bool:

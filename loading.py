@@ -47,6 +47,7 @@ from weights import (
 TINY = Path(__file__).resolve().parent / "tiny" / "model"
 NAMES = {
     "tiny": str(TINY),
+    "tiny-flow": str(TINY.parent / "flow"),
     "sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5",      # the original repository is gone
     "sdxl": "stabilityai/stable-diffusion-xl-base-1.0",
 }
@@ -57,8 +58,8 @@ SPMS = {"sd15": f"{SPM_HOME}/sd-v1-5_step-aware_preference_model.bin",
         "sdxl": f"{SPM_HOME}/sdxl_step-aware_preference_model.bin"}
 JUDGES = {preset: {"spm": spm, "pickscore": "yuvalkirstain/PickScore_v1"}       # for load_clip
           for preset, spm in SPMS.items()} | {
-    "tiny": {"spm": f"{TINY}/spm", "step-blind": f"{TINY}/spm_step_blind",
-             "pickscore": f"{TINY}/pickscore"}}
+    tiny: {"spm": f"{TINY}/spm", "step-blind": f"{TINY}/spm_step_blind",
+           "pickscore": f"{TINY}/pickscore"} for tiny in ("tiny", "tiny-flow")}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 SINGLE = (".safetensors", ".ckpt")      # how single-file checkpoints end
@@ -79,8 +80,6 @@ TEXT_L = replace(clip_l(), vision=None, projection_dim=None)
 TEXT_G = CLIPConfig(TowerConfig(1280, 5120, 32, 20, "gelu"), None, 1280)
 SINGLE_PARTS = {"sd15": (VAEConfig(), TEXT_L),
                 "sdxl": (VAEConfig(scaling_factor=0.13025, force_upcast=True), TEXT_L, TEXT_G)}
-SCHEDULER = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
-                 set_alpha_to_one=False, steps_offset=1)
 TEXTS = {"sd15": ("cond_stage_model.transformer.",),        # where its text encoders are
          "sdxl": ("conditioner.embedders.0.transformer.", "conditioner.embedders.1.model.")}
 SPARE = ("cond_stage_model.transformer.text_projection.",   # left in a file by training
@@ -177,6 +176,14 @@ def fetch_model(source: str) -> Path:
     source = NAMES.get(source, source)
     root = fetch(source, FILES)
     return fetch_weights(source, root, [part for part in PARTS if (root / part).is_dir()])
+
+
+def part_of(root: Path, part: str) -> Path:
+    """The folder of a part of a model: another model's if model_index.json says so (`shared`)."""
+    index = root / "model_index.json"
+    if (root / part).is_dir() or not index.is_file():
+        return root / part
+    return root / read_json(index).get("shared", "") / part
 
 
 def fetch_part(source: str, part: str = "") -> Path:
@@ -383,7 +390,7 @@ def read_tokenizer(cls, folder: Path):
 
 def _tokenizers(root: Path, encoders: list[CLIP]) -> list:
     """A model's tokenizers, each held against its text encoder."""
-    tokenizers = [_tokenizer(root / f"tokenizer{n}") for n, _ in zip(("", "_2"), encoders)]
+    tokenizers = [_tokenizer(part_of(root, f"tokenizer{n}")) for n, _ in zip(("", "_2"), encoders)]
     for tokenizer, encoder in zip(tokenizers, encoders):
         check_vocabulary(tokenizer, encoder.config.text.vocab_size, "its text encoder")
     return tokenizers
@@ -425,7 +432,7 @@ def check_schedule(folder: Path, pipe: "Pipeline") -> None:
     if not (folder / "scheduler/scheduler_config.json").is_file():
         return
     ours, theirs = pipe.schedule, read_schedule(folder)
-    same = torch.equal(ours.alphas_cumprod, theirs.alphas_cumprod)
+    same = ours.flow or theirs.flow or torch.equal(ours.alphas_cumprod, theirs.alphas_cumprod)
     if not same or ours.prediction_type != theirs.prediction_type:
         raise InputError(f"{folder}: made for {theirs.prediction_type} and "
                          f"{'the same' if same else 'other'} betas, {pipe.name} for "
@@ -439,7 +446,7 @@ def first_tokenizer(source: str, tokenizer: str = ""):
     """
     single = not source or source.endswith(SINGLE)
     home = (tokenizer or NAMES["sd15"]) if single else NAMES.get(source, source)
-    return _tokenizer(fetch(home, ["tokenizer/*"]) / "tokenizer")
+    return _tokenizer(part_of(fetch(home, ["tokenizer/*", "model_index.json"]), "tokenizer"))
 
 
 def original_names(unet: UNet) -> dict[str, str]:
@@ -485,8 +492,8 @@ def _single_file(path: Path, dtype: torch.dtype, device: torch.device, tokenizer
         if there:
             raise InputError(f"{path}: {fault}")
     with blaming(path):
-        schedule = ddim.Schedule.from_json(dict(
-            SCHEDULER, prediction_type=prediction_type or marked_prediction(path, weights)))
+        schedule = ddim.Schedule.from_json(ddim.STABLE_DIFFUSION | dict(
+            prediction_type=prediction_type or marked_prediction(path, weights)))
     kind = "sdxl" if is_sdxl(weights) else "sd15"
     of_unet, of_vae, *of_texts = shapes or (SINGLE_UNETS[kind], *SINGLE_PARTS[kind])
     unet, vae = build(UNet, of_unet, path), build(VAE, of_vae, path)
@@ -513,9 +520,9 @@ def _folder(source: str, root: Path, dtype: torch.dtype, device: torch.device,
     """
     index = read_json(root / "model_index.json")
     names = ("", "_2") if "text_encoder_2" in index else ("",)
-    texts = [_planned(CLIP, CLIPConfig, root / f"text_encoder{n}") for n in names]
+    texts = [_planned(CLIP, CLIPConfig, part_of(root, f"text_encoder{n}")) for n in names]
     unet, unet_file = _planned(UNet, UNetConfig, other.get("unet", root / "unet"))
-    vae, vae_file = _planned(VAE, VAEConfig, root / "vae")
+    vae, vae_file = _planned(VAE, VAEConfig, part_of(root, "vae"))
     if "vae" in other:
         vae, vae_file = _planned(VAE, VAEConfig, other["vae"], vae.config)
     schedule = read_schedule(root, prediction_type)
@@ -537,7 +544,7 @@ def load_pipeline(source: str = "tiny", dtype: torch.dtype = torch.float32,
                   device: torch.device | str = "cpu", unet: str | None = None,
                   vae: str | None = None, prediction_type: str = "", tokenizer: str = "",
                   vae_dtype: torch.dtype | None = None) -> Pipeline:
-    """Load a model by name (`tiny`, `sd15`, `sdxl`), folder, hub id or single-file checkpoint.
+    """Load a model by name (a key of NAMES), folder, hub id or single-file checkpoint.
 
     Folders and hub repositories are in the diffusers layout. `unet` and `vae` replace those parts
     by the ones of another folder, hub id or file (a full fine-tune; SDXL's fp16-safe VAE).

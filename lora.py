@@ -467,8 +467,9 @@ def write_folder(unet: UNet, root: Path, target: Path, file: Path) -> None:
             shutil.copy(root / "unet/config.json", temporary / "unet")
             for part in ("tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2", "scheduler",
                          "vae"):
-                if (root / part).is_dir():
-                    shutil.copytree(root / part, temporary / part)
+                if loading.part_of(root, part).is_dir():
+                    shutil.copytree(loading.part_of(root, part), temporary / part)
+            index.pop("shared", None)
             for part, value in index.items():   # diffusers would look for parts that are not copied
                 if isinstance(value, list) and not (temporary / part).is_dir():
                     index[part] = [None, None]

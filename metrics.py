@@ -88,7 +88,7 @@ def metric_sources(word: str, model: str = "") -> tuple[str, list[str]]:
         raise InputError(f"--metrics {word}: {name} takes {len(SOURCES[name]) or 'no'} "
                          f"source{'s' * (len(SOURCES[name]) != 1)}")
     sources = [*given, *SOURCES[name][len(given):]]
-    if word == "pickscore" and preset_of(model) == "tiny":
+    if word == "pickscore" and preset_of(model).startswith("tiny"):
         sources = [OWN]
     if name == "aesthetic-v1" and not sources[0]:
         raise InputError("aesthetic-v1: its head is not on the hub; get sa_0_4_vit_l_14_linear.pth "

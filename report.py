@@ -7,6 +7,7 @@ short script sorts, compares two models on one picture, and enlarges.
 """
 import base64
 import contextlib
+import functools
 import html
 import io
 import json
@@ -27,6 +28,7 @@ CURVES = {"validation_score": "same prompts every time",
           "validation_pickscore": "of the same pictures",
           "score": "judge's mean score of the candidates",
           "score_gap": "best minus worst of a pool", "margin": "log-ratio, winner - loser",
+          "accuracy": "share of pairs in the right order",
           "ratio_win": "policy / reference, winners", "ratio_lose": "policy / reference, losers",
           "lora_norm": "size of the LoRA", "loss": "what is minimized",
           "grad_norm": "gradient norm"}
@@ -111,7 +113,7 @@ figcaption { font-size: .85rem; line-height: 1.35; }
   display: grid; gap: .8rem; margin: .8rem 0;
   grid-template-columns: repeat(auto-fill, minmax(min(100%, 19rem), 1fr));
 }
-svg { display: block; width: 100%; height: auto; }
+svg { display: block; width: 100%; height: auto; overflow: visible; }
 svg text { font-size: 11px; fill: currentColor; }
 .sheet { overflow-x: auto; margin: .8rem 0; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
@@ -125,9 +127,8 @@ td:first-child { overflow-wrap: anywhere; min-width: 4rem; }
 tbody tr:last-child > * { border-bottom: 0; }
 th .quiet { font-weight: 400; }
 .up, .down { white-space: nowrap; }
-.grids {
-  display: grid; gap: .8rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 30rem), 1fr));
-}
+.grids { display: flex; flex-wrap: wrap; gap: .8rem; margin: .8rem 0; }
+.grids .sheet { margin: 0; max-width: max(min(100%, 30rem), 50% - .4rem); }
 .trace { border-radius: .4rem; display: block; margin-top: .3rem; }
 details { margin-top: 3rem; }
 summary { cursor: pointer; font-size: 1.3rem; font-weight: 700; }
@@ -375,16 +376,18 @@ LIVE = """<p class="kicker">{kicker}</p>
 <p class="lead">{state}</p>
 <progress value="{done}" max="{total}" style="width: 100%"></progress>
 <div class="grids">{grids}</div>
-<h2 id="watch">What to watch</h2>
-<ul>{advice}</ul>
+{advice}
 {curves}"""
+FINISHED = "finished; README.md in the same folder says how to use what was trained"
 WATCH = (           # the advice of docs/watch.md, with the newest values
     "validation_score {validation_score:.4g}, {validation_score_at_start:.4g} at the start: it "
     "should rise. The prompts and seeds are the same every time.",
     "valid_share {valid_share:.3g}: if it is near zero, lower --threshold. margin {margin:.3g}: "
     "far below 1 / beta (beta is {beta:g}), the loss does not yet hold the LoRA near the base.",
     "ratio_win {ratio_win:.4g}, ratio_lose {ratio_lose:.4g}: both climbing above 1.02 is an early "
-    "sign of over-optimization. Look at the pictures.")
+    "sign of over-optimization. Look at the pictures.",
+    "accuracy {accuracy:.3g} (chance: 0.5), loss {loss:.3g} (chance: 0.693) in the newest step. "
+    "Single steps are noisy: look at the curves. Unreadable pairs so far: {unreadable}.")
 TRACES = """<h2 id="trajectories">Trajectories</h2>
 <p class="quiet">A row per scored step, its candidates as decoded x0 with the judge's scores. Green:
 winner; red: loser; blue dot: where the trajectory goes on, chosen at random; grey: too close to
@@ -520,6 +523,13 @@ def curve(series: dict[str, list[tuple[float, float]]], title: str, colours: dic
     return "".join(out) + "</svg>"
 
 
+def thinned(line: list[tuple[float, float]], most: int = 200) -> list[tuple[float, float]]:
+    """A long line as means of neighbours, each at its last x: single steps are noise."""
+    size = -(-len(line) // most)
+    parts = [line[i:i + size] for i in range(0, len(line), size)]
+    return [(part[-1][0], sum(y for _, y in part) / len(part)) for part in parts]
+
+
 def learning_curves(logs: dict[str, list[dict]]) -> str:
     """Charts of CURVES in the logs, over rounds (SPO) or steps (SPM); "" without any.
 
@@ -537,7 +547,7 @@ def learning_curves(logs: dict[str, list[dict]]) -> str:
                      for i, row in enumerate(rows) if number(row.get(field))]
             judge = str(rows[0].get("judge", name)) if field in JUDGED else ""
             if line:
-                axes.setdefault((unit, judge), {})[name] = line
+                axes.setdefault((unit, judge), {})[name] = thinned(line)
         for (unit, judge), series in axes.items():
             told = f"{', '.join(series)} by {judge}" if judge and len(axes) > 1 else ""
             chart = curve(series, f"{field}: {meaning}", colours, unit)
@@ -632,6 +642,11 @@ def round_of(grid: Path) -> str:
     return f"after round {after.lstrip('0')}" if after.strip("0") else "the base"
 
 
+def time_left(minutes: float) -> str:
+    """In hours where minutes are many."""
+    return f"about {minutes:.0f} minutes" if minutes < 100 else f"about {minutes / 60:.1f} hours"
+
+
 def advice(rows: list[dict], config: dict) -> list[str]:
     """WATCH with each field's newest value; a method without such fields goes without the line."""
     newest = config | {k: v for row in rows for k, v in row.items() if number(v)}
@@ -642,26 +657,34 @@ def advice(rows: list[dict], config: dict) -> list[str]:
     return out
 
 
-def write_live(folder: Path, rows: list[dict], total: int, running: bool, config: dict) -> None:
+@functools.lru_cache(4)
+def sheet(grid: Path, changed: int) -> str:
+    """A sample grid for a page that is written often; `changed`: the file's time, in ns."""
+    return (f'<figure class="sheet"><figcaption>{round_of(grid)}</figcaption>'
+            f'<img alt="sample pictures" src="{data_uri(Image.open(grid), 1600)}"></figure>')
+
+
+def write_live(folder: Path, rows: list[dict], total: int, unit: str, running: bool,
+               config: dict) -> None:
     """report.html of a training: how far it is, the newest samples beside the base's, the curves.
 
-    `rows`: its log; `total`: rounds. While it runs, the page loads itself again every 30 s.
+    `rows`: its log; `total`: `unit`s, rounds or steps. While it runs, the page loads itself again
+    every 30 s.
     """
     last = rows[-1] if rows else {}
-    done, minutes = last.get("round", 0), last.get("eta_minutes")
-    state = "finished" if done == total else "stopped; the same command goes on from here"
+    done, minutes = last.get(unit, 0), last.get("eta_minutes")
+    state = FINISHED if done == total else "stopped; the same command goes on from here"
     if running:
-        state = f"running, about {minutes:.0f} minutes left" if number(minutes) else "running"
+        state = f"running, {time_left(minutes)} left" if number(minutes) else "running"
     grids = sorted(folder.glob("samples-*.png"))
-    shown = "".join(
-        f'<figure class="sheet"><figcaption>{round_of(grid)}</figcaption>'
-        f'<img alt="sample pictures" src="{data_uri(Image.open(grid), 1600)}"></figure>'
-        for grid in dict.fromkeys(grids[:1] + grids[-1:]))
     name = folder.resolve().name
+    told = "".join(f"<li>{html.escape(words)}</li>" for words in advice(rows, config))
     body = LIVE.format(
         kicker=html.escape(f"{config.get('model')} · {time.strftime('%Y-%m-%d %H:%M:%S')}"),
-        title=html.escape(f"{name}: round {done} of {total}"), state=state, done=done, total=total,
-        grids=shown, curves=learning_curves({name: rows}) if rows else "",
-        advice="".join(f"<li>{html.escape(words)}</li>" for words in advice(rows, config)))
+        title=html.escape(f"{name}: {unit} {done} of {total}"), state=state, done=done, total=total,
+        grids="".join(sheet(grid, grid.stat().st_mtime_ns)
+                      for grid in dict.fromkeys(grids[:1] + grids[-1:])),
+        curves=learning_curves({name: rows}) if rows else "",
+        advice=f'<h2 id="watch">What to watch</h2><ul>{told}</ul>' if told else "")
     head = '\n<meta http-equiv="refresh" content="30">' if running else ""
     write_page(folder / "report.html", f"{name}: {done} of {total}", STYLE, body, {}, "", head)

@@ -11,6 +11,7 @@ on the very same inputs.
 Shapes: N pairs, C H W latent, L tokens, S x S pixels of the CLIP, M models.
 """
 import needs  # noqa: F401
+import contextlib
 import dataclasses
 import functools
 import math
@@ -23,6 +24,7 @@ import torch
 from safetensors.torch import save_file
 
 import ddim
+import tracking
 from calls import upload
 from clip_spm import CLIP, make_step_aware, preference_loss, preprocess_decoded
 from diffusion import (
@@ -56,7 +58,6 @@ from prompt_sets import VALIDATION
 from training import (
     TOO_MANY,
     Processes,
-    Rounds,
     Run,
     fingerprint,
     generator,
@@ -79,8 +80,8 @@ REPORT_AT = (0, 251, 501, 701, 951)     # timesteps of the table of accuracies
 @dataclass
 class SPMConfig(TrainConfig):
     """The options, beside the model's. P: the paper, O: the released code, T: measured on tiny."""
-    out: str = opt("runs/spm", "run folder: model.safetensors, log.jsonl, config.json, "
-                   "results.json, checkpoints")
+    out: str = opt("runs/spm", "run folder: spm/, log.jsonl, config.json, results.json, "
+                   "checkpoints, report.html")
     pickscore: str = opt("yuvalkirstain/PickScore_v1",
                          "the CLIP to start from (P: PickScore), folder or hub id")
     pairs: str = opt("", "folder with pairs.jsonl or Parquet, a .parquet file or a hub data set "
@@ -127,8 +128,9 @@ PRESETS = {
     "sd15": dict(),
     "sdxl": dict(vae=SDXL_VAE, lr=1e-6, steps=7000, labels="pickscore", micro_batch=4),
 }
+PRESETS["tiny-flow"] = PRESETS["tiny"] | dict(guidance_scale=2.0)
 FREE = ("out", "preset", "device", "micro_batch", "cache_latents", "compile", "profile",
-        "save_every", "max_unreadable", "ties")
+        "save_every", "max_unreadable", "ties", "track")
 
 
 # What a judge sees of a pair, and what it says
@@ -199,6 +201,7 @@ def pair_scores(pipe: Pipeline, clip: CLIP, pixels: torch.Tensor, timestep: torc
                 ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Scores [N, 2] of pairs whose pixels are [N, 2, 3, S, S], captions [N, L]."""
     n, device = len(pixels), pixels.device
+    timestep = ddim.told(pipe.schedule, timestep, clip.config.flow)
     pixels, timestep, ids = map(pipe.calls.fill, (pixels, timestep, ids))
     with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
         images = clip.image_features(pixels.flatten(0, 1),
@@ -304,23 +307,24 @@ def report_fault(step: int, models: dict[str, CLIP], found: Found, main: bool) -
 def save_spm(clip: CLIP, folder: Path) -> None:
     """An SPM with the official files' names (prefix `model.`), and the config that theirs lack."""
     config = clip.config
+    told = dict(flow=True) if config.flow else {}
     write_json(folder / "config.json", dict(
         text_config=dataclasses.asdict(config.text), projection_dim=config.projection_dim,
-        vision_config=dataclasses.asdict(config.vision)))
+        vision_config=dataclasses.asdict(config.vision), **told))
     weights = {"model." + k: v.detach().cpu().contiguous() for k, v in clip.state_dict().items()}
     write_atomic(folder / "model.safetensors",
                  lambda p: save_file(weights, p, metadata={"format": "pt"}))
 
 
-def build_models(pickscore: CLIP, config: SPMConfig,
-                 processes: Processes) -> tuple[dict[str, CLIP], torch.optim.Optimizer]:
+def build_models(pickscore: CLIP, config: SPMConfig, processes: Processes,
+                 flow: bool = False) -> tuple[dict[str, CLIP], torch.optim.Optimizer]:
     """The SPM, equal to PickScore, its step-blind twin if wanted, and one AdamW for both.
 
     The optimizer's state is sharded over the processes.
     """
     with torch.random.fork_rng(devices=[]):         # the caller's random state stays as it was
         torch.manual_seed(config.seed)
-        models = {"SPM": make_step_aware(pickscore)}
+        models = {"SPM": make_step_aware(pickscore, flow)}
         if config.step_blind:
             models["step-blind SPM"] = CLIP(pickscore.config).to(processes.device)
             models["step-blind SPM"].load_state_dict(pickscore.state_dict())
@@ -355,9 +359,10 @@ class Trainer:
     def __init__(self, setting: Setting, run: Run, used: int):
         config, pipe, pairs = setting.config, setting.pipe, setting.pairs
         self.config, self.run, self.used = config, run, used        # used: pairs to train on
-        self.models, self.optimizer = build_models(setting.pickscore, config, run.processes)
+        self.models, self.optimizer = build_models(
+            setting.pickscore, config, run.processes, setting.pipe.schedule.flow)
         self.scaler = setting.scaler
-        self.rounds = Rounds(run, config.steps, "step", config, pipe.calls, "spm")
+        self.rounds = tracking.Rounds(run, config.steps, "step", config, pipe.calls, "spm")
         state = run.resume(
             pairs=fingerprint(pairs.captions, [str(v) for v in pairs.label.tolist()]),
             pair_weights=fingerprint(pairs.weight),
@@ -513,7 +518,7 @@ def read_pairs(config: SPMConfig, side: int) -> Pairs:
     """The pairs that the options name, to train on and to hold out."""
     if config.pairs:
         return load_pairs(config.pairs, side, unlabelled=config.labels == "pickscore")
-    if config.preset == "tiny":
+    if config.preset.startswith("tiny"):
         held = config.validation if isinstance(config.validation, int) else 0
         return world_pairs(config.count + held, config.seed)
     raise InputError("--pairs: a folder with pairs.jsonl or Parquet files is needed (only tiny "
@@ -551,6 +556,8 @@ def main() -> None:
     """Train as the command line says; continue if the run folder holds the same run."""
     config = parse_options(SPMConfig, PRESETS, description=__doc__)
     processes = start_processes(config.device or None)
+    if config.track:
+        tracking.load(config.track)
     left = (config.steps - last_step(Path(config.out))) * config.batch
     config = decide_compiling(config, processes, left / PAIRS)
     run = Run(config.out, config, processes, FREE, PRESETS)
@@ -569,21 +576,21 @@ def main() -> None:
     models, rounds = trainer.models, trainer.rounds
     if config.compile is True:
         compile_all(setting, models)
-    rounds.announce(f"{len(used)} training and {len(held)} validation pairs, {processes.world} x "
-                    f"{pipe.device}, starting at step {rounds.done}")
     if config.cache_latents:
         with processes.agreed():
             setting.latents = open_latents(run.folder, pipe, side, len(pairs.captions))
+    rounds.begin(f"{len(used)} training and {len(held)} validation pairs, {processes.world} x "
+                 f"{pipe.device}")
     coming = batches(setting, used, rounds.done)
-    for step in rounds:
-        epoch, batch, pictures = next(coming)
-        timesteps = torch.randint(0, 1000, (len(batch),),                           # t ~ U{0..999}
-                                  generator=generator(config.seed, "timestep", step))
-        found = backward(setting, models, batch, timesteps, pictures, step)
-        stats = trainer.update(found, step)
-        trainer.end(dict(step=step + 1, epoch=epoch, **stats), len(batch))
-    conclude(judged, models, held, run.folder)
-    run.close()
+    with contextlib.closing(rounds):
+        for step in rounds:
+            epoch, batch, pictures = next(coming)
+            timesteps = torch.randint(0, 1000, (len(batch),),                       # t ~ U{0..999}
+                                      generator=generator(config.seed, "timestep", step))
+            found = backward(setting, models, batch, timesteps, pictures, step)
+            stats = trainer.update(found, step)
+            trainer.end(dict(step=step + 1, epoch=epoch, **stats), len(batch))
+        conclude(judged, models, held, run.folder)
 
 
 if __name__ == "__main__":

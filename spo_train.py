@@ -84,6 +84,7 @@ PRESETS = {
         vae=SDXL_VAE, k=2, j=4, threshold=0.4, lr=1e-5, rank=64, prompts_per_round=8,
         pairs_per_step=16, sample_batch=2, train_batch=1, decode_batch=4),
 }
+PRESETS["tiny-flow"] = PRESETS["tiny"] | dict(guidance_scale=2.0, t_min=550, t_max=950)
 
 
 @dataclass
@@ -107,13 +108,15 @@ class Judge:
     decode: Callable                    # latents -> pictures
     features: Callable                  # the CLIP's, of pixels and timestep
     chunk: int                          # latents that are decoded at a time
+    schedule: ddim.Schedule             # of the model whose pictures they are
 
-    def __call__(self, x0: torch.Tensor, t: int, text: torch.Tensor) -> torch.Tensor:
+    def __call__(self, x0: torch.Tensor, t: float, text: torch.Tensor) -> torch.Tensor:
         """Predicted clean latents [B, K, C, H, W] at timestep t, text [B, P] -> scores [B, K]."""
         features = []
         for latents in x0.flatten(0, 1).split(self.chunk):
             pixels = preprocess_decoded(self.decode(latents), self.clip.config.vision.image_size)
             timestep = torch.full((len(latents),), t, device=x0.device)
+            timestep = ddim.told(self.schedule, timestep, self.clip.config.flow)
             features.append(self.features(pixels, timestep))
         features = torch.cat(features).unflatten(0, x0.shape[:2])               # [B, K, P]
         return self.clip.score(features, text[:, None])
@@ -122,11 +125,11 @@ class Judge:
 @dataclass
 class Pool:
     """K candidates that left one x_t together and went J steps (section 4.1; J > 1: MSPO, 4.5)."""
-    timesteps: list[int]                # J
+    timesteps: list[float]              # J
     noise: torch.Tensor                 # [B, J, K, C, H, W], of each step (for observers)
     path: list[torch.Tensor]            # J + 1 times [B, K, C, H, W]; the first, shared, has K = 1
     x0: torch.Tensor                    # [B, K, C, H, W] predicted clean latents: what is judged
-    t: int                              # their timestep; 0 after the last step
+    t: float                            # their timestep; 0 after the last step
     uniform: torch.Tensor               # [B, 3] decides the start, and the two of a random pair
     scores: torch.Tensor                # [B, K]
     win: torch.Tensor                   # [B] which candidate
@@ -136,7 +139,7 @@ class Pool:
     notes: dict[str, torch.Tensor] = field(default_factory=dict)        # observers'
 
 
-def pool_groups(timesteps: list[int], t_min: int, t_max: int, j: int) -> list[list[int]]:
+def pool_groups(timesteps: list[float], t_min: int, t_max: int, j: int) -> list[list[int]]:
     """Indices into `timesteps` where t_min <= t <= t_max, in groups of j; the last may be shorter.
 
     20 steps, t <= 751, j = 4: [[4, 5, 6, 7], [8, ..], [12, ..], [16, ..]]; j = 1: sixteen of one.
@@ -181,11 +184,12 @@ def sample_pools(pipe: Pipeline, judge: Judge, batch: Batch, config: SPOConfig,
                  observers: Sequence[Callable] = ()) -> list[Pool]:
     """Walk down B trajectories: spread into K candidates, judge, go on from one (Figures 3, 4)."""
     schedule, shape = pipe.schedule, pipe.latent_shape(config.resolution or None)
-    timesteps, stride = schedule.timesteps(config.steps), schedule.stride(config.steps)
-    groups = pool_groups(timesteps, config.t_min, config.t_max, config.j)
+    previous = schedule.previous(config.steps)
+    timesteps = list(previous)
+    groups = pool_groups(ddim.spread(schedule, config.steps), config.t_min, config.t_max, config.j)
     early = [[i] for i in range(groups[0][0])]          # t > kappa: ordinary steps (section 4.3)
 
-    def predict(latents: torch.Tensor, t: int) -> torch.Tensor:     # [B, K, C, H, W] -> the same
+    def predict(latents: torch.Tensor, t: float) -> torch.Tensor:   # [B, K, C, H, W] -> the same
         k = latents.shape[1]
         noise_pred = guided_noise(pipe, latents.flatten(0, 1), t, batch.cond.repeat(k),
                                   batch.uncond.repeat(k), config.guidance_scale)
@@ -202,7 +206,7 @@ def sample_pools(pipe: Pipeline, judge: Judge, batch: Batch, config: SPOConfig,
             if j > 0:
                 noise_pred = predict(path[-1], timesteps[i])
             mean, std = ddim.step_gaussian(schedule, path[-1], noise_pred, timesteps[i],
-                                           timesteps[i] - stride, config.eta)
+                                           previous[timesteps[i]], config.eta)
             path.append(mean + std * noise[:, j])       # [B, K, C, H, W] ~ p_theta of Eq. 4
         latents, after = path[-1], group[-1] + 1
         last = after == len(timesteps)
@@ -236,9 +240,9 @@ class Pairs:
     valid: torch.Tensor                 # [B, S] bool
     scores: torch.Tensor                # [B, G, K]
     notes: dict[str, torch.Tensor]      # observers', [B, G or S, ...]
-    timesteps: list[int]                # S
+    timesteps: list[float]              # S
     apart: list[bool]                   # S: have the paths parted before this step (MSPO)?
-    ends: list[int]                     # G: the last timestep of each pool
+    ends: list[float]                   # G: the last timestep of each pool
     cond: Conditioning | None = None    # of the B prompts
 
 
@@ -299,20 +303,23 @@ class Steps:
     x_t: torch.Tensor                   # [N, 2, C, H, W]
     x_next: torch.Tensor                # [N, 2, C, H, W]
     t: torch.Tensor                     # [N]
+    t_prev: torch.Tensor                # [N]
     apart: torch.Tensor                 # [M]: which of the N have an x_t each
     cond: Conditioning
     uncond: Conditioning
 
 
-def take(pairs: Pairs, slots: list[int], pipe: Pipeline, empty: Conditioning | None) -> Steps:
-    """Slots, numbered prompt by prompt, as the networks want them."""
+def take(pairs: Pairs, slots: list[int], pipe: Pipeline, empty: Conditioning | None,
+         steps: int) -> Steps:
+    """Slots, numbered prompt by prompt, as the networks want them, of a walk of `steps`."""
     count = len(pairs.timesteps)
     places = [slot % count for slot in slots]
-    numbers = [[slot // count for slot in slots], places, [pairs.timesteps[p] for p in places]]
-    prompt, place, t = upload(torch.tensor(numbers), pipe.device)   # a list would wait for the GPU
+    prompt, place = upload(torch.tensor([[slot // count for slot in slots], places]), pipe.device)
+    times = pipe.schedule.both_ends([pairs.timesteps[p] for p in places], steps)
+    t, t_prev = upload(times, pipe.device)
     apart = torch.tensor([n for n, p in enumerate(places) if pairs.apart[p]], dtype=torch.long)
     apart, cond = upload(apart, pipe.device), pairs.cond[prompt]
-    return Steps(pairs.x_t[prompt, place], pairs.x_next[prompt, place], t, apart, cond,
+    return Steps(pairs.x_t[prompt, place], pairs.x_next[prompt, place], t, t_prev, apart, cond,
                  negative(pipe, cond, empty))
 
 
@@ -328,7 +335,7 @@ def pair_log_ratios(pipe: Pipeline, steps: Steps,
     lose_row = win_row.index_copy(0, steps.apart, torch.arange(n, n + m, device=device))
     rows = torch.cat([win_row, steps.apart])                                # [N + M]
     latents = torch.cat([steps.x_t[:, 0], steps.x_t[steps.apart, 1]])
-    t, t_prev = steps.t[rows], steps.t[rows] - pipe.schedule.stride(config.steps)
+    t, t_prev = steps.t[rows], steps.t_prev[rows]
     cond, uncond = steps.cond[rows], steps.uncond[rows]
 
     def gaussian() -> tuple[torch.Tensor, torch.Tensor]:
@@ -371,13 +378,14 @@ def train_on_pairs(trainer: Trainer, pairs: Pairs, turn: Turn, config: SPOConfig
 
     def place_of(slot: int) -> str:
         prompt, place = divmod(slot, count)
-        return f"a pair at t = {pairs.timesteps[place]}, prompt {turn.texts[prompt]!r}"
+        return f"a pair at t = {pairs.timesteps[place]:g}, prompt {turn.texts[prompt]!r}"
 
     slots = pairs.valid.flatten().nonzero()[:, 0].tolist()
     names = ("loss", "margin", "accuracy", "ratio_win", "ratio_lose", "clipped")
     for minibatch in trainer.minibatches(slots, names, turn, place_of):
         for part in minibatch:
-            win, lose = pair_log_ratios(pipe, take(pairs, part, pipe, trainer.empty), config)
+            batch = take(pairs, part, pipe, trainer.empty, config.steps)
+            win, lose = pair_log_ratios(pipe, batch, config)
             loss = spo_loss(win, lose, config.beta, config.clamp)
             minibatch.backward(loss, watched(win, lose, config.clamp))
         minibatch.step()
@@ -392,7 +400,7 @@ def check(config: SPOConfig) -> None:
     if config.decoder_check and not config.decoder:
         raise InputError(f"--decoder_check {config.decoder_check}: there is nothing to compare "
                          "without --decoder")
-    if config.decoder == "taesd" and config.preset == "tiny":
+    if config.decoder == "taesd" and config.preset.startswith("tiny"):
         raise InputError("--decoder taesd: knows the latents of SD-1.5 and SDXL, not those of tiny")
 
 
@@ -405,18 +413,13 @@ def load_judge(config: SPOConfig, pipe: Pipeline) -> Judge:
     if config.compile is True:
         features = torch.compile(features, dynamic=False)
     decode = small_decoder(pipe, config) if config.decoder else vae_decoder(pipe, config)
-    return Judge(clip, decode, pipe.calls.wrap(features, "scoring"), config.decode_batch)
+    features = pipe.calls.wrap(features, "scoring")
+    return Judge(clip, decode, features, config.decode_batch, pipe.schedule)
 
 
 def prepare(config: SPOConfig, processes: Processes) -> tuple[Pipeline, Judge, list[Callable]]:
     """The policy, its judge, and what observes its pools: faults and, if asked, the decoder."""
     pipe = prepare_policy(config, processes)
-    last, stride = pipe.schedule.timesteps(config.steps)[-1], pipe.schedule.stride(config.steps)
-    if last >= config.t_min and last < stride and pipe.schedule.final_alpha_cumprod == 1:
-        raise InputError(
-            f"{config.model}: its scheduler sets set_alpha_to_one, so the step from t = {last} has "
-            "no spread and no probability; set it to false in scheduler_config.json, or "
-            f"--t_min {last + 1}")
     judge = load_judge(config, pipe)
     pipe.calls.sizes = compiled_sizes(config, processes.world, config.k, 1 if config.j == 1 else 2)
     observers = [Faults(judge)]                 # which looks at what the judge decodes

@@ -32,7 +32,6 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 from tqdm import tqdm
 
-from calls import Calls
 from weights import InputError, first_line, preset_of, read_json
 
 
@@ -122,7 +121,7 @@ def parse_options(cls, presets: dict[str, dict], arguments: list[str] | None = N
     given = {name: _convert(name, text, kinds[name]) for name, text in vars(known).items()}
     model = given.get("model", getattr(cls, "model", ""))
     own = preset_of(model)
-    preset = own if own == "tiny" else model
+    preset = own if own.startswith("tiny") else model
     if "preset" in kinds:
         preset = given["preset"] = given.get("preset") or own
     config = cls(**(presets.get(preset, {}) | given))
@@ -177,7 +176,7 @@ def _shown(value) -> str:
     if isinstance(value, tuple):
         return " ".join(map(_shown, value))
     text = str(value).lower() if value is None or isinstance(value, bool) else str(value)
-    return re.sub(r"^.*[/\\]tiny[/\\]model([/\\]|$)", r"tiny/model\1", text)
+    return re.sub(r"^.*[/\\]tiny[/\\](model|flow)([/\\]|$)", r"tiny/\1\2", text)
 
 
 def _convert(name: str, text: str | list[str], kind: type):
@@ -794,94 +793,6 @@ class Run:
                 handle.seek(0)
                 size = handle.read().rfind(b"\n") + 1
             handle.truncate(size)
-
-
-class Rounds:
-    """The rounds of a run, or its steps: progress bar, clock, log, when to save, how to leave.
-
-        for step in rounds:                         # from the last checkpoint on
-            ...
-            rounds.end(record, "prompts", count, score, shown)
-            if rounds.due or rounds.ending:         # a checkpoint is; a signal came
-                rounds.save(rounds.take_score(), **state)
-    """
-
-    def __init__(self, run: Run, total: int, unit: str, config, calls: Calls, name: str):
-        self.run, self.processes = run, run.processes
-        self.total, self.unit, self.name = total, unit, name
-        self.config = config                # of which save_every, compile and profile count here
-        self.calls = calls                  # whose phases are logged
-        self.done = 0                       # how many are, in earlier processes too
-        self.saved = 0                      # of them, those in the newest checkpoint
-        self.bad = 0                        # how many in a row were not finite
-        self.recent: list[float] = []       # scores since the last checkpoint
-        self.took: list[float] = []         # seconds of each
-        self.started = time.perf_counter()
-
-    def restore(self, state: dict) -> None:
-        """Go on where a checkpoint ends."""
-        self.done = self.saved = state["step"]
-        self.bad = int(state.get("bad", 0))
-        self.recent = [float(score) for score in state.get("recent", [])]
-
-    def announce(self, what: str) -> None:
-        """Print what begins."""
-        if self.processes.main:
-            print(what, flush=True)
-
-    def __iter__(self) -> typing.Iterator[int]:
-        second = min(self.done + 1, self.total - 1)
-        with tqdm(total=self.total, initial=self.done, desc=self.name, unit=self.unit,
-                  disable=not self.processes.main) as self.progress:
-            for step in range(self.done, self.total):
-                self.started = time.perf_counter()
-                wanted = self.config.profile and self.processes.main and step == second
-                watch = profiled(self.run.folder, self.processes.device) if wanted else None
-                with watch or contextlib.nullcontext():
-                    yield step
-
-    def end(self, record: dict, things: str, count: int, score: float | None, shown: dict) -> None:
-        """Log `record` with its speed in `things` per second; decide whether to save, to leave."""
-        seconds = time.perf_counter() - self.started
-        self.done += 1
-        self.took.append(seconds)
-        phases = {phase: round(value, 3) for phase, value in self.calls.seconds().items()}
-        record |= {f"{things}_per_second": count / seconds, "seconds": phases,
-                   "eta_minutes": (self.total - self.done) * seconds / 60}
-        if self.processes.device.type == "cuda":
-            record["peak_memory_gb"] = torch.cuda.max_memory_allocated(self.processes.device) / 1e9
-        self.run.log(record)
-        self.progress.set_postfix(shown, refresh=False)
-        self.progress.update()
-        if self.config.compile is True and self.processes.main and len(self.took) == 2:
-            tqdm.write(f"compiling took about {max(self.took[0] - seconds, 0):.0f} s "
-                       f"(the first {self.unit} less the second)")
-        if score is not None:
-            self.recent.append(score)
-        self.due = (self.done == self.total
-                    or self.done % self.config.save_every == 0 and not self.bad)
-        self.ending = self.processes.any(bool(self.processes.stop))
-
-    def take_score(self) -> float | None:
-        """The mean score since the last checkpoint, where one is due; counted anew from here on."""
-        if not self.due or not self.recent:
-            return None
-        score = sum(self.recent) / len(self.recent)
-        self.recent = []
-        return score
-
-    def save(self, score: float | None, **state) -> None:
-        """Write a checkpoint of `state`; for every process."""
-        self.run.save(self.done, dict(state, recent=self.recent, bad=self.bad), score)
-        self.saved = self.done
-
-    def leave(self) -> typing.NoReturn:
-        """End this process early, with a signal's exit status: it is not finished."""
-        self.progress.close()
-        if self.processes.main:
-            tqdm.write(f"stopped after {self.done} of {self.total} {self.unit}s; "
-                       "the same command goes on from there")
-        sys.exit(128 + (self.processes.stop or signal.SIGTERM))
 
 
 def sha256(path: Path) -> str:

@@ -236,23 +236,24 @@ def fetch_parquet(source: str) -> Path:
 
 
 def preset_of(model: str) -> str:
-    """Whose settings fit a model: its own if it is tiny, sd15 or sdxl; else what its UNet is like.
+    """Whose settings fit a model: its own if it has a name here; else what its UNet is like.
 
     The UNet of a local folder or single file, that is; sd15 where that tells nothing. Raises
     InputError for a word that can name no model. Empty: no model is meant, only pictures scored.
     """
-    if model in ("tiny", "sd15", "sdxl"):
+    if model in ("tiny", "tiny-flow", "sd15", "sdxl"):
         return model
     if model and "/" not in model and not os.path.exists(model):
-        raise InputError(f"--model {model}: neither tiny, sd15 or sdxl, nor a file or folder here, "
-                         "nor a hub id of the form owner/name")
+        raise InputError(f"--model {model}: neither tiny, tiny-flow, sd15 or sdxl, nor a file or "
+                         "folder here, nor a hub id of the form owner/name")
     with contextlib.suppress(InputError, SafetensorError, OSError):     # loading will say why
         if model.endswith(".safetensors"):
             with safe_open(model, "pt") as file:
                 return "sdxl" if is_sdxl(file.keys()) else "sd15"
         unet = read_json(Path(model) / "unet/config.json")
         if unet == read_json(Path(__file__).parent / "tiny/model/unet/config.json"):
-            return "tiny"               # a merge, or a full fine-tune
+            noise = read_json(Path(model) / "scheduler/scheduler_config.json")  # of a merge, or a
+            return "tiny-flow" if "Flow" in str(noise) else "tiny"              # full fine-tune
         if unet.get("addition_embed_type") == "text_time":
             return "sdxl"
     return "sd15"

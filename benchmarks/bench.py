@@ -229,7 +229,7 @@ class Official:
         calls, clip = self.policy.calls, copy.deepcopy(self.task.clip).float()
         judge = Judge(
             clip, calls.wrap(self.draw, "decoding"), calls.wrap(clip.image_features, "scoring"),
-            chunk=self.config.sample_batch * self.config.k,         # a whole pool
+            self.config.sample_batch * self.config.k, self.policy.schedule,     # a whole pool
         )
         modules = [self.policy.unet.unet, self.reference.unet.unet, self.vae, clip]
         return Side(
@@ -243,17 +243,17 @@ class Official:
 
     def loss_of(self, steps: Steps) -> torch.Tensor:
         """Four forwards, of policy and reference, of winner and loser: losses [N]."""
-        schedule, config, t = self.policy.schedule, self.config, steps.t
+        schedule, config = self.policy.schedule, self.config
         ratios = []
         for place in (0, 1):
             x_t, densities = steps.x_t[:, place], []
             for pipe in (self.policy, self.reference):
                 with torch.set_grad_enabled(pipe is self.policy):
                     noise_pred = guided_noise(
-                        pipe, x_t, t, steps.cond, steps.uncond, config.guidance_scale
+                        pipe, x_t, steps.t, steps.cond, steps.uncond, config.guidance_scale
                     )
                 mean, std = ddim.step_gaussian(
-                    schedule, x_t, noise_pred, t, t - schedule.stride(config.steps), config.eta
+                    schedule, x_t, noise_pred, steps.t, steps.t_prev, config.eta
                 )
                 densities.append(ddim.log_prob(steps.x_next[:, place], mean, std))
             ratios.append(densities[0] - densities[1])
@@ -314,7 +314,7 @@ def our_side(task: Task, compiled: bool, small: TinyDecoder | None = None) -> Si
     dtype = pipe.vae.post_quant_conv.weight.dtype
     judge = Judge(
         clip, pipe.calls.wrap(lambda latents: draw(latents.to(dtype)).float(), "decoding"),
-        pipe.calls.wrap(features, "scoring"), config.decode_batch,
+        pipe.calls.wrap(features, "scoring"), config.decode_batch, pipe.schedule,
     )
     trainer = BareTrainer(pipe, task.empty, config)
     numbers = range(len(task.text))                     # in place of the prompts
@@ -487,7 +487,7 @@ def loss_difference(task: Task, sides: dict[str, Side]) -> float:
     config = replace(task.config, t_min=pool_timesteps(pipe, task.config)[0], j=1)  # one pool
     with torch.compiler.set_stance("force_eager"):
         pairs = sample(task, sides["eager"], slice(n), (0, "check"), config)
-        steps = take(pairs, list(range(n)), pipe, task.empty)
+        steps = take(pairs, list(range(n)), pipe, task.empty, config.steps)
         ours = spo_loss(*pair_log_ratios(pipe, steps, config), config.beta, config.clamp)
         theirs = sides["official"].loss_of(steps)
     difference = float((ours - theirs).abs().max())

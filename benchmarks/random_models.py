@@ -26,7 +26,8 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from clip_spm import CLIP, CLIPConfig, TowerConfig, clip_h
-from loading import SCHEDULER, SDXL_UNET, TEXT_G, TEXT_L
+from ddim import STABLE_DIFFUSION
+from loading import SDXL_UNET, TEXT_G, TEXT_L
 from training import generator, write_json
 from unet import UNet, UNetConfig
 from vae import VAE, VAEConfig
@@ -113,7 +114,7 @@ def write_model(kind: str, folder: Path, small: bool, device: torch.device) -> N
     write_json(folder / "model_index.json", dict(
         parts, _class_name=f"StableDiffusion{'XL' * (kind == 'sdxl')}Pipeline",
         force_zeros_for_empty_prompt=kind == "sdxl"))
-    write_json(folder / "scheduler/scheduler_config.json", SCHEDULER)
+    write_json(folder / "scheduler/scheduler_config.json", STABLE_DIFFUSION)
     name = "diffusion_pytorch_model"
     save(network(UNet, unet, device), asdict(unet), folder / "unet", name)
     save(network(VAE, vae, device), asdict(vae), folder / "vae", name)

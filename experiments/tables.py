@@ -3,7 +3,9 @@
     python experiments/tables.py 1              # 1 to 3 (rivals, GenEval); or 4 ... 9, "more"
     python experiments/tables.py all            # sized for a night on two cores
     python experiments/tables.py all --seeds 1  # one seed: several processes can share the work
-    python experiments/tables.py render         # only results/tables.md, from what has been run
+    python experiments/tables.py tune           # TUNING: ten runs for every method, three hours
+    python experiments/tables.py --again "k = 2" 0      # one arm's seed from nothing: the same?
+    python experiments/tables.py render         # tables and pictures, from what has been run
 
 Continues where it stopped: what results/tables.json holds is not run again. Take an entry out of it
 to have it measured anew.
@@ -17,6 +19,9 @@ Learning rates of the methods in Table 1: each of RATES, seed 100; the highest m
 training captions with other noise, at the budget of evaluations, wins, for every method alike. If
 the best lies at an end, the next one in that direction is tried too, at most two. PickScore is what
 a real user has; ground truth decides nothing.
+
+The table "tuned" goes further: every method has ten runs over three settings, one after the other,
+judged in the same way. Beta, clip range and timestep range start from the authors' own.
 """
 import fcntl
 import json
@@ -27,18 +32,19 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT)]
+sys.path[:0] = [str(ROOT), str(ROOT / "experiments")]
 import needs  # noqa: F401
 import torch
 
 import evaluate
+import figures
 from diffusion import decode, generate_latents, to_pil
 from loading import TINY, load_pipeline
 from metrics import load_metric
 from prompt_sets import read_prompts
 from spo_train import PRESETS
 from tiny import world
-from training import permutation, plain_parser, run_script, write_json, write_text
+from training import permutation, plain_parser, refuse, run_script, write_json, write_text
 
 SEEDS = (0, 1, 2)
 UPDATES, EVALUATIONS, MOST_ROUNDS = 60, 25_000, 60
@@ -56,6 +62,31 @@ METHODS = {
     "d3po": dict(script="baselines.py", method="d3po"),
     "diffusion-dpo": dict(OFFLINE, method="diffusion-dpo"),
     "mapo": dict(OFFLINE, method="mapo"),
+}
+# Written before any of these runs: where a method starts, then what is tried, setting by setting.
+# The best of the first row is kept while the second row is tried, and so on; ten runs each.
+FOUR_RATES = [dict(lr=lr) for lr in (1e-4, 4e-4, 1.6e-3, 6.4e-3)]
+MINIBATCHES = [dict(pairs_per_step=n) for n in (12, 48, 96)]           # all start from tiny's 24
+TUNING = {
+    "spo": (dict(beta=10.0, t_min=0, t_max=751), [
+        FOUR_RATES,
+        [dict(t_min=0, t_max=999), dict(t_min=251, t_max=751), dict(t_min=501, t_max=951)],
+        [dict(beta=beta) for beta in (1.0, 100.0, 1000.0)],
+    ]),
+    "ddpo": (dict(lr=4e-4), [
+        [dict(clip_range=c) for c in (1e-4, 1e-3, 1e-2, 1e-1)],
+        [dict(lr=lr) for lr in (1e-4, 1.6e-3, 6.4e-3)], MINIBATCHES,
+    ]),
+    "d3po": (dict(beta=0.1), [
+        FOUR_RATES, [dict(beta=beta) for beta in (1.0, 10.0, 100.0)], MINIBATCHES,
+    ]),
+    "diffusion-dpo": (dict(beta=5e3), [
+        FOUR_RATES, [dict(beta=beta) for beta in (5e2, 5e4, 5e5)], MINIBATCHES,
+    ]),
+    "mapo": (dict(beta=0.1), [
+        [dict(lr=lr) for lr in (1e-5, 1e-4, 4e-4, 1.6e-3)],
+        [dict(beta=beta) for beta in (0.01, 1.0, 10.0)], MINIBATCHES,
+    ]),
 }
 RANGES = ((0, 250), (0, 500), (0, 750), (0, 1000), (250, 750), (500, 750), (250, 500))
 ARMS = {            # options that differ from the demo's
@@ -83,6 +114,10 @@ TABLES = {          # title, arms, and the paper's own figures (SD-1.5; Table 7:
         "diffusion-dpo": (20.98, 25.05, 0.1115, 5.505),
         "spo": SPO,
     }),
+    "tuned": (
+        "Tables 1 and 2 again: ten tuning runs for every method",
+        [f"{method} tuned" for method in METHODS], {},
+    ),
     "4": (
         "Table 4: what the next step starts from",
         ["as the demo", "start from winner", "start from loser"], {
@@ -137,6 +172,8 @@ TABLES = {          # title, arms, and the paper's own figures (SD-1.5; Table 7:
 DEMO = "as the demo"
 CLAIMS = [
     *(("1", "spo", rival) for rival in ("ddpo", "d3po", "diffusion-dpo", "mapo")),
+    *(("tuned", "spo tuned", f"{rival} tuned")
+      for rival in ("ddpo", "d3po", "diffusion-dpo", "mapo")),
     ("4", DEMO, "start from winner"), ("4", DEMO, "start from loser"),
     ("5", DEMO, "SPM without step"), ("5", DEMO, "PickScore"),
     ("5", "SPM without step", "PickScore"),
@@ -237,6 +274,40 @@ class Judge:
         return out
 
 
+def choice_score(run: str, options: dict, judge: Judge) -> float:
+    """Mean PickScore on training captions, at the budget of evaluations: what choices go by."""
+    folder = train(run, options, RATE_SEED)
+    row = reach(read_log(folder), "evaluations", EVALUATIONS)
+    return average(judge(folder / f"loras/{row['round']:05d}", "choice")["pickscore"])
+
+
+def tune(method: str, judge: Judge) -> dict:
+    """The method's settings by the search that TUNING states; every score is kept."""
+    def score(options: dict) -> float:
+        name = " ".join(f"{key}={value:g}" for key, value in sorted(options.items()))
+        known = kept("tuning", method, "pickscore", name)
+        if known is None:
+            options = METHODS[method] | options
+            known = round(choice_score(f"{method} {name}", options, judge), 4)
+            keep(["tuning", method, "pickscore", name], known)
+        return known
+
+    best, rows = TUNING[method]
+    for row in rows:
+        before = [best] if row is not rows[0] else []
+        best = max([*before, *(best | change for change in row)], key=score)
+    keep(["tuning", method, "chosen"], best)
+    return best
+
+
+def options_of(name: str) -> dict:
+    """An arm's options that differ from the demo's; a method's are known once it was tuned."""
+    method = name.removesuffix(" tuned")
+    if name in METHODS:
+        return METHODS[name] | dict(lr=kept("rates", name, "chosen"))
+    return ARMS[name] if name in ARMS else METHODS[method] | kept("tuning", method, "chosen")
+
+
 def choose_rate(method: str, judge: Judge) -> float:
     """The method's learning rate by the stated procedure."""
     known = kept("rates", method)
@@ -244,9 +315,8 @@ def choose_rate(method: str, judge: Judge) -> float:
         return known["chosen"]
     scores, rates = {}, list(RATES)
     for rate in rates:                  # grows below
-        folder = train(f"{method} rate {rate:g}", dict(METHODS[method], lr=rate), RATE_SEED)
-        row = reach(read_log(folder), "evaluations", EVALUATIONS)
-        scores[rate] = average(judge(folder / f"loras/{row['round']:05d}", "choice")["pickscore"])
+        options = dict(METHODS[method], lr=rate)
+        scores[rate] = choice_score(f"{method} rate {rate:g}", options, judge)
         best = max(scores, key=scores.get)
         if len(scores) == len(rates) < 5 and best in (min(rates), max(rates)):
             rates.append(best * 4 if best == max(rates) else best / 4)
@@ -286,16 +356,11 @@ def tag_means(scores: dict[str, list[float]]) -> dict[str, float]:
     return {tag: round(average(v), 4) for tag, v in scores.items() if tag not in METRICS}
 
 
-def measure(
-    name: str, run: str, options: dict, seed: int, judge: Judge, shares: tuple[float, ...] = ()
-) -> None:
-    """Train one arm with one seed, judge it at both budgets, and keep the figures.
+def reading(folder: Path, judge: Judge, shares: tuple[float, ...] = ()) -> dict:
+    """What a run's LoRAs show at both budgets: {point: its round, its figures by metric}.
 
     With `shares` also at these of the evaluations, and on the GenEval set.
     """
-    if kept("arms", name, str(seed)):
-        return
-    folder = train(run, options, seed)
     log, base = read_log(folder), judge(None)
     points = {
         "updates": reach(log, "updates", UPDATES),
@@ -312,7 +377,30 @@ def measure(
         })
     if shares:
         record["geneval"] = tag_means(judge(loras["evaluations"], "geneval"))
-    keep(["arms", name, str(seed)], record)
+    return record
+
+
+def measure(
+    name: str, run: str, options: dict, seed: int, judge: Judge, shares: tuple[float, ...] = ()
+) -> None:
+    """Train one arm with one seed, judge it, and keep the figures, unless they are there."""
+    if not kept("arms", name, str(seed)):
+        keep(["arms", name, str(seed)], reading(train(run, options, seed), judge, shares))
+
+
+def again(name: str, seed: str) -> None:
+    """Train an arm's seed from nothing once more, and keep whether the figures are the same."""
+    first = kept("arms", name, seed)
+    if not first:
+        refuse(f"{name}, seed {seed}: not measured yet; run its table first")
+    folder = train(f"{name} again", options_of(name), int(seed))
+    record = reading(folder, Judge(), CURVE if "geneval" in first else ())
+    untimed = [{point: {k: v for k, v in row.items() if k != "seconds"}
+                for point, row in found.items()} for found in (first, record)]
+    keep(["again", name, seed], dict(
+        same=untimed[0] == untimed[1], date=time.strftime("%Y-%m-%d"), torch=torch.__version__,
+        figures=record,
+    ))
 
 
 def disagreement(judge: Judge, count: int = 4000) -> None:
@@ -455,7 +543,26 @@ def render() -> str:
         lines += markdown(title, header + last, rows)
         if number == "1":
             lines += render_more(results)
+        if number == "tuned":
+            lines += render_tuning(results)
+    for name, seeds in results.get("again", {}).items():
+        for seed, found in seeds.items():
+            same = "the same figures" if found["same"] else "other figures"
+            lines.append(f"\nRun again from nothing: {name}, seed {seed}: {same} "
+                         f"({found['date']}, torch {found['torch']}).")
     return "\n".join(lines) + "\n"
+
+
+def render_tuning(results: dict) -> list[str]:
+    """What every method tried and chose."""
+    rows = []
+    for method, found in results.get("tuning", {}).items():
+        tried = "; ".join(f"{name}: {score:.3f}" for name, score in found["pickscore"].items())
+        chosen = found.get("chosen", {})
+        words = " ".join(f"{key}={value:g}" for key, value in sorted(chosen.items()))
+        rows.append([method, words or "not done", tried])
+    return markdown("Ten tuning runs: mean PickScore on 128 training captions",
+                    ["method", "chosen", "tried"], rows)
 
 
 def put_verdicts(page: Path) -> None:
@@ -528,6 +635,75 @@ def render_geneval(results: dict, arms: dict[str, list[dict]]) -> list[str]:
     return markdown(title, ["model", *tags, "mean"], rows)
 
 
+def half_width(values: list[float]) -> float | None:
+    """Half of the 95 % interval of three seeds' mean; None with fewer."""
+    if len(values) < len(SEEDS):
+        return None
+    return STUDENT[len(values)] * standard_error(values)
+
+
+def gains_of(arms: dict, name: str, metric: str = "aesthetics") -> list[float]:
+    """The gains of an arm's seeds at equal evaluations; [] where none was run."""
+    seeds = arms.get(name, {})
+    return [seeds[s]["evaluations"][metric]["difference"] for s in sorted(seeds)]
+
+
+def pictures(results: dict) -> dict[str, str]:
+    """{file name: SVG} of the findings, from what results/tables.json holds."""
+    arms = results.get("arms", {})
+    if not arms:
+        return {}
+
+    def noise(metric: str) -> float:
+        errors = [seed["evaluations"][metric]["difference_standard_error"]
+                  for seeds in arms.values() for seed in seeds.values()]
+        return 1.96 * average(errors or [0.0])
+
+    bars = "Bars are 95 % intervals over three training seeds (Student's t)."
+    shares = [f"evaluations x {s:g}" for s in CURVE] + ["evaluations"]
+    lines = {}
+    for method in [m for m in METHODS if m in arms]:
+        lines[method] = [(0.0, 0.0, None)]
+        for share in shares:
+            at = [seed[share] for seed in arms[method].values()]
+            gains = [row["aesthetics"]["difference"] for row in at]
+            evaluations = average([row["evaluations"] for row in at])
+            lines[method].append((evaluations, average(gains), half_width(gains)))
+    rows = {title: [(name, gains_of(arms, name), half_width(gains_of(arms, name)))
+                    for name in names]
+            for number, (title, names, _) in TABLES.items()
+            if number != "1" and arms.keys() & set(names)}
+    plane, seen = {}, {"spo"} if DEMO in arms else set()        # the same run under two names
+    for title, names, _ in TABLES.values():
+        new = [name for name in names if name in arms and name not in seen]
+        seen.update(new)
+        if not new:
+            continue
+        plane[title.split(":")[0]] = [
+            (name, average(gains_of(arms, name)), 100 * average(gains_of(arms, name, "alignment")))
+            for name in new]
+    axis = "gain in true aesthetics over the base model (points of 0..10)"
+    return {
+        "curves.svg": figures.draw_curves(
+            "How much beauty does each method gain for its budget? (Table 1)", lines,
+            ("network evaluations spent (samples through the UNet)", axis),
+            [bars, "Judged on 256 held-out captions. Every method's learning rate was tuned."]),
+        "arms.svg": figures.draw_arms(
+            "Which choices matter? Every arm at equal network evaluations", rows,
+            average(gains_of(arms, DEMO) or [0.0]), axis,
+            [f"{bars} Hollow: one seed. Filled: the mean of three.",
+             "Verdicts compare arms seed by seed, so bars that overlap are no verdict.",
+             f"Without a bar: fewer than three seeds yet. Dashed: the mean of \"{DEMO}\"."]),
+        "alignment.svg": figures.draw_plane(
+            "Does beauty cost alignment? All arms at equal network evaluations", plane,
+            (axis, "change in pictures that show their caption (percentage points)"),
+            ["A point is an arm's mean over its seeds, judged on 256 pictures: one picture is 0.4 "
+             "points of alignment.", "Of one seed the pictures' own noise (95 %) is about "
+             f"± {noise('aesthetics'):.2f} in aesthetics and ± {100 * noise('alignment'):.1f} "
+             "points in alignment.", "Where arms crowd, not every one is named."], DEMO),
+    }
+
+
 def run(wanted: list[str], seeds: list[int], methods: list[str]) -> None:
     """Measure what is not there yet: the base, the labels, the rates, and the `wanted` tables."""
     judge = Judge()
@@ -536,33 +712,50 @@ def run(wanted: list[str], seeds: list[int], methods: list[str]) -> None:
     keep(["base geneval"], tag_means(judge(None, "geneval")))
     if not kept("labels"):
         disagreement(judge)
-    first = "1" in wanted or "rates" in wanted
-    rates = {method: choose_rate(method, judge) for method in methods if first}
-    for table in [table for table in wanted if table != "rates"]:
+    if {"1", "rates"} & set(wanted):
+        for method in methods:
+            choose_rate(method, judge)
+    if {"tuned", "tune"} & set(wanted):
+        for method in methods:
+            tune(method, judge)
+    for table in [table for table in wanted if table in TABLES]:
+        names = TABLES[table][1]
+        rivals = table in ("1", "tuned")
+        if rivals:
+            names = [name for name in names if name.removesuffix(" tuned") in methods]
         for seed in seeds:
-            for name in TABLES[table][1]:
-                if table != "1":
-                    measure(name, name, ARMS[name], seed, judge)
-                elif name in rates:
-                    options = dict(METHODS[name], lr=rates[name])
-                    same = name == "spo" and rates[name] == PRESETS["tiny"]["lr"]
-                    measure(name, "as the demo" if same else name, options, seed, judge, CURVE)
+            for name in names:
+                options = options_of(name)
+                same = name == "spo" and options["lr"] == PRESETS["tiny"]["lr"]
+                run_name = DEMO if same else name
+                measure(name, run_name, options, seed, judge, CURVE if rivals else ())
 
 
 def main() -> None:
     """Run the tables that the command line names, then render all."""
     parser = plain_parser(__doc__)
     methods = list(METHODS)
-    parser.add_argument("tables", nargs="+", choices=[*TABLES, "rates", "all", "render"])
+    parser.add_argument("tables", nargs="*", metavar="TABLE",
+                        help=", ".join([*TABLES, "rates", "tune", "all", "render"]))
+    parser.add_argument("--again", nargs=2, metavar=("ARM", "SEED"), help="from nothing: the same?")
     parser.add_argument("--seeds", nargs="+", type=int, choices=SEEDS, default=list(SEEDS))
-    parser.add_argument("--methods", nargs="+", choices=methods, default=methods, help="of table 1")
+    parser.add_argument("--methods", nargs="+", choices=methods, default=methods,
+                        help="of the tables 1 and tuned")
     given = parser.parse_args()
     wanted = list(TABLES) if "all" in given.tables else given.tables
-    if "render" not in wanted:
+    strange = set(wanted) - {*TABLES, "rates", "tune", "render"}
+    if strange or not (wanted or given.again):
+        refuse(f"{' '.join(strange) or 'no table'}: name tables among {', '.join(TABLES)}, rates, "
+               "tune, all, render")
+    if given.again:
+        again(*given.again)
+    elif "render" not in wanted:
         run(wanted, given.seeds, given.methods)
     text = render()
     write_text(RESULTS.parent / "tables.md", text)
     put_verdicts(PAGE)
+    for name, picture in pictures(kept() or {}).items():
+        write_text(RESULTS.parent / name, picture)
     print(text)
 
 

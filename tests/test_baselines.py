@@ -17,11 +17,12 @@ import gentle
 import lora
 import pairs
 import spo_train
-from baselines import BaselineConfig, advantages, d3po_as_spo, ddpo_loss, denoising_errors, density, diffusion_dpo_loss, mapo_loss
+from baselines import (BaselineConfig, advantages, d3po_as_spo, ddpo_loss, denoising_errors, density, diffusion_dpo_loss, group_advantages,
+                       mapo_loss, policy_round, policy_values)
 from conftest import assert_close, seeded
 from calls import Calls
 from diffusion import Conditioning, encode_empty, encode_prompts, guided_noise, judge_features, negative
-from loading import load_pipeline
+from loading import TINY, load_pipeline
 from evaluate import wear
 from finetune import Trainer
 from helpers import ALONE, PROMPTS, NoWaiting, bare_trainer, call, log_of, shell, together, turn_of, unpinned
@@ -53,6 +54,15 @@ def test_advantages_by_hand():
     assert_close(advantages(scores, 5.0), torch.tensor([(v - mean) / std for v in values]).float().view(3, 2))
     assert advantages(scores, 0.5).abs().max() == 0.5
     assert torch.equal(advantages(torch.ones(2, 2), 5.0), torch.zeros(2, 2))
+
+
+def test_group_advantages_by_hand():
+    """Each reward against its own prompt's; equal rewards say nothing."""
+    scores = torch.tensor([[1.0, 2.0, 6.0], [4.0, 4.0, 4.0]])
+    expected = (scores[0] - 3) / (7.0 ** 0.5 + 1e-4)
+    found = group_advantages(scores, 5.0)
+    assert_close(found[0], expected)
+    assert torch.equal(found[1], torch.zeros(3)) and group_advantages(scores, 0.5).abs().max() == 0.5
 
 
 def test_diffusion_dpo_loss_by_hand():
@@ -154,7 +164,7 @@ def test_ddpo_starts_at_ratio_one_and_raises_the_reward(sd, pickscore, prompts, 
     observers = [spo_train.Faults(judge), density(pipe.schedule, config)]
     for _ in range(3):                                      # the same round (same key) again: the first policy's trajectories are redrawn
         again = sampled(trainer, judge, d3po_as_spo(config), observers)
-        stats = baselines.ddpo_round(trainer, again, turn_of([0, 2, 5]), config)
+        stats = baselines.policy_round(trainer, again, turn_of([0, 2, 5]), config)
     assert stats["updates"] == 1 and trainer.rounds.bad == 0 and report(again, turn_of([0, 2, 5]), True)["not_finite"] == 0
     uncond, total = negative(pipe, cond, encode_empty(pipe)), 0.0
     with torch.no_grad():                                   # on the first trajectories: likelier where the advantage was positive
@@ -165,6 +175,57 @@ def test_ddpo_starts_at_ratio_one_and_raises_the_reward(sd, pickscore, prompts, 
                 log_ratio = ddim.log_prob(pairs.x_next[:, slot, place], mean, std) - pairs.notes["log_prob"][:, slot, place]
                 total += float((gain[:, place] * log_ratio).sum())
     assert total > 1e-4
+
+
+def test_flow_grpo_by_hand(sd, pickscore):
+    """All K trajectories of a prompt: the clipped surrogate with their own advantages, and the penalty, from the definition."""
+    trainer, judge, pairs, config = walked(sd, pickscore, "flow-grpo")
+    pipe, cond = trainer.pipe, pairs.cond
+    assert pairs.notes["x_t"].shape[:3] == pairs.notes["x_next"].shape[:3] == pairs.notes["log_prob"].shape == (3, 6, 3)
+    assert torch.equal(pairs.notes["x_t"][:, 1:], pairs.notes["x_next"][:, :-1])
+    gain = group_advantages(pairs.scores[:, 0], 5.0)
+    with torch.no_grad():
+        for name, p in pipe.unet.named_parameters():
+            if "lora_B" in name:
+                p.add_(0.05 * torch.randn(p.shape, generator=seeded(p.numel())))
+    uncond = negative(pipe, cond, encode_empty(pipe))
+    config = dataclasses.replace(config, clip_range=0.02)
+    slots = [0, 8, 15]                                      # of 3 x 6: (prompt, step) = (0, 0), (1, 2), (2, 3)
+    loss, margin, ratio, outside = policy_values(trainer, pairs, gain, slots, config)
+    for n, slot in enumerate(slots):
+        prompt, step = divmod(slot, 6)
+        t, parts = pipe.schedule.timesteps(6)[step], []
+        for which in range(3):
+            x_t, x_next = (pairs.notes[name][prompt, step, which][None] for name in ("x_t", "x_next"))
+            with torch.no_grad():
+                mean, std = ddim.step_gaussian(pipe.schedule, x_t, guided_noise(pipe, x_t, t, cond[[prompt]], uncond[[prompt]], 5.0), t, t - 166)
+                with lora.disabled(pipe.unet):
+                    ref, _ = ddim.step_gaussian(pipe.schedule, x_t, guided_noise(pipe, x_t, t, cond[[prompt]], uncond[[prompt]], 5.0), t, t - 166)
+            normal, reference = torch.distributions.Normal(mean, std), torch.distributions.Normal(ref, std)
+            r = (normal.log_prob(x_next).mean() - pairs.notes["log_prob"][prompt, step, which]).exp()
+            a = gain[prompt, which]
+            surrogate = -torch.min(a * r, a * r.clamp(0.98, 1.02))
+            parts.append((surrogate + 0.1 * torch.distributions.kl_divergence(normal, reference).mean(), r))
+        assert_close(loss[n].detach(), sum(p for p, _ in parts) / 3, 2e-5)
+        assert_close(ratio[n], sum(r for _, r in parts) / 3, 2e-5)
+    assert 0 < float(outside.detach().mean()) < 1 and loss.requires_grad
+
+
+def test_steps_of_a_flow_without_spread_are_not_trained(monkeypatch):
+    """The last step is walked by nobody; one with next to no spread is walked, but its ratio has no bounds."""
+    config = BaselineConfig(model="tiny-flow", method="flow-grpo", preset="tiny-flow", steps=4, dtype="fp32", lr=1e-3, beta=0.1, k=2, clip_range=0.1,
+                            reward=str(TINY / "pickscore"), guidance_scale=2.0)
+    walk = d3po_as_spo(config)
+    pipe, judge, observers = spo_train.prepare(walk, ALONE)
+    trainer = bare_trainer(pipe, config)
+    batch = dataclasses.replace(turn_of([0, 2, 5]), texts=["a red circle", "two cyan circles", "a blue square"])
+    pairs = spo_train.sample_round(trainer, judge, batch, walk, [*observers, density(pipe.schedule, config)])
+    assert pairs.timesteps == pytest.approx([1000.0, 667.0, 334.0]) and pairs.valid.all()
+    trainer.optimizer, seen = torch.optim.AdamW(lora.parameters(pipe.unet), lr=1e-3), []
+    monkeypatch.setattr(baselines, "policy_values", lambda trainer, pairs, gain, slots, config: seen.extend(slots) or policy_values(
+        trainer, pairs, gain, slots, config))
+    policy_round(trainer, pairs, batch, config)
+    assert sorted(seen) == [0, 1, 3, 4, 6, 7]               # 334 -> 1 has a spread of .001
 
 
 def test_evaluations_are_counted(sd, pickscore, prompts, tmp_path):
@@ -328,9 +389,9 @@ def test_a_microbatch_of_ddpo_never_waits_for_the_device(small, pickscore, monke
     pipe.device = pipe.unet.to(meta).conv_in.weight.device
     monkeypatch.setattr(baselines, "upload", unpinned)
     gain = torch.zeros(3, 2, device=meta)
-    baselines.ddpo_values(trainer, pairs, gain, [0, 4, 5], config)          # the table of the schedule is copied to a device once
+    baselines.policy_values(trainer, pairs, gain, [0, 4, 5], config)          # the table of the schedule is copied to a device once
     with NoWaiting():
-        baselines.ddpo_values(trainer, pairs, gain, [1, 7, 3], config)[0].sum().backward()
+        baselines.policy_values(trainer, pairs, gain, [1, 7, 3], config)[0].sum().backward()
 
 
 @pytest.mark.parametrize("method", ["ddpo", "mapo"])
@@ -380,7 +441,7 @@ def test_snapshots_stay(small, pickscore, prompts, tmp_path):
 def test_what_cannot_be_trained_is_refused(sd, pickscore, pictures, prompts, tmp_path):
     done = shell("baselines.py", "--method", "mapo", "--model", sd, "--out", tmp_path / "a", check=False)       # as a user runs it
     assert done.returncode == 2 and "--pairs" in done.stderr and "Traceback" not in done.stderr
-    with pytest.raises(InputError, match="choose one of ddpo, d3po"):
+    with pytest.raises(InputError, match="choose one of ddpo, flow-grpo, d3po"):
         call("baselines", "--method", "dpo", "--model", sd, "--out", tmp_path / "b")
     with pytest.raises(InputError, match="--clip_range -1.0: must be above 0"):
         call("baselines", "--method", "ddpo", "--clip_range", -1)

@@ -165,7 +165,7 @@ def test_keys_and_values_are_computed_once_a_walk(request, spm, model, k):
         for m in one.unet.modules():
             if isinstance(m, Attention) and m.to_k.weight.shape[1] == pipe.unet.config.cross_attention_dim:
                 m.to_k.register_forward_hook(lambda *_: calls.append(1))
-        judge = Judge(clip, lambda x, pipe=one: decode(pipe, x), clip.image_features, 64)
+        judge = Judge(clip, lambda x, pipe=one: decode(pipe, x), clip.image_features, 64, one.schedule)
         found.append((walks(one, judge, k), len(calls)))
     layers = sum(name.endswith("attn2") for name, _ in other.unet.named_modules())
     assert found[1][1] == 3 * layers and found[0][1] == 3 * 6 * layers
@@ -234,8 +234,8 @@ def test_a_larger_batch_accumulates_the_same_gradients(request):
         config = SPOConfig(steps=6, k=2, t_min=1, t_max=751, train_batch=batch, pairs_per_step=6, clamp=0, beta=0.1)
         trainer = bare_trainer(pipe, config, torch.optim.SGD(lora.parameters(pipe.unet), lr=1.0))
         cond = encode_prompts(pipe, PROMPTS[:2])
-        clip = SimpleNamespace(score=lambda features, text: features.mean(-1), config=SimpleNamespace(vision=SimpleNamespace(image_size=16)))
-        judge = Judge(clip, lambda x: decode(pipe, x), lambda pixels, t: pixels.flatten(1), 8)
+        clip = SimpleNamespace(score=lambda features, text: features.mean(-1), config=SimpleNamespace(vision=SimpleNamespace(image_size=16), flow=False))
+        judge = Judge(clip, lambda x: decode(pipe, x), lambda pixels, t: pixels.flatten(1), 8, pipe.schedule)
         batch = Batch(cond, negative(pipe, cond, trainer.empty), torch.zeros(2, 1), [generator(0, i) for i in (0, 1)])
         pairs = collect(sample_pools(pipe, judge, batch, config))
         pairs.valid[:], pairs.cond = True, cond

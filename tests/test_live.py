@@ -11,7 +11,6 @@ import pytest
 from huggingface_hub import ModelCard
 
 import card
-import finetune
 import report
 import spo_train
 import tracking
@@ -34,27 +33,33 @@ def words(small, spm, prompts):
     return ("spo_train", "--model", small, "--spm", spm, "--prompts", prompts, *BASE)
 
 
-def stopped(words, monkeypatch, done: int) -> None:
-    """The same run, which a SIGTERM ends after `done` rounds."""
-    real = finetune.Trainer.track
+@pytest.fixture
+def judging():
+    """A training of the tiny judge, of seconds."""
+    return ("spm_train", "--steps", 3, "--count", 16, "--validation", 4, "--batch", 4, "--micro_batch", 4, "--step_blind", "false", "--save_every", 1)
 
-    def track(trainer, step, record):
-        real(trainer, step, record)
-        if step == done:
+
+def stopped(words, monkeypatch, done: int) -> None:
+    """The same run, which a SIGTERM ends after `done` rounds or steps."""
+    real = training.Run.log
+
+    def log(run, record):
+        real(run, record)
+        if len(run.read_log()) == done:
             os.kill(os.getpid(), signal.SIGTERM)
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr(finetune.Trainer, "track", track)
+        patch.setattr(training.Run, "log", log)
         call(*words)
 
 
 # --track
 
 @pytest.mark.parametrize("name", ["tensorboard", "wandb"])
-@pytest.mark.parametrize("script", ["spo_train", "baselines"])
+@pytest.mark.parametrize("script", ["spo_train", "baselines", "spm_train"])
 def test_a_missing_tracker_is_one_line_before_anything_is_loaded(script, name, prompts, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, tracking.MODULES[name], None)
-    method = ("--method", "ddpo") if script == "baselines" else ()
-    done = command(script, "--model", tmp_path / "nowhere", "--prompts", prompts, "--track", name, *method, "--out", tmp_path / "run")
+    own = dict(spo_train=("--prompts", prompts), baselines=("--prompts", prompts, "--method", "ddpo"), spm_train=())[script]
+    done = command(script, "--model", tmp_path / "nowhere", *own, "--track", name, "--out", tmp_path / "run")
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and f"pip install {name}" in done.stderr
     assert not (tmp_path / "run").exists()
 
@@ -145,6 +150,37 @@ def test_wandb_is_told_the_same_and_knows_a_resumed_run(words, tmp_path, monkeyp
     assert done.returncode == 2 and "WANDB_MODE=offline" in done.stderr.splitlines()[-1]
 
 
+def test_the_judges_training_is_shown_too(judging, tmp_path, monkeypatch):
+    """Its page and its tracker, stopped and resumed; steps instead of rounds, no pictures, advice of its own."""
+    monkeypatch.setitem(sys.modules, tracking.MODULES["tensorboard"], SimpleNamespace(SummaryWriter=Writer))
+    monkeypatch.setattr(Writer, "told", [])
+    words, page = (*judging, "--track", "tensorboard", "--out", tmp_path / "run"), tmp_path / "run/report.html"
+    mine = signal.getsignal(signal.SIGTERM)
+    stopped(words, monkeypatch, 1)
+    text = page.read_text(encoding="utf-8")
+    assert "run: step 1 of 3" in text and "stopped" in text and "refresh" not in text and Writer.told[-1] == "close" and signal.getsignal(signal.SIGTERM) is mine
+    first = len(Writer.told)
+    call(*words)
+    told, rows, text = Writer.told, log_of(tmp_path / "run"), page.read_text(encoding="utf-8")
+    assert told[0][2] == 1 and told[first][2] == 2 and told[-1] == "close" and not any(entry[0] == "samples" for entry in told)
+    assert [entry[1:] for entry in told if entry[0] == "accuracy"] == [(pytest.approx(row["accuracy"], rel=1e-4), i + 1) for i, row in enumerate(rows)]
+    assert "run: step 3 of 3" in text and "finished" in text and "Unreadable pairs so far: 0." in text and "validation_score" not in text
+    assert [re.search('aria-label="(.*?):', chart)[1] for chart in text.split("<svg")[1:]] == ["accuracy", "loss", "grad_norm"] and ">step<" in text
+
+
+def test_the_page_is_written_anew_every_half_minute(words, tmp_path, monkeypatch):
+    """Between checkpoints and grids, too."""
+    pages, real = [], tracking.write_live
+    monkeypatch.setattr(tracking, "write_live", lambda folder, rows, *args: (pages.append(len(rows)), real(folder, rows, *args)))
+    words = (*words, "--grid_every", 0, "--rounds", 4, "--save_every", 9)
+    call(*words, "--out", tmp_path / "run")
+    assert pages == [0, 4, 4]
+    pages.clear()
+    monkeypatch.setattr(tracking, "OFTEN", 0)
+    call(*words, "--out", tmp_path / "often")
+    assert pages == [0, 1, 2, 3, 4, 4]
+
+
 def test_tensorboards_own_files(tmp_path):
     """The real package, where it is installed; its threads end with the run."""
     pytest.importorskip("tensorboard")
@@ -165,12 +201,12 @@ def test_tensorboards_own_files(tmp_path):
 
 def test_the_page_follows_a_training(words, tmp_path, monkeypatch):
     """Written from round 0 on; it loads itself again while the run goes on, not after it has stopped or ended."""
-    pages, real = [], finetune.write_live
+    pages, real = [], tracking.write_live
 
     def keep(folder, *args):
         real(folder, *args)
         pages.append((folder / "report.html").read_text(encoding="utf-8"))
-    monkeypatch.setattr(finetune, "write_live", keep)
+    monkeypatch.setattr(tracking, "write_live", keep)
     words = (*words, "--grid_every", 2, "--rounds", 3, "--out", tmp_path / "run")
     stopped(words, monkeypatch, 1)
     heads = [re.search("<h1>(.*)</h1>", page)[1] for page in pages]
@@ -191,12 +227,12 @@ def test_a_signal_while_pictures_are_drawn_leaves_nothing_behind(words, tmp_path
     """The page says that it stopped, the tracker is closed, the signals are the caller's again, before the process leaves."""
     monkeypatch.setitem(sys.modules, tracking.MODULES["tensorboard"], SimpleNamespace(SummaryWriter=Writer))
     monkeypatch.setattr(Writer, "told", [])
-    mine, seen, leave = signal.getsignal(signal.SIGTERM), [], training.Rounds.leave
+    mine, seen, leave = signal.getsignal(signal.SIGTERM), [], tracking.Rounds.leave
 
     def leaving(rounds):
         seen.append((signal.getsignal(signal.SIGTERM), Writer.told[-1], (tmp_path / "run/report.html").read_text(encoding="utf-8")))
         leave(rounds)
-    monkeypatch.setattr(training.Rounds, "leave", leaving)
+    monkeypatch.setattr(tracking.Rounds, "leave", leaving)
     monkeypatch.setattr(spo_train, "sample_pools", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     with pytest.raises(SystemExit) as caught:
         call(*words, "--rounds", 2, "--grid_every", 0, "--track", "tensorboard", "--out", tmp_path / "run")
@@ -210,14 +246,23 @@ def test_advice_by_hand():
             dict(round=2, ratio_win=1.25, ratio_lose=0.75, margin=None)]
     assert [words.split(":")[0] for words in report.advice(rows, dict(beta=10.0))] == ["validation_score 1, 0.5 at the start", "ratio_win 1.25, ratio_lose 0.75"]
     assert report.advice([], {}) == []
+    assert [report.time_left(minutes) for minutes in (0.2, 99, 100, 1500)] == ["about 0 minutes", "about 99 minutes", "about 1.7 hours", "about 25.0 hours"]
 
 
 def test_the_page_without_pictures_or_with_a_strange_name(tmp_path):
     folder = tmp_path / "a <b> & c"
     folder.mkdir()
-    report.write_live(folder, [dict(round=1, score=1.0, eta_minutes=None)], 2, True, dict(model="<x>"))
+    report.write_live(folder, [dict(round=1, score=1.0, eta_minutes=None)], 2, "round", True, dict(model="<x>"))
     page = (folder / "report.html").read_text(encoding="utf-8")
-    assert "a &lt;b&gt; &amp; c: round 1 of 2" in page and "<x>" not in page and "<figure class=\"sheet\">" not in page
+    assert "a &lt;b&gt; &amp; c: round 1 of 2" in page and "<x>" not in page and "<figure class=\"sheet\">" not in page and "What to watch" not in page
+
+
+def test_a_long_curve_is_thinned():
+    """401 points to 134: means of three neighbours, each at their last x; the last of two. 200 points stay."""
+    line = report.thinned([(x, float(x)) for x in range(1, 402)])
+    assert len(line) == 134 and line[:2] == [(3, 2.0), (6, 5.0)] and line[-1] == (401, 400.5)
+    short = [(x, float(x)) for x in range(200)]
+    assert report.thinned(short) == short
 
 
 def test_the_first_point_of_the_curve_is_the_base():
@@ -242,7 +287,7 @@ def test_the_card_of_a_run(trained, small):
     assert data.get("inference") == dict(parameters=dict(guidance_scale=5.0, num_inference_steps=4)) and data.base_model is None and data.license is None
     assert re.findall(r"!\[.*\]\((.*)\)", page.text) == ["samples-00000.png", "samples-00002.png"]
     for words in (f"| 0 | {rows[0]['validation_score_at_start']:.4f} |", f"| 2 | {rows[1]['validation_score']:.4f} |", "strength_model 1", "<lora:lora_kohya:1>",
-                  "guidance_scale=5,", "| k | 2 |", "| prompts | prompts.txt |"):
+                  "guidance_scale=5,", "| k | 2 |", "| prompts | prompts.txt |", "FOLDER/OF/small", "`best/` holds"):
         assert words in page.text, words
     assert str(small.parent) not in str(page) and str(trained.parent) not in str(page)
     from diffusers import StableDiffusionPipeline
@@ -268,7 +313,8 @@ def test_base_and_licence(model, base, license, tmp_path):
     card.write_card(tmp_path)
     page = ModelCard.load(tmp_path / "README.md")
     assert (page.data.base_model, page.data.license, page.data.get("base_model_relation")) == (base, license, base and "adapter")
-    assert "/home/me" not in str(page) and f'from_pretrained("{base or ("tiny/model" if model == "tiny" else "mine")}"' in page.text
+    assert "/home/me" not in str(page) and f'from_pretrained("{base or ("tiny/model" if model == "tiny" else "FOLDER/OF/mine")}"' in page.text
+    assert ("not on the Hub" in page.text) == (base is None) and ("ComfyUI and A1111 do not know it" in page.text) == (model == "tiny") and "`best/`" not in page.text
 
 
 def test_the_card_tells_evaluations_and_stays_its_owners(trained):

@@ -8,10 +8,12 @@ import shutil
 
 import pytest
 import scipy.stats
+import torch
 from PIL import Image
 
 import report
 import study
+from diffusion import grid
 from evaluate import compare
 from helpers import PROMPTS, call
 from weights import InputError
@@ -104,8 +106,9 @@ def evaluated(tmp_path_factory):
          "--out", folder / "run", "--lr", 0.05)
     lora = f"spo={folder / 'run'}"
     call("evaluate", "--trace", PROMPTS[0], "--lora", lora, "--out", folder / "out")
-    call("evaluate", "--lora", "base=", lora, "--prompts", prompts, "--metrics", "pickscore", "--steps", 2, "--images_per_prompt", 2,
-         "--out", folder / "out", "--curves", lora, "--study", folder / "study.html", "--seed", 3)
+    told = call("evaluate", "--lora", "base=", lora, "--prompts", prompts, "--metrics", "pickscore", "--steps", 2, "--images_per_prompt", 2,
+                "--out", folder / "out", "--curves", lora, "--study", folder / "study.html", "--seed", 3)
+    (folder / "told.txt").write_text(told)
     return folder
 
 
@@ -120,6 +123,8 @@ def test_report_holds_everything_and_needs_nothing(evaluated):
     assert data["found"] == results and page.count("<svg") == len(report.CURVES)
     order = [page.index(part) for part in ("<h1>spo against base</h1>", 'class="lead"', 'id="hero"', 'id="numbers"', 'id="curves"', 'id="trajectories"',
                                            'id="pictures"', "<details><summary")]
+    sentence, where = (evaluated / "told.txt").read_text().splitlines()[-2:]        # what the command ends with
+    assert [sentence] == report.summary(results) and where.startswith(f"open {evaluated / 'out/report.html'};")
     assert order == sorted(order) and re.search(r"tiny · \d{4}-\d\d-\d\d · 4 prompts", page)
 
 
@@ -241,6 +246,27 @@ def test_slider_compares_two_models_on_one_picture(three, browser, width):
     assert browser.find_element(By.ID, "zoom-prompt").text == data["rows"][3]["prompt"]
     browser.find_element(By.ID, "close").click()
     assert not zoom.is_displayed()
+
+
+def test_the_page_of_a_training_on_a_desktop_and_on_a_phone(tmp_path, browser):
+    """Base and newest samples beside each other, or below; no sideways scrolling, nothing cut, not even a long number at an axis; running and finished."""
+    from selenium.webdriver.common.by import By
+    for done in (0, 3):
+        grid(torch.rand(16, 3, 64, 64), 4, captions=["a rather long prompt that has to be broken"] * 16).save(tmp_path / f"samples-{done:05d}.png")
+    rows = [dict(round=i, eta_minutes=300.0, margin=-1.2345e-4 * i, validation_score=float(i), validation_score_at_start=0.5) for i in (1, 2, 3)]
+    seen = set()
+    for running, state in ((True, "running, about 5.0 hours left"), (False, "finished; README.md")):
+        report.write_live(tmp_path, rows, 3, "round", running, dict(model="m" * 90, beta=10.0))
+        for width, dark in ((1280, False), (1280, True), (360, True), (360, False)):
+            look(browser, tmp_path / "report.html", width, dark)
+            assert overflow(browser) <= 0 and browser.find_element(By.CLASS_NAME, "lead").text.startswith(state)
+            assert lefts(browser, ".sheet") == ([2] if width == 1280 else [1, 1])
+            assert all(browser.execute_script("return [...document.images].map(i => i.width >= 0.7 * i.parentElement.clientWidth && i.width > 200)"))
+            cut = "const box = t.closest('.chart').getBoundingClientRect(), own = t.getBoundingClientRect(); return own.left < box.left || own.right > box.right"
+            assert browser.execute_script(f"return [...document.querySelectorAll('svg text')].filter(t => {{ {cut} }}).length") == 0
+            assert browser.execute_script("return getComputedStyle(document.querySelector('svg')).overflow") == "visible"
+            seen.add((dark, *colours(browser)))
+    assert len(seen) == 2
 
 
 def test_report_of_one_model_and_of_no_pictures(tmp_path, browser):

@@ -307,7 +307,7 @@ def ratios_of(parts, pairs, slot: int, t: int, shared: bool):
     """Log-ratios of all prompts at one slot, through the function under test."""
     pipe, judge, config, cond, uncond, text = parts
     apart = torch.arange(0 if shared else 7)
-    steps = Steps(pairs.x_t[:, slot], pairs.x_next[:, slot], torch.full((7,), t), apart, cond, uncond)
+    steps = Steps(pairs.x_t[:, slot], pairs.x_next[:, slot], torch.full((7,), t), torch.full((7,), t - 1000 // config.steps), apart, cond, uncond)
     return spo_train.pair_log_ratios(pipe, steps, config)
 
 
@@ -621,7 +621,7 @@ def test_a_model_of_ones_own_gets_the_settings_of_its_kind(sd, sdxl, tmp_path):
         small = fit_memory(parse(*low), spo_train.PRESETS, torch.device("cpu"), low)
         assert small.preset == want and small.train_batch == LOW.get(want, LOW[""])["train_batch"]
         assert {"tiny": "tiny/model/spm", "sd15": "sd-v1-5_step", "sdxl": "/sdxl_step"}[want] in judge_source(config.model, config.preset, config.judge)
-    with pytest.raises(InputError, match="--preset mine: choose one of tiny, sd15, sdxl"):
+    with pytest.raises(InputError, match="--preset mine: choose one of tiny, tiny-flow, sd15, sdxl"):
         parse("--preset", "mine")
 
 

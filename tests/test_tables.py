@@ -2,13 +2,17 @@
 import json
 import math
 import sys
+from xml.etree import ElementTree
 
 import pytest
 from scipy import stats
 
 from helpers import ROOT
+from weights import InputError
 
 sys.path.insert(0, str(ROOT / "experiments"))
+import figures  # noqa: E402
+import overoptimization  # noqa: E402
 import tables  # noqa: E402
 
 
@@ -102,7 +106,8 @@ def test_every_arm_is_a_command_that_the_trainers_understand():
     import baselines
     import spo_train
     from training import parse_options
-    for options in [*tables.METHODS.values(), *tables.ARMS.values()]:
+    tuned = [tables.METHODS[m] | start | change for m, (start, rows) in tables.TUNING.items() for row in rows for change in row]
+    for options in [*tables.METHODS.values(), *tables.ARMS.values(), *tuned]:
         module = baselines if options.get("script") == "baselines.py" else spo_train
         words = [w for k, v in options.items() if k != "script" for w in (f"--{k}", str(v))]
         kind = baselines.BaselineConfig if module is baselines else spo_train.SPOConfig
@@ -111,7 +116,7 @@ def test_every_arm_is_a_command_that_the_trainers_understand():
             spo_train.check(config)
             assert spo_train.pool_groups([951 - 50 * i for i in range(20)], config.t_min, config.t_max, config.j)
     for number, (_, names, _) in tables.TABLES.items():
-        assert set(names) <= set(tables.METHODS if number == "1" else tables.ARMS)
+        assert {name.removesuffix(" tuned") for name in names} <= set(tables.METHODS if number in ("1", "tuned") else tables.ARMS)
 
 
 def test_what_is_there_is_not_run_again(results, monkeypatch):
@@ -120,3 +125,118 @@ def test_what_is_there_is_not_run_again(results, monkeypatch):
     tables.keep(["rates", "spo"], dict(chosen=4e-4))
     tables.measure("a", "a", {}, 0, None)
     assert tables.choose_rate("spo", None) == 4e-4 and tables.kept("arms", "a", "1") is None
+
+
+@pytest.mark.parametrize("method", tables.METHODS)
+def test_every_method_has_ten_tuning_runs_and_keeps_the_best_of_each_setting(results, monkeypatch, method):
+    """The score rises along every row of TUNING, so the last of each is chosen; nothing is run twice."""
+    start, rows = tables.TUNING[method]
+    worth = {json.dumps(change, sort_keys=True): i + 1 for row in rows for i, change in enumerate(row)}
+    runs = []
+
+    def score(run, options, judge):
+        runs.append(run)
+        return float(sum(worth[json.dumps(c, sort_keys=True)] for row in rows for c in row if c.items() <= options.items()))
+
+    monkeypatch.setattr(tables, "choice_score", score)
+    wanted = dict(start)
+    for row in rows:
+        wanted |= row[-1]
+    assert tables.tune(method, None) == wanted and len(runs) == len(set(runs)) == 10
+    assert tables.tune(method, None) == wanted and len(runs) == 10          # what is kept is not run again
+    assert tables.options_of(f"{method} tuned") == tables.METHODS[method] | wanted
+    assert method in "".join(tables.render_tuning(tables.kept()))
+
+
+def test_an_arm_that_is_run_again_is_compared_with_its_first_run(results, monkeypatch):
+    point = dict(round=3, seconds=9.0, aesthetics=dict(difference=2.0))
+    tables.keep(["arms", "k = 2", "0"], dict(updates=point))
+    monkeypatch.setattr(tables, "Judge", lambda: None)
+    monkeypatch.setattr(tables, "train", lambda run, options, seed: (run, options, seed))
+    for found, same in ((dict(point, seconds=8.0), True), (dict(point, aesthetics=dict(difference=1.9)), False)):
+        monkeypatch.setattr(tables, "reading", lambda folder, judge, shares, found=found: {"k = 2 again": dict(updates=found)}[folder[0]])
+        tables.again("k = 2", "0")
+        assert tables.kept("again", "k = 2", "0")["figures"] == dict(updates=found) and tables.kept("again", "k = 2", "0")["same"] == same
+    with pytest.raises(InputError, match="k = 2, seed 1: not measured yet"):
+        tables.again("k = 2", "1")
+
+
+SMALL = {name: {s: {p: dict(evaluations=e, updates=60, **{m: dict(difference=d + 0.1 * int(s), difference_standard_error=0.05) for m in tables.METRICS})
+                    for p, e in (("evaluations x 0.25", 6000), ("evaluations x 0.5", 12_500), ("evaluations", 25_000))} for s in "012"}
+         for name, d in (("spo", 2.0), ("ddpo", 0.0), ("as the demo", 2.0), ("k = 2", 1.0))}
+
+
+def coordinates(svg: str, tag: str) -> list[tuple[float, float]]:
+    found = [e for e in ElementTree.fromstring(svg).iter() if e.tag.endswith(tag)]
+    return [(float(e.get("cx")), float(e.get("cy"))) for e in found]
+
+
+def test_a_picture_by_hand():
+    """Table 1's last point of SPO, and an arm's mean in the picture of all arms."""
+    pictures = tables.pictures(dict(arms=SMALL))
+    half = 4.303 * 0.1 / 3 ** 0.5                          # of gains 2.0, 2.1, 2.2
+    ends = (0.1 - half, 2.1 + half)                         # ddpo's interval is as wide, about 0.1
+    low, high = ends[0] - 0.06 * (ends[1] - ends[0]), ends[1] + 0.06 * (ends[1] - ends[0])
+    x, y = 60 + 520 * 25_000 / 25_500, 370 - (370 - 66) * (2.1 - low) / (high - low)
+    assert any(abs(a - x) < 0.06 and abs(b - y) < 0.06 for a, b in coordinates(pictures["curves.svg"], "circle"))
+    ends = (0.0, 2.1 + half)
+    x = 190 + (700 - 24 - 190) * (1.1 + 0.03 * ends[1]) / (1.06 * ends[1])      # k = 2: 1.0, 1.1, 1.2
+    assert any(abs(a - x) < 0.06 for a, _ in coordinates(pictures["arms.svg"], "circle"))
+    assert all(">k = 2</text>" in pictures[name] for name in ("arms.svg", "alignment.svg"))
+    assert figures.ticks(0.0, 2.4) == pytest.approx([0, 0.5, 1, 1.5, 2]) and figures.apart([5, 3, 40], 10) == [13, 3, 40]
+
+
+def test_tables_and_pictures_are_those_of_the_json():
+    """`render` writes the committed files again, byte for byte."""
+    folder, results = tables.RESULTS.parent, tables.kept()
+    assert tables.render() == (folder / "tables.md").read_text(encoding="utf-8")
+    for name, picture in tables.pictures(results).items():
+        assert picture == (folder / name).read_text(encoding="utf-8"), name
+        assert name in tables.PAGE.read_text(encoding="utf-8"), "the page shows it"
+
+
+def test_the_page_is_short_and_its_effect_is_that_of_effect_md():
+    page, effect = tables.PAGE.read_text(encoding="utf-8"), (tables.RESULTS.parent / "effect.md").read_text(encoding="utf-8")
+    assert len(page.split()) <= 1800
+    rows = [line for line in page.splitlines() if line.startswith("| SPO, seed")]
+    assert len(rows) == 3
+    for row in rows:
+        cells = [cell.strip() for cell in row.strip("|").split("|")]
+        assert any(all(f"| {cell} |" in line for cell in cells) for line in effect.splitlines()), row
+
+
+def test_nothing_makes_no_picture_and_every_picture_is_xml():
+    assert tables.pictures({}) == {}
+    for svg in tables.pictures(tables.kept()).values():
+        assert ElementTree.fromstring(svg).get("viewBox").startswith("0 0 700 ")
+
+
+def test_harm_and_alarm_by_hand():
+    over = overoptimization
+    assert over.alarm([3, 2, 2, 2, 2, 2], None) == 6 and over.alarm([1, 2, 3, 2.9, 2.8, 2.7, 2.6, 2.5], None) == 8 and over.alarm([1, 2, 3, 2, 2, 2, 2, 3.1, 2, 2], None) is None
+    assert over.alarm([1.0, 1.03, 1.01, 1.01, 1.05], 1.02) == 5 and over.alarm([1.02] * 9, 1.02) is None
+    base = dict(alignment=0.98, aesthetics=7.0)
+
+    def truth(*rows):
+        return {str(2 * i + 2): dict(alignment=a, aesthetics=b) for i, (a, b) in enumerate(rows)}
+
+    assert over.harm(truth((0.98, 8), (0.95, 8.5), (0.98, 9), (0.96, 9.2), (0.955, 9.2)), base) == 8        # one alone is no harm
+    assert over.harm(truth((0.98, 8), (0.98, 9), (0.98, 8.9), (0.98, 8.85)), base) == 6 and over.harm(truth((0.98, 9)), base) is None
+    assert [over.told(*pair) for pair in ((None, 8), (3, None), (9, 8), (8, 8), (4, 14), (3, 14))] == [
+        "silent", "3: false alarm", "9: too late", "8: in time", "4: in time", "3: too early"]
+
+
+def test_the_first_signal_is_in_time_with_every_seed():
+    over = overoptimization
+    rounds = range(1, 41)
+    log = {name: [0.0] * 40 for name in over.SIGNALS} | dict(
+        ratio_win=[1.0 + 0.001 * n for n in rounds], validation_score=[-abs(n - 18) for n in rounds], score=list(rounds), validation_pickscore=list(rounds))
+    truth = {str(n): dict(alignment=0.98 if n < 26 else 0.9, aesthetics=9.0) for n in rounds if n % 2 == 0}
+    record = dict(base=dict(alignment=0.98, aesthetics=7.0), seeds={s: dict(log=log, truth=truth) for s in "012"})
+    text = over.render(record)
+    assert "| **harm begins** |  | 26 | 26 | 26 |" in text and "| `validation_score` | no new best for 5 rounds | 23: in time" in text
+    svg = over.picture(record)
+    assert svg.count("stroke-dasharray") == 3 * 6 and svg.count(">round</text>") == 6           # six panels, three seeds
+    assert "First, and in time with every seed: `ratio_win`, on average 4 rounds" in text      # mean of 21, 22, 23 is 1.022: 22
+    record["seeds"]["1"] = dict(record["seeds"]["1"], truth={k: dict(v, alignment=0.98) for k, v in truth.items()})
+    assert "No signal is in time with every seed." in over.render(record)

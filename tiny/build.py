@@ -28,7 +28,14 @@ from tqdm import tqdm
 import ddim
 from clip_spm import CLIP, CLIPConfig, preference_loss, preprocess_decoded
 from diffusion import generate
-from loading import TINY, first_tokenizer, load_clip, load_pipeline
+from loading import (
+    TINY,
+    first_tokenizer,
+    load_clip,
+    load_pipeline,
+    part_of,
+    read_schedule,
+)
 from pairs import Pairs
 from spm_train import PRESETS, Setting, SPMConfig, accuracy_table
 from tiny import world
@@ -56,6 +63,7 @@ SCHEDULER_CONFIG = dict(
     num_train_timesteps=1000, set_alpha_to_one=False, clip_sample=False, steps_offset=1,
     prediction_type="epsilon", timestep_spacing="leading",
 )
+FLOW_SCHEDULER_CONFIG = dict(_class_name=ddim.FLOW, num_train_timesteps=1000, shift=1.0)
 MODEL_INDEX = dict(
     _class_name="StableDiffusionPipeline", feature_extractor=[None, None],
     safety_checker=[None, None], image_encoder=[None, None], requires_safety_checker=False,
@@ -340,6 +348,39 @@ def build_joint(out: Path, device: torch.device, seed: int) -> None:
     check_unet(out, device, least=0.8)
 
 
+def build_flow(out: Path, device: torch.device, seed: int) -> None:
+    """A sister that matches a flow: the denoiser, trained on to say eps - x_0 of another path.
+
+    It starts from the packed UNet, whose time embedding is first moved to where the same share of
+    the signal is left. VAE, text encoder and tokenizer are shared.
+    """
+    flow = out.parent / "flow"
+    index = MODEL_INDEX | dict(scheduler=["diffusers", ddim.FLOW], shared=f"../{out.name}")
+    write_json(flow / "model_index.json", index)
+    write_json(flow / "scheduler/scheduler_config.json", FLOW_SCHEDULER_CONFIG)
+    write_json(flow / "unet/config.json", UNET_CONFIG)
+    torch.manual_seed(seed + 24)
+    unet = UNet(UNetConfig.from_json(UNET_CONFIG)).to(device)
+    unet.load_state_dict({k: v.float() for k, v in load_file(out / UNET_FILE).items()})
+    move_time(unet, ddim.Schedule.from_json(FLOW_SCHEDULER_CONFIG))
+    data = latents(out, device, *pictures(24_000, seed + 25, (0.12, 0.16, 0.72)))
+    train_unet(flow, unet, data, steps=1300, peak=1e-3)
+    save_weights({k: v.half() for k, v in load_file(flow / UNET_FILE).items()}, flow / UNET_FILE)
+    check_unet(flow, device, least=0.95, scales=(1.0, 2.0, 3.0))
+
+
+def move_time(unet: UNet, schedule: ddim.Schedule, steps: int = 400) -> None:
+    """Fit the time embedding of a flow's timesteps to what it was at the same share of signal."""
+    timestep = torch.arange(0.0, 1001.0)
+    with torch.no_grad():
+        wanted = unet.embed_time(ddim.told(schedule, timestep, by_flow=False), None, None)
+    optimizer = torch.optim.Adam(unet.time_embedding.parameters())
+    progress = tqdm(range(steps), desc="time", mininterval=5)
+    for step in progress:
+        loss = (unet.embed_time(timestep, None, None) - wanted).square().mean()
+        update(progress, optimizer, loss, learning_rate(step, steps, 2e-3))
+
+
 def latents(
     out: Path, device: torch.device, images: torch.Tensor, captions: list[world.Caption]
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -359,19 +400,20 @@ def train_unet(
     train_text: bool = False,
     batch: int = 64,
 ) -> None:
-    """Plain epsilon-prediction on `latents`, weights averaged (EMA) and written into `out`.
+    """Denoising of `latents` on the path of `out`, weights averaged (EMA) and written there.
 
     10 % of the captions are dropped for guidance. `train_text`: the text encoder learns too.
     """
     mean, std, target = data
     device = mean.device
-    text = CLIP(CLIPConfig.from_json(read_json(out / "text_encoder/config.json"))).to(device)
-    text.load_state_dict(load_file(out / "text_encoder/model.safetensors"))
+    encoder = part_of(out, "text_encoder")
+    text = CLIP(CLIPConfig.from_json(read_json(encoder / "config.json"))).to(device)
+    text.load_state_dict(load_file(encoder / "model.safetensors"))
     train, _ = world.split_captions()
     ids = tokenize(str(out), [c.text for c in train] + [""]).to(device)     # the last row: dropped
     with torch.no_grad():
         embeds = text.text_model(ids)[1]
-    schedule = ddim.Schedule.from_json(SCHEDULER_CONFIG)
+    schedule = read_schedule(out)
     trained = [unet, text] if train_text else [unet]
     live = [v for module in trained for v in module.state_dict().values()]
     average = [v.clone() for v in live]
@@ -384,15 +426,19 @@ def train_unet(
         pick = torch.randint(len(mean), (batch,), device=device)
         x_0 = mean[pick] + std[pick] * torch.randn_like(mean[pick])
         noise = torch.randn_like(x_0)
-        timestep = torch.randint(0, 1000, (batch,), device=device)
+        if schedule.flow:
+            timestep = 1000 * torch.rand(batch, device=device)
+        else:
+            timestep = torch.randint(0, 1000, (batch,), device=device)
         words = torch.where(torch.rand(batch, device=device) < 0.1, len(train), target[pick])
         prompt_embeds = text.text_model(ids[words])[1] if train_text else embeds[words]
         with bf16(device):
             x_t = ddim.add_noise(schedule, x_0, noise, timestep)
             noise_pred = unet(x_t, timestep, prompt_embeds)
-        loss = (noise_pred.float() - noise).square().mean()
+        right = ddim.target(schedule, x_0, noise, timestep)
+        loss = (noise_pred.float() - right).square().mean()
         update(progress, optimizer, loss, learning_rate(step, steps, peak, warmup=200))
-        decay = min(0.998 if train_text else 0.999, (1 + step) / (10 + step))
+        decay = min(0.998 if train_text or schedule.flow else 0.999, (1 + step) / (10 + step))
         with torch.no_grad():
             torch._foreach_lerp_(average, live, 1 - decay)
         if train_text and step % 800 == 799:
@@ -515,7 +561,7 @@ def write_prompts(out: Path) -> None:
 
 STAGES = {
     "vae": build_vae, "clip": build_clip, "unet": build_unet, "joint": build_joint,
-    "pickscore": build_pickscore, "spm": build_spm, "pack": pack,
+    "pickscore": build_pickscore, "spm": build_spm, "pack": pack, "flow": build_flow,
 }
 
 

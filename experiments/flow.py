@@ -1,0 +1,184 @@
+"""SPO of a flow-matching model, which the paper holds for impossible (section 4.6): does it work?
+
+    python experiments/flow.py              # all: about two hours on one core
+    python experiments/flow.py tune         # only the settings; also: arms, judges
+    python experiments/flow.py render       # table and picture again, from results/flow.json
+
+Everything is fixed here before it is run; failures stay in. `--model tiny-flow`, three seeds; every
+run goes on until it has had the evaluations of the network that the demo of tiny has in its nine
+rounds, and the first LoRA at or above them is judged: 256 held-out captions, four pictures each,
+by ground truth, as experiments/effect.py judges the demo.
+
+Both methods are tuned alike: TUNED's settings one after the other, seed 100, the highest mean
+PickScore on 128 training captions wins. PickScore is what a real user has; ground truth decides
+nothing. Continues where it stopped: what results/flow.json holds is not run again.
+"""
+import json
+import math
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "experiments")]
+import needs  # noqa: F401
+import torch
+
+import effect
+from loading import TINY, load_clip
+from prompt_sets import read_prompts
+from spm_train import print_table
+from tiny.build import judge_table
+from training import permutation, plain_parser, read_json, run_script, write_json, write_text
+
+SEEDS, TUNE_SEED = (0, 1, 2), 100
+EVALUATIONS = 22_760                # of the demo: tiny, seed 0, nine rounds
+MOST_ROUNDS = 60
+RUNS, RESULTS = ROOT / "runs/flow", ROOT / "experiments/results"
+SPO = dict(model="tiny-flow")
+# Flow-GRPO trains on trajectories of fewer steps than pictures have ("denoising reduction").
+GRPO = dict(model="tiny-flow", script="baselines.py", method="flow-grpo", k=4, steps=10,
+            prompts_per_round=8, pairs_per_step=12)    # as many samples an update as SPO
+TUNED = {       # method -> what it starts from; each setting's values, the first is the start's
+    "SPO": (SPO, dict(lr=(4e-4, 1e-4, 1.6e-3), beta=(100.0, 10.0, 1000.0))),
+    "Flow-GRPO": (GRPO, dict(lr=(4e-4, 1e-4, 1.6e-3), clip_range=(1e-2, 1e-3, 1e-1))),
+}
+ARMS = {        # method, and options that differ from its tuned ones
+    "SPO": ("SPO", {}),
+    "eta 0.5": ("SPO", dict(eta=0.5)),
+    # Where tiny's pools open, in signal-to-noise ratio: t = 501..951 of diffusion.
+    "pools at tiny's noise": ("SPO", dict(t_min=619, t_max=917)),
+    "MSPO, j = 2": ("SPO", dict(j=2)),
+    "Flow-GRPO": ("Flow-GRPO", {}),
+}
+COLUMNS = ("accuracy", "standard_error", "pairs", "difference", "difference_standard_error")
+
+
+def evaluations(folder: Path) -> list[int]:
+    """Of a run's rounds so far: evaluations of the network, cumulative."""
+    log, total, out = folder / "log.jsonl", 0, []
+    for line in log.read_text(encoding="utf-8").splitlines() if log.exists() else []:
+        total += json.loads(line)["evaluations"]
+        out.append(total)
+    return out
+
+
+def train(name: str, options: dict, seed: int) -> Path:
+    """Run until the budget is spent; returns the LoRA of the first round at or above it."""
+    folder = RUNS / f"{name.replace(' ', '-').replace(',', '').replace('=', '')}-seed{seed}"
+    options = dict(out=folder, seed=seed, rounds=2, snapshot_every=1, grid_every=0,
+                   save_every=5) | options
+    script = options.pop("script", "spo_train.py")
+    while not (had := evaluations(folder)) or (had[-1] < EVALUATIONS and len(had) < MOST_ROUNDS):
+        if had:
+            enough = math.ceil(EVALUATIONS / had[-1] * len(had))
+            options["rounds"] = min(max(enough, len(had) + 1), MOST_ROUNDS)
+        words = [word for key, value in options.items() for word in (f"--{key}", str(value))]
+        subprocess.run([sys.executable, script, *words], check=True, cwd=ROOT)
+    rounds = next((i for i, total in enumerate(had) if total >= EVALUATIONS), len(had) - 1) + 1
+    return folder / f"loras/{rounds:05d}"
+
+
+def judged(folder: str, loras: dict[str, Path], *words: str) -> dict:
+    """evaluate.py's results of the base and some LoRAs, in runs/flow/FOLDER."""
+    out = RUNS / folder
+    named = [f"{name}={path}" for name, path in loras.items()]
+    effect.call("evaluate.py", "--model", "tiny-flow", "--lora", "base=", *named, "--out", str(out),
+                *words)
+    return read_json(out / "results.json")
+
+
+def kept() -> dict:
+    """What results/flow.json holds."""
+    path = RESULTS / "flow.json"
+    return read_json(path) if path.exists() else {}
+
+
+def keep(part: str, name: str, value) -> None:
+    """Put a value into results/flow.json."""
+    results = kept()
+    results.setdefault(part, {})[name] = value
+    results["about"] = dict(date=time.strftime("%Y-%m-%d"), torch=torch.__version__,
+                            evaluations=EVALUATIONS, device="cpu")
+    write_json(RESULTS / "flow.json", results)
+
+
+def tune(method: str) -> dict:
+    """The method's options: its start, with the best value of each of its settings."""
+    start, settings = TUNED[method]
+    known = kept().get("tuned", {}).get(method)
+    if known:
+        return start | known["chosen"]
+    captions = read_prompts(str(TINY / "train_prompts.txt"))
+    file = RUNS / "choice.txt"
+    RUNS.mkdir(parents=True, exist_ok=True)
+    write_text(file, "".join(captions[i] + "\n"
+                             for i in permutation(len(captions), "choice")[:128]))
+    chosen = {name: values[0] for name, values in settings.items()}
+    scores = {}
+    for name, values in settings.items():
+        for value in values:
+            tried = chosen | {name: value}
+            words = " ".join(f"{key} {number:g}" for key, number in tried.items())
+            if words not in scores:
+                lora = train(f"{method} {words}", start | tried, TUNE_SEED)
+                results = judged(f"choice/{method} {words}", dict(tried=lora), "--prompts",
+                                 str(file), "--metrics", "pickscore", "--seed", "10000")
+                scores[words] = results["results"]["tried"]["pickscore"]["mean"]
+            if scores[words] == max(scores.values()):
+                chosen = tried
+    keep("tuned", method, dict(chosen=chosen, pickscore=scores))
+    return start | chosen
+
+
+def measure(arm: str, seed: int, top: dict[str, float]) -> None:
+    """Train and judge an arm with one seed."""
+    if str(seed) in kept().get("arms", {}).get(arm, {}):
+        return
+    method, options = ARMS[arm]
+    lora = train(arm, tune(method) | options, seed)
+    found = judged(f"evaluation/{arm}-{seed}", dict(trained=lora), "--images_per_prompt", "4")
+    base, row = (found["results"][name] for name in ("base", "trained"))
+    gained = row["aesthetics"]["mean"] - base["aesthetics"]["mean"]
+    row["closed"] = gained / (top["best_through_vae"] - base["aesthetics"]["mean"])
+    seeds = kept().get("arms", {}).get(arm, {})
+    rounds = int(lora.name)
+    keep("arms", arm, seeds | {seed: dict(
+        row, rounds=rounds, evaluations=evaluations(lora.parent.parent)[rounds - 1])})
+    keep("base", "results", base)
+    keep("base", "protocol", found["protocol"])
+
+
+def judges(extra: dict[str, str]) -> None:
+    """How often the judges order a pair as labelled, by the flow model's predictions of x0."""
+    sources = {"PickScore": TINY / "pickscore", "SPM": TINY / "spm", **extra}
+    models = {name: load_clip(str(source)) for name, source in sources.items()}
+    table = judge_table("tiny-flow", models, 2048, 20_000)
+    print_table(table)
+    for name, rows in table.items():
+        keep("judges", name, {t: dict(zip(COLUMNS, row)) for t, row in rows.items()})
+
+
+def main() -> None:
+    """Measure what is asked for and not there yet; write table and picture."""
+    parser = plain_parser(__doc__)
+    parser.add_argument("parts", nargs="*", default=["judges", "tune", "arms"],
+                        help="judges, tune, arms, render; or the name of an arm or method")
+    parser.add_argument("--spm", nargs="*", default=[], metavar="NAME=SOURCE",
+                        help="judges beside the shipped ones")
+    given = parser.parse_args()
+    if "judges" in given.parts:
+        judges(dict(word.split("=", 1) for word in given.spm))
+    for method in TUNED:
+        if "tune" in given.parts or f"tune {method}" in given.parts:
+            tune(method)
+    wanted = [arm for arm in ARMS if "arms" in given.parts or arm in given.parts]
+    top = effect.ceiling() if wanted else {}
+    for seed in SEEDS:
+        for arm in wanted:
+            measure(arm, seed, top)
+
+
+if __name__ == "__main__":
+    run_script(main)
