@@ -163,7 +163,7 @@ def guided_noise(pipe: Pipeline, latents: torch.Tensor, timestep: torch.Tensor |
 
 
 @torch.no_grad()
-def decode(pipe: Pipeline, latents: torch.Tensor, chunk: int = 64) -> torch.Tensor:
+def decode(pipe: Pipeline, latents: torch.Tensor, chunk: int = 16) -> torch.Tensor:
     """Scaled latents [N, C, h, w] -> pictures [N, 3, H, W] in about [-1, 1], fp32."""
     dtype = pipe.vae.post_quant_conv.weight.dtype
     return torch.cat([pipe.vae.decode(part.to(dtype)).float() for part in latents.split(chunk)])

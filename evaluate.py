@@ -24,6 +24,7 @@ import hashlib
 import os
 import re
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -283,10 +284,11 @@ def draw_all(pipe: Pipeline, models: dict[str, str], prompts: list[str], config:
             words = [prompts[i] for i in part]
             latents = generate_latents(pipe, words, [config.seed + i for i in part], config.steps,
                                        config.guidance_scale, config.eta, config.resolution or None)
-            images = decode(pipe, latents, config.batch) / 2 + 0.5
+            images = decode(pipe, latents) / 2 + 0.5
             refuse_damaged(images, name, words)
-            for i, image in zip(part, to_pil(images.clamp(0, 1))):
-                save_png(folder / name / f"{i:05d}.png", image)
+            with ThreadPoolExecutor(16) as writers:         # each waits for the disk
+                files = [folder / name / f"{i:05d}.png" for i in part]
+                list(writers.map(save_png, files, to_pil(images.clamp(0, 1))))
     wear(pipe, "")
 
 

@@ -14,6 +14,7 @@ from types import UnionType
 from typing import get_args, get_origin, get_type_hints
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 import ddim
 from calls import Calls
@@ -272,9 +273,17 @@ def check_fields(config) -> None:
                          f"levels: {layers:,} layers, no such network has {MOST_LAYERS:,}")
 
 
+class Undrawn(TorchFunctionMode):
+    """Leaves out normal_: on the meta device torch would load its compiler for it, seconds long."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        """Any other function runs as it is."""
+        return None if function is torch.nn.init.normal_ else function(*args, **(kwargs or {}))
+
+
 def build(cls, config, path: Path):
     """A network on the meta device; InputError if none can have the shape that `path` says."""
-    with blaming(path), torch.device("meta"):
+    with blaming(path), torch.device("meta"), Undrawn():
         return cls(config)
 
 
@@ -487,8 +496,8 @@ def _single_file(path: Path, dtype: torch.dtype, device: torch.device, tokenizer
             prediction_type=prediction_type or marked_prediction(path, weights)))
     kind = "sdxl" if is_sdxl(weights) else "sd15"
     of_unet, of_vae, *of_texts = shapes or (SINGLE_UNETS[kind], *SINGLE_PARTS[kind])
-    with torch.device("meta"):
-        unet, vae, encoders = UNet(of_unet), VAE(of_vae), [CLIP(config) for config in of_texts]
+    unet, vae = build(UNet, of_unet, path), build(VAE, of_vae, path)
+    encoders = [build(CLIP, config, path) for config in of_texts]
 
     tensors = rename(unet, take(weights, "model.diffusion_model."), original_names(unet).get)
     load_strict(unet, tensors, path, dtype, device, weights)

@@ -6,6 +6,7 @@ collective is called by every process. Everything on disk is replaced atomically
 """
 import argparse
 import contextlib
+import ctypes
 import dataclasses
 import difflib
 import hashlib
@@ -379,6 +380,8 @@ def start_processes(device: str | None = None) -> Processes:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     elif world > 1 and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // world))
+    if place.type == "cpu":
+        hold_memory()
     if world > 1:
         try:
             store, _, _ = next(dist.rendezvous("env://", rank, world))
@@ -393,6 +396,14 @@ def start_processes(device: str | None = None) -> Processes:
         dist.init_process_group("nccl" if place.type == "cuda" else "gloo", store=store, rank=rank,
                                 world_size=world, timeout=timedelta(minutes=30))
     return Processes(rank, world, place)
+
+
+def hold_memory() -> None:
+    """Let glibc keep freed memory for the next tensor, where each new page would cost a fault."""
+    with contextlib.suppress(AttributeError, OSError, TypeError):       # another C library
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-3, 2 ** 25)            # M_MMAP_THRESHOLD: smaller ones come from the heap,
+        mallopt(-1, 2 ** 30)            # M_TRIM_THRESHOLD: which gives back what is beyond 1 GB
 
 
 def generator(*key) -> torch.Generator:

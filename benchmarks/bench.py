@@ -20,6 +20,7 @@ candidates with one SPM, and train on every pair. First both recipes' losses on 
 weights are compared. --settings measures peak memory and speed, with any --model. --lead gives each
 of our sides a twin to which the lead was applied: LEADS in leads.py names functions that apply one
 to a pipeline, in place, before anything is compiled; a docstring's first line says what it does.
+The lead "batch" is a setting instead: as many pairs at a time as the card's free memory takes.
 Writes benchmarks/results/bench_MODEL_DEVICE.json, or parts_..., settings_...
 """
 import contextlib
@@ -34,6 +35,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -61,13 +63,9 @@ from spo_train import (
     sample_pools, spo_loss, take, train_on_pairs,
 )
 from training import Processes, generator, opt, parse_options, profiled, run_script, write_json
+from leads import LEADS, bytes_per_pair, fitting_batch
 from unet import UNet, compile_blocks
 from vae import VAE, TinyDecoder, TinyDecoderConfig, VAEConfig
-
-try:
-    from leads import LEADS
-except ModuleNotFoundError:
-    LEADS: dict[str, Callable[[Pipeline], None]] = {}
 
 PHASES = ("sampling", "decoding", "scoring", "training")
 SIDES = ("official", "eager", "compiled", "taesd")
@@ -90,7 +88,7 @@ class BenchConfig:
     profile: bool = opt(False, "in a folder beside the JSON file, what one more round, compiled if "
                         "that is a side, spends its time on")
     lead: str = opt("", "this program without and with one of leads.py's: "
-                    f"{', '.join(LEADS) or 'there are none yet'}", ("", *LEADS))
+                    f"{', '.join(LEADS)}, or batch", ("", *LEADS, "batch"))
     decoder_dtype: str = opt("fp16", "our VAE's at full size (O: fp16)", tuple(DTYPES))
     judge_dtype: str = opt("fp32", "our judge's at full size (O: fp32, its products in TF32)",
                            tuple(DTYPES))
@@ -445,8 +443,12 @@ def build_sides(task: Task, given: BenchConfig) -> tuple[dict[str, Side], TinyDe
     elif "official" in given.sides:
         sides["official"] = Official(task, *official_configs(given.model)).side()
     if given.lead:
-        tasks[f" {given.lead}"] = replace(task, pipe=copy.deepcopy(pipe))
-        LEADS[given.lead](tasks[f" {given.lead}"].pipe)
+        other = tasks[f" {given.lead}"] = replace(task, pipe=copy.deepcopy(pipe))
+        if given.lead == "batch":
+            other.config = replace(task.config, train_batch=fitted(other))
+            print(f"batch: {other.config.train_batch} pairs at a time", flush=True)
+        else:
+            LEADS[given.lead](other.pipe)
     for one in tasks.values():
         compile_blocks(one.pipe.unet)                               # the eager side goes around it
     for name in ("eager", "compiled"):
@@ -588,6 +590,23 @@ def parts_of(task: Task, side: Side) -> dict[str, tuple[str, float, Callable]]:
         "a pool scored": ("scoring", judged, score),
         f"an optimizer step, {n} pairs": ("training", b * slots / n, lambda: side.train(pairs)),
     }
+
+
+def train_once(task: Task, pairs: int) -> None:
+    """One optimizer step over so many pairs, in one part, not compiled."""
+    alike = replace(task, config=replace(task.config, train_batch=pairs, pairs_per_step=pairs))
+    *_, (_, _, step) = parts_of(alike, our_side(alike, compiled=False)).values()
+    step()
+
+
+def fitted(task: Task) -> int:
+    """--train_batch from what is free on the card and what a pair takes; all pairs on a CPU."""
+    most = task.config.pairs_per_step
+    if task.pipe.device.type == "cpu":
+        return most
+    per_pair = bytes_per_pair(partial(train_once, task))
+    torch.cuda.empty_cache()
+    return fitting_batch(torch.cuda.mem_get_info()[0], per_pair, most)
 
 
 def timed_parts(task: Task, name: str, sides: dict[str, Side], repeats: int) -> list[Round]:

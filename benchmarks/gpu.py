@@ -325,7 +325,7 @@ def entries() -> list[Entry]:
     out += [
         Entry(f"lead {name}", (function.__doc__ or name).splitlines()[0], 240,
               partial(compared, model="sd15", prompts=6, sides=("compiled",), lead=name), 30, 2)
-        for name, function in bench.LEADS.items()]
+        for name, function in (bench.LEADS | dict(batch=bench.fitted)).items()]
     tests = ("pytest", "diffusers", "peft", "xdist", "hypothesis")
     return out + [
         Entry("spm sd15", "spm_train.py: twenty steps of 16 pairs", 150, judged, 60, 46),

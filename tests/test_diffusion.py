@@ -776,3 +776,13 @@ def test_without_ftfy_it_is_said_once_and_only_where_it_matters(monkeypatch, cap
     assert [repaired(t) for t in CURLY] == CURLY
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and "pip install ftfy" in said
+
+
+def test_a_network_is_planned_without_torchs_compiler(monkeypatch):
+    """normal_ on the meta device would import it, seconds long."""
+    def normal_(*args, **kwargs):
+        raise AssertionError("drawn on the meta device")
+
+    monkeypatch.setattr(torch.Tensor, "normal_", normal_)
+    planned = loading.build(CLIP, clip_spm.clip_h(step_aware=True), Path("a file"))
+    assert all(p.is_meta for p in planned.parameters())

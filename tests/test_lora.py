@@ -56,6 +56,26 @@ def with_lora(rank: int = 3, alpha: float | None = None) -> UNet:
     return model
 
 
+@pytest.mark.parametrize("base", [torch.nn.Linear(6, 5), torch.nn.Conv2d(6, 5, 3, stride=2, padding=1)], ids=["linear", "convolution"])
+def test_without_gradients_an_fp32_layer_is_one_product(base, monkeypatch):
+    """The same up to rounding. In bf16 the update stays apart, however small it is: the same bits as with gradients."""
+    x = torch.randn(2, 6, 6, 6, generator=seeded(0))
+    counted = []
+    apply = lora._apply
+    monkeypatch.setattr(lora, "_apply", lambda *args: counted.append(1) or apply(*args))
+    for dtype in (torch.float32, torch.bfloat16):
+        layer = lora.LoRALinear(copy.deepcopy(base).to(dtype), 2, 0.7)
+        torch.nn.init.normal_(layer.lora_B.weight, std=0.3 if dtype == torch.float32 else 1e-3, generator=seeded(1))
+        apart = layer(x.to(dtype)).detach()
+        counted.clear()
+        with torch.no_grad():
+            alone = layer(x.to(dtype))
+        assert len(counted) == (1 if dtype == torch.float32 else 3)
+        assert torch.equal(alone, apart) if dtype == torch.bfloat16 else (alone - apart).abs().max() < 1e-5
+        layer.enabled = False
+        assert not torch.equal(layer(x.to(dtype)), apart)
+
+
 @pytest.mark.parametrize("alpha", [3, 5, 0.7])
 def test_output_and_gradients_equal_peft(alpha):
     ours = with_lora(3, alpha)
