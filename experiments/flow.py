@@ -150,10 +150,13 @@ def measure(arm: str, seeds: tuple[int, ...]) -> None:
              if str(seed) not in known}
     if not loras:
         return
-    found = judged(f"evaluation/{arm}", loras, "--images_per_prompt", "4")
+    short = "".join(filter(str.isalnum, arm))
+    names = {f"{short}-{seed}": lora for seed, lora in loras.items()}
+    found = judged(f"evaluation {method}", names, "--images_per_prompt", "4")   # one base for all
     base = found["results"].pop("base")
     top = kept().get("ceiling") or keep("ceiling", effect.ceiling())
-    for seed, row in found["results"].items():
+    for name, row in found["results"].items():
+        seed = name.rpartition("-")[2]
         gained = row["aesthetics"]["mean"] - base["aesthetics"]["mean"]
         rounds = int(loras[seed].name)
         known[seed] = row | dict(
