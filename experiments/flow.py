@@ -256,10 +256,12 @@ def main() -> None:
     for arm in ARMS:
         if "arms" in given.parts or arm in given.parts:
             measure(arm, SEEDS)
-    text = render(kept())
-    write_text(RESULTS / "flow.md", text)
-    write_text(RESULTS / "flow.svg", draw(kept()))
-    print(text)
+    results = kept()
+    if {"arms", "tuned"} <= results.keys():
+        text = render(results)
+        write_text(RESULTS / "flow.md", text)
+        write_text(RESULTS / "flow.svg", draw(results))
+        print(text)
 
 
 if __name__ == "__main__":
