@@ -2,7 +2,7 @@
 
     python experiments/flow.py              # all: about two hours on one core
     python experiments/flow.py tune         # only the settings; also: arms, judges
-    python experiments/flow.py render       # flow.md and flow.svg again, from results/flow.json
+    python experiments/flow.py render       # tables of docs/flow.md and picture, from the JSON
 
 Everything is fixed here before it is run; failures stay in. `--model tiny-flow`, three seeds; every
 run goes on until it has had the evaluations of the network that the demo of tiny has in its nine
@@ -32,7 +32,7 @@ from effect import table
 from loading import TINY, load_clip
 from prompt_sets import read_prompts
 from spm_train import print_table
-from tables import STUDENT, average, interval, standard_error
+from tables import STUDENT, average, interval, put, standard_error
 from tiny.build import judge_table
 from training import permutation, plain_parser, read_json, run_script, write_json, write_text
 
@@ -40,6 +40,7 @@ SEEDS, TUNE_SEED = (0, 1, 2), 100
 EVALUATIONS = 22_760                # of the demo: tiny, seed 0, nine rounds
 MOST_ROUNDS = 60
 RUNS, RESULTS = ROOT / "runs/flow", ROOT / "experiments/results"
+PAGE = ROOT / "docs/flow.md"
 SPO = dict(model="tiny-flow")
 # Flow-GRPO trains on trajectories of fewer steps than pictures have ("denoising reduction").
 GRPO = dict(model="tiny-flow", script="baselines.py", method="flow-grpo", k=4, steps=10,
@@ -178,14 +179,13 @@ def judges(extra: dict[str, str]) -> None:
 
 def row_of(name: str, seeds: list[dict]) -> list[str]:
     """An arm's row of the table: means over seeds, with 95 % intervals."""
-    def spread(values: list[float]) -> str:
-        return interval([100 * v for v in values]).replace("+", "")
-
+    closed = [100 * row["closed"] for row in seeds]
+    half = f" ± {STUDENT[3] * standard_error(closed):.0f}" if len(seeds) == len(SEEDS) else ""
     beauty = [row["aesthetics"] for row in seeds]
     return [
         name, f"{average([b['mean'] for b in beauty]):.2f}",
         f"{100 * average([b['win_rate'] for b in beauty]):.1f} %",
-        spread([row["closed"] for row in seeds]),
+        f"{average(closed):.0f}{half}",
         interval([row["alignment"]["difference"] for row in seeds]),
         interval([row["pickscore"]["difference"] for row in seeds]),
         ", ".join(str(row["rounds"]) for row in seeds if "rounds" in row) or "9, 9, 9"]
@@ -259,7 +259,7 @@ def main() -> None:
     results = kept()
     if {"arms", "tuned"} <= results.keys():
         text = render(results)
-        write_text(RESULTS / "flow.md", text)
+        put(PAGE, "<!-- results: flow.py render -->", "<!-- end of results -->", text)
         write_text(RESULTS / "flow.svg", draw(results))
         print(text)
 

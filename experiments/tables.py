@@ -565,13 +565,11 @@ def render_tuning(results: dict) -> list[str]:
                     ["method", "chosen", "tried"], rows)
 
 
-def put_verdicts(page: Path) -> None:
-    """The verdicts into a page, between its two marks."""
-    begin, end = "<!-- verdicts: tables.py render -->", "<!-- end of verdicts -->"
+def put(page: Path, begin: str, end: str, words: str) -> None:
+    """Words into a page, between two marks."""
     before, _, rest = page.read_text(encoding="utf-8").partition(begin)
     after = rest.partition(end)[2]
-    table = "\n".join(render_verdicts(kept() or {})[1:])           # the page has its own heading
-    write_text(page, f"{before}{begin}\n\n{table.strip()}\n\n{end}{after}")
+    write_text(page, f"{before}{begin}\n\n{words.strip()}\n\n{end}{after}")
 
 
 def render_more(results: dict) -> list[str]:
@@ -753,7 +751,8 @@ def main() -> None:
         run(wanted, given.seeds, given.methods)
     text = render()
     write_text(RESULTS.parent / "tables.md", text)
-    put_verdicts(PAGE)
+    verdicts = "\n".join(render_verdicts(kept() or {})[1:])         # the page has its own heading
+    put(PAGE, "<!-- verdicts: tables.py render -->", "<!-- end of verdicts -->", verdicts)
     for name, picture in pictures(kept() or {}).items():
         write_text(RESULTS.parent / name, picture)
     print(text)
