@@ -65,8 +65,8 @@ class Schedule:
                 raise ValueError(f"scheduler config: {key}={config[key]!r} is not supported")
         if flow:
             shift = float(config.get("shift", 1.0))
-            if not shift > 0:
-                raise ValueError(f"scheduler config: shift={shift!r} must be above 0")
+            if not 0.01 <= shift <= 100:            # timesteps would fall together
+                raise ValueError(f"scheduler config: shift={shift!r} must lie in 0.01..100")
             return cls(None, 1.0, "flow", 0, shift)
         alphas_cumprod = (1 - _betas(config)).cumprod(0)
         final = 1.0 if config.get("set_alpha_to_one", own) else float(alphas_cumprod[0])

@@ -333,7 +333,7 @@ def test_what_a_judge_is_told():
 
 
 @pytest.mark.parametrize("changes", [dict(use_dynamic_shifting=True), dict(invert_sigmas=True), dict(shift_terminal=0.02), dict(num_train_timesteps=500),
-                                     dict(use_karras_sigmas=True), dict(prediction_type="epsilon"), dict(shift=0.0), dict(shift=-1.0)])
+                                     dict(use_karras_sigmas=True), dict(prediction_type="epsilon"), dict(shift=0.0), dict(shift=-1.0), dict(shift=float("inf")), dict(shift=1e20)])
 def test_other_flows_are_refused(changes):
     with pytest.raises(ValueError, match=next(iter(changes))):
         ddim.Schedule.from_json(FLOW | changes)
