@@ -93,8 +93,9 @@ def base_of(config: dict) -> str:
 
 def about_base(config: dict) -> dict[str, str]:
     """What the page says of the base. No path of this machine is told."""
-    if config["model"] == "tiny":
-        return dict(base="this project's tiny model", source="tiny/model", note=TINY,
+    if config["model"] in ("tiny", "tiny-flow"):
+        source = "tiny/model" if config["model"] == "tiny" else "tiny/flow"
+        return dict(base="this project's tiny model", source=source, note=TINY,
                     prompt="a red circle above a blue cross")
     base = base_of(config)
     own = Path(config["model"]).name

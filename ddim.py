@@ -65,8 +65,8 @@ class Schedule:
                 raise ValueError(f"scheduler config: {key}={config[key]!r} is not supported")
         if flow:
             shift = float(config.get("shift", 1.0))
-            if not shift > 0:
-                raise ValueError(f"scheduler config: shift={shift!r} must be above 0")
+            if not 0.01 <= shift <= 100:            # timesteps would fall together
+                raise ValueError(f"scheduler config: shift={shift!r} must lie in 0.01..100")
             return cls(None, 1.0, "flow", 0, shift)
         alphas_cumprod = (1 - _betas(config)).cumprod(0)
         final = 1.0 if config.get("set_alpha_to_one", own) else float(alphas_cumprod[0])
@@ -238,7 +238,7 @@ def told(schedule: Schedule, timestep: torch.Tensor, by_flow: bool) -> torch.Ten
     alpha2, sigma2 = (power.flatten() for power in powers_at(schedule, timestep))
     if by_flow:
         ratio = (sigma2 / alpha2).sqrt()                        # sigma / (1 - sigma)
-        return 1000 * ratio / (1 + ratio)
+        return torch.where(timestep > 0, 1000 * ratio / (1 + ratio), 0.0)       # 0: a finished one
     share = alpha2 / (alpha2 + sigma2)
     table = _copy(stable_diffusion().alphas_cumprod, timestep.device)
     return (table - share[:, None]).abs().argmin(1)

@@ -398,7 +398,7 @@ class Trainer:
         self.empty = encode_empty(pipe) if judge else None
         # By the names of their scores in the log.
         self.judges = {"validation_score": judge} if judge else {}
-        if config.model.startswith("tiny") and config.grid_every and self.processes.main:
+        if config.model in ("tiny", "tiny-flow") and config.grid_every and self.processes.main:
             pickscore = load_clip(JUDGES["tiny"]["pickscore"], device=pipe.device)
             self.judges["validation_pickscore"] = pickscore
         self.rounds_per_epoch = -(-len(prompts) // config.prompts_per_round)

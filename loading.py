@@ -183,7 +183,8 @@ def part_of(root: Path, part: str) -> Path:
     index = root / "model_index.json"
     if (root / part).is_dir() or not index.is_file():
         return root / part
-    return root / read_json(index).get("shared", "") / part
+    with blaming(index):
+        return root / read_json(index).get("shared", "") / part
 
 
 def fetch_part(source: str, part: str = "") -> Path:

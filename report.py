@@ -421,8 +421,8 @@ def draw_trace(trace: list[dict], width: int = 96) -> Image.Image:
     pen.text((8, len(trace) * down),
              "green: best, red: worst (grey: no pair), dot: goes on from here", fill="black")
     for r, row in enumerate(trace):
-        pen.text((8, r * down + down // 2 - 8), f"t = {row['opened']}\n -> {row['timestep']}",
-                 fill="black")
+        when = f"t = {row['opened']:.0f}\n -> {row['timestep']:.0f}"
+        pen.text((8, r * down + down // 2 - 8), when, fill="black")
         for c, image in enumerate(to_pil((row["images"] / 2 + 0.5).clamp(0, 1))):
             left, top = 64 + c * across + margin, r * down + margin
             green, red = ("#1a9850", "#d73027") if row["valid"] else ("#999", "#999")

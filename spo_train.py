@@ -147,8 +147,8 @@ def pool_groups(timesteps: list[float], t_min: int, t_max: int, j: int) -> list[
     """
     inside = [i for i, t in enumerate(timesteps) if t_min <= t <= t_max]        # t <= kappa
     if not inside:
-        raise InputError(f"no timestep lies in {t_min}..{t_max}; the {len(timesteps)} steps are "
-                         f"{timesteps}")
+        raise InputError(f"no step with a spread lies in {t_min}..{t_max}; they are at t = "
+                         f"{[round(t, 1) for t in timesteps]}")
     groups = [inside[i:i + j] for i in range(0, len(inside), j)]
     if j > 1 and len(groups) > 1 and groups[-1] == [len(timesteps) - 1]:
         groups[-2:] = [groups[-2] + groups[-1]]

@@ -294,7 +294,7 @@ class UNet(nn.Module):
                 time_ids: torch.Tensor | None = None) -> torch.Tensor:
         """Predict the noise in `latents`.
 
-        latents [N, C, H, W]; timestep [N] or one number, 0..999; prompt_embeds [N, L, D]; for SDXL
+        latents [N, C, H, W]; timestep [N] or one number, 0..1000; prompt_embeds [N, L, D]; for SDXL
         also pooled [N, P] and time_ids [N, 6] (pixels: original h, w, crop top, left, target h, w)
         -> noise_pred [N, C, H, W].
         """

@@ -329,11 +329,12 @@ def test_what_a_judge_is_told():
         alpha = sd.alphas_cumprod[told - 1:told + 2]
         assert alpha[2] / (1 - alpha[2]) < ratio < alpha[0] / (1 - alpha[0])
     assert_close(ddim.told(sd, there[2:-1], by_flow=True), t[2:-1], 1.0)
+    assert ddim.told(sd, torch.tensor([0]), by_flow=True).tolist() == [0]          # a finished picture
     assert ddim.told(flow, t, by_flow=True) is t and ddim.told(sd, there, by_flow=False) is there
 
 
 @pytest.mark.parametrize("changes", [dict(use_dynamic_shifting=True), dict(invert_sigmas=True), dict(shift_terminal=0.02), dict(num_train_timesteps=500),
-                                     dict(use_karras_sigmas=True), dict(prediction_type="epsilon"), dict(shift=0.0), dict(shift=-1.0)])
+                                     dict(use_karras_sigmas=True), dict(prediction_type="epsilon"), dict(shift=0.0), dict(shift=-1.0), dict(shift=float("inf")), dict(shift=1e20)])
 def test_other_flows_are_refused(changes):
     with pytest.raises(ValueError, match=next(iter(changes))):
         ddim.Schedule.from_json(FLOW | changes)

@@ -7,8 +7,10 @@ from diffusers import FlowMatchEulerDiscreteScheduler, UNet2DConditionModel
 from safetensors.torch import load_file
 
 import baselines
+import card
 import ddim
 import gentle
+import report
 import spm_train
 import spo_train
 from conftest import assert_close
@@ -164,3 +166,23 @@ def test_the_page_is_what_the_results_say(monkeypatch):
     half = 4.303 * (sum((c - sum(closed) / 3) ** 2 for c in closed) / 2 / 3) ** 0.5
     assert len(rows) == 3 and f"| {sum(closed) / 3:.0f} ± {half:.0f} |" in study.render(found)
     assert all(row["evaluations"] >= study.EVALUATIONS for arm in found["arms"].values() for row in arm.values())
+
+
+@pytest.mark.parametrize("shared", [3, None, ["model"]])
+def test_shared_that_is_no_path_is_one_line(shared, tmp_path):
+    (tmp_path / "model_index.json").write_text(json.dumps(dict(shared=shared)))
+    with pytest.raises(InputError, match="model_index.json"):
+        part_of(tmp_path, "vae")
+
+
+def test_fractions_are_rounded_where_people_read_them(flow):
+    """In the trace's margin, 56 pixels wide, and in what a walk without pools says."""
+    drawn = [dict(opened=t, timestep=u, images=torch.zeros(2, 3, 8, 8), scores=[0.0, 1.0], win=1, lose=0, chosen=0, valid=True)
+             for t, u in ((947.3684210526316, 894.7), (947, 895))]
+    assert report.draw_trace(drawn[:1]).tobytes() == report.draw_trace(drawn[1:]).tobytes()
+    with pytest.raises(InputError, match=r"at t = \[1000.0, 667.0, 334.0\]"):
+        spo_train.pool_groups(ddim.spread(flow.schedule, 4), 960, 980, 1)
+
+
+def test_its_card_names_its_folder():
+    assert card.about_base(dict(model="tiny-flow"))["source"] == "tiny/flow" and card.about_base(dict(model="tiny"))["source"] == "tiny/model"
