@@ -92,8 +92,8 @@ def report(pairs, turn, aloud: bool) -> dict:
     if places and aloud:
         group, prompt = places[0]
         warn(f"{turn.name}: {FAULTS[int(fault[prompt, group])]} is not finite after the step at "
-             f"t = {pairs.ends[group]:g}, prompt {turn.texts[prompt]!r}; {len(places)} pools are not "
-             "used (try --dtype fp32, or another --vae)")
+             f"t = {pairs.ends[group]:g}, prompt {turn.texts[prompt]!r}; {len(places)} pools are "
+             "not used (try --dtype fp32, or another --vae)")
     stats = dict(score=None, score_gap=None, not_finite=len(places))
     if len(scores):
         gap = scores.amax(-1) - scores.amin(-1)

@@ -252,7 +252,7 @@ def preset_of(model: str) -> str:
                 return "sdxl" if is_sdxl(file.keys()) else "sd15"
         unet = read_json(Path(model) / "unet/config.json")
         if unet == read_json(Path(__file__).parent / "tiny/model/unet/config.json"):
-            noise = Path(model) / "scheduler/scheduler_config.json"     # of a merge, a full fine-tune
+            noise = Path(model) / "scheduler/scheduler_config.json"     # of a merge, a fine-tune
             flow = noise.is_file() and "Flow" in str(read_json(noise))
             return "tiny-flow" if flow else "tiny"
         if unet.get("addition_embed_type") == "text_time":
