@@ -62,7 +62,8 @@ class Schedule:
                              f"or {FLOW}'s")
         for key, values in (OF_FLOW if flow else SUPPORTED).items():
             if config.get(key, values[0]) not in values:
-                raise ValueError(f"scheduler config: {key}={config[key]!r} is not supported")
+                raise ValueError(f"scheduler config: {name} with {key}={config[key]!r} is not "
+                                 "supported")
         if flow:
             shift = float(config.get("shift", 1.0))
             if not 0.01 <= shift <= 100:            # timesteps would fall together
