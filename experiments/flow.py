@@ -57,8 +57,6 @@ ARMS = {        # method, and options that differ from its tuned ones
     "pools at tiny's noise": ("SPO", dict(t_min=619, t_max=917)),
     "MSPO, j = 2": ("SPO", dict(j=2)),
     "Flow-GRPO": ("Flow-GRPO", {}),
-    # Added in its favour after one of its three seeds had broken down at the rate that was chosen.
-    "Flow-GRPO, lr 0.0016": ("Flow-GRPO", dict(lr=1.6e-3)),
 }
 COLUMNS = ("accuracy", "standard_error", "pairs", "difference", "difference_standard_error")
 
