@@ -44,6 +44,13 @@ def assert_same_run(a, b, step: int) -> None:
     assert log_of(a) == log_of(b) and len(log_of(a)) == step
 
 
+def assert_close_loras(a, b) -> None:
+    """The LoRAs of two run folders agree up to rounding."""
+    ours, theirs = load_file(a / LORA), load_file(b / LORA)
+    for key, value in ours.items():
+        assert_close(theirs[key], value, what=key)
+
+
 # Three prompts a round: four processes leave one without prompts. With threshold 0.95 a round has one pair, and one process none;
 # more than 1 is impossible, so nobody ever has one. With train_batch 1, gradients accumulate; with j = 2 (MSPO) x_t are not shared.
 @pytest.mark.parametrize("threshold, train_batch, j, processes", [(0.0, 10, 1, 2), (0.0, 1, 2, 3), (0.0, 10, 1, 4), (0.95, 10, 1, 2),
@@ -61,8 +68,7 @@ def test_several_processes_train_what_one_trains(kind, tmp_path, monkeypatch, th
     ours, theirs = load_file(tmp_path / "one" / LORA), load_file(tmp_path / "two" / LORA)
     largest = max(float(v.abs().max()) for k, v in ours.items() if "lora_B" in k)
     assert ours.keys() == theirs.keys() and (largest == 0 if threshold == 1 else largest > 1e-4)
-    for key, value in ours.items():
-        assert_close(theirs[key], value, what=key)
+    assert_close_loras(tmp_path / "one", tmp_path / "two")
 
 
 def test_mistakes_end_every_process(kind, tmp_path):
@@ -131,9 +137,7 @@ def test_stopped_and_continued_on_a_gpu_is_the_same_run_up_to_rounding(kind, tmp
     call(*words, "--rounds", 4, "--out", tmp_path / "whole")
     call(*words, "--rounds", 2, "--out", tmp_path / "parts")
     assert "starting at round 2" in call(*words, "--rounds", 4, "--out", tmp_path / "parts")
-    theirs = load_file(tmp_path / "parts" / LORA)
-    for key, value in load_file(tmp_path / "whole" / LORA).items():
-        assert_close(theirs[key], value, what=key)
+    assert_close_loras(tmp_path / "whole", tmp_path / "parts")
 
 
 def test_lost_work_is_done_again(kind, tmp_path):
@@ -183,8 +187,7 @@ def test_result_does_not_depend_on_what_fits(kind, tmp_path, monkeypatch):
     call(*words, "--out", tmp_path / "b", "--sample_batch", 1, "--train_batch", 1, "--decode_batch", 1)
     theirs = load_file(tmp_path / "b" / LORA)
     assert max(float(v.abs().max()) for k, v in theirs.items() if "lora_B" in k) > 1e-4
-    for key, value in load_file(tmp_path / "a" / LORA).items():
-        assert_close(theirs[key], value, what=key)
+    assert_close_loras(tmp_path / "a", tmp_path / "b")
 
 
 def test_seed_and_order_matter(kind, tmp_path):

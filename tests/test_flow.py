@@ -18,7 +18,7 @@ from diffusion import encode_empty, encode_prompts, generate_latents
 from evaluate import wear
 from helpers import ROOT, call, command, log_of, together
 from loading import JUDGES, NAMES, TINY, load_clip, load_pipeline, part_of
-from test_distributed import LORA, assert_same_run
+from test_distributed import LORA, assert_close_loras, assert_same_run
 from training import parse_options
 from weights import InputError, preset_of
 
@@ -66,11 +66,10 @@ def test_spo_trains_it_resumes_and_processes_agree(tmp_path, monkeypatch):
     call(*SPO, "--rounds", 2, "--out", tmp_path / "cut")
     assert_same_run(tmp_path / "whole", tmp_path / "cut", 2)
     together(*SPO, "--rounds", 2, "--out", tmp_path / "two", adam=gentle.adamw)
-    one, two = load_file(tmp_path / "whole" / LORA), load_file(tmp_path / "two" / LORA)
-    for key, value in one.items():
-        assert_close(two[key], value, what=key)
+    assert_close_loras(tmp_path / "whole", tmp_path / "two")
     rows = log_of(tmp_path / "whole")
-    assert all(row["pairs"] and row["ratio_win"] for row in rows) and any("lora_B" in k and v.abs().max() > 0 for k, v in one.items())
+    assert all(row["pairs"] and row["ratio_win"] for row in rows) and any(
+        "lora_B" in k and v.abs().max() > 0 for k, v in load_file(tmp_path / "whole" / LORA).items())
 
 
 def test_pools_end_where_the_spread_does(flow):
