@@ -162,6 +162,7 @@ def density(schedule: ddim.Schedule, config: BaselineConfig) -> Callable:
     previous = schedule.previous(config.steps)
 
     def observe(pool, batch) -> None:
+        """Notes `log_prob`, and with flow-grpo `x_t` and `x_next`."""
         values, every = [], config.method == "flow-grpo"
         for j, t in enumerate(pool.timesteps):
             noise = pool.noise[:, j]                                        # [B, K, C, H, W]

@@ -100,6 +100,7 @@ class LoRALinear(nn.Module):
         self.enabled = True
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """The base layer's output and, while enabled, the update's."""
         a, b = self.lora_A.weight, self.lora_B.weight
         # One product instead of three, but never in a bf16 weight: rounding would eat the update.
         if self.enabled and self.weight.dtype == torch.float32 and not torch.is_grad_enabled():

@@ -14,9 +14,6 @@ PickScore on 128 training captions wins. PickScore is what a real user has; grou
 nothing. Continues where it stopped: what results/flow.json holds is not run again.
 """
 import fcntl
-import json
-import math
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -29,16 +26,15 @@ import torch
 import effect
 import figures
 from effect import table
+from judges import COUNT, SEED, records
 from loading import TINY, load_clip
 from prompt_sets import read_prompts
 from spm_train import print_table
-from tables import STUDENT, average, interval, put, standard_error
+from tables import RATE_SEED, SEEDS, average, half_width, interval, put, reach, train_until
 from tiny.build import judge_table
 from training import permutation, plain_parser, read_json, run_script, write_json, write_text
 
-SEEDS, TUNE_SEED = (0, 1, 2), 100
 EVALUATIONS = 22_760                # of the demo: tiny, seed 0, nine rounds
-MOST_ROUNDS = 60
 RUNS, RESULTS = ROOT / "runs/flow", ROOT / "experiments/results"
 PAGE = ROOT / "docs/flow.md"
 SPO = dict(model="tiny-flow")
@@ -58,32 +54,14 @@ ARMS = {        # method, and options that differ from its tuned ones
     "MSPO, j = 2": ("SPO", dict(j=2)),
     "Flow-GRPO": ("Flow-GRPO", {}),
 }
-COLUMNS = ("accuracy", "standard_error", "pairs", "difference", "difference_standard_error")
 
 
-def evaluations(folder: Path) -> list[int]:
-    """Of a run's rounds so far: evaluations of the network, cumulative."""
-    log, total, out = folder / "log.jsonl", 0, []
-    for line in log.read_text(encoding="utf-8").splitlines() if log.exists() else []:
-        total += json.loads(line)["evaluations"]
-        out.append(total)
-    return out
-
-
-def train(name: str, options: dict, seed: int) -> Path:
-    """Run until the budget is spent; returns the LoRA of the first round at or above it."""
+def train(name: str, options: dict, seed: int) -> tuple[Path, dict]:
+    """Run until the budget is spent -> the LoRA of the first round at or above it, that round."""
     folder = RUNS / f"{name.replace(' ', '-').replace(',', '').replace('=', '')}-seed{seed}"
-    options = dict(out=folder, seed=seed, rounds=2, snapshot_every=1, grid_every=0,
-                   save_every=5) | options
-    script = options.pop("script", "spo_train.py")
-    while not (had := evaluations(folder)) or (had[-1] < EVALUATIONS and len(had) < MOST_ROUNDS):
-        if had:
-            enough = math.ceil(EVALUATIONS / had[-1] * len(had))
-            options["rounds"] = min(max(enough, len(had) + 1), MOST_ROUNDS)
-        words = [word for key, value in options.items() for word in (f"--{key}", str(value))]
-        subprocess.run([sys.executable, script, *words], check=True, cwd=ROOT)
-    rounds = next((i for i, total in enumerate(had) if total >= EVALUATIONS), len(had) - 1) + 1
-    return folder / f"loras/{rounds:05d}"
+    log = train_until(folder, options | dict(seed=seed), dict(evaluations=EVALUATIONS))
+    row = reach(log, "evaluations", EVALUATIONS)
+    return folder / f"loras/{row['round']:05d}", row
 
 
 def judged(folder: str, loras: dict[str, Path], *words: str) -> dict:
@@ -133,7 +111,7 @@ def tune(method: str) -> dict:
             tried = chosen | {name: value}
             words = " ".join(f"{key} {number:g}" for key, number in tried.items())
             if words not in scores:
-                lora = train(f"{method} {words}", start | tried, TUNE_SEED)
+                lora, _ = train(f"{method} {words}", start | tried, RATE_SEED)
                 results = judged(f"choice/{method} {words}", dict(tried=lora), "--prompts",
                                  str(file), "--metrics", "pickscore", "--seed", "10000")
                 scores[words] = results["results"]["tried"]["pickscore"]["mean"]
@@ -147,22 +125,22 @@ def measure(arm: str, seeds: tuple[int, ...]) -> None:
     """Train an arm with these seeds, and judge them beside the base."""
     known = kept().get("arms", {}).get(arm, {})
     method, options = ARMS[arm]
-    loras = {str(seed): train(arm, tune(method) | options, seed) for seed in seeds
-             if str(seed) not in known}
-    if not loras:
+    runs = {str(seed): train(arm, tune(method) | options, seed) for seed in seeds
+            if str(seed) not in known}
+    if not runs:
         return
     short = "".join(filter(str.isalnum, arm))
-    names = {f"{short}-{seed}": lora for seed, lora in loras.items()}
+    names = {f"{short}-{seed}": lora for seed, (lora, _) in runs.items()}
     found = judged(f"evaluation {method}", names, "--images_per_prompt", "4")   # one base for all
     base = found["results"].pop("base")
     top = kept().get("ceiling") or keep("ceiling", effect.ceiling())
     for name, row in found["results"].items():
         seed = name.rpartition("-")[2]
         gained = row["aesthetics"]["mean"] - base["aesthetics"]["mean"]
-        rounds = int(loras[seed].name)
+        at = runs[seed][1]
         known[seed] = row | dict(
-            closed=gained / (top["best_through_vae"] - base["aesthetics"]["mean"]), rounds=rounds,
-            evaluations=evaluations(loras[seed].parent.parent)[rounds - 1])
+            closed=gained / (top["best_through_vae"] - base["aesthetics"]["mean"]),
+            rounds=at["round"], evaluations=at["evaluations"])
     keep("arms", {arm: known})
     keep("base", dict(results=base, protocol=found["protocol"]))
 
@@ -171,30 +149,30 @@ def judges(extra: dict[str, str]) -> None:
     """How often the judges order a pair as labelled, by the flow model's predictions of x0."""
     sources = {"PickScore": TINY / "pickscore", "SPM": TINY / "spm", **extra}
     models = {name: load_clip(str(source)) for name, source in sources.items()}
-    table = judge_table("tiny-flow", models, 2048, 20_000)
+    table = judge_table("tiny-flow", models, COUNT, SEED)
     print_table(table)
-    keep("judges", {name: {t: dict(zip(COLUMNS, row)) for t, row in rows.items()}
-                    for name, rows in table.items()})
+    keep("judges", records(table))
 
 
 def row_of(name: str, seeds: list[dict]) -> list[str]:
     """An arm's row of the table: means over seeds, with 95 % intervals."""
     closed = [100 * row["closed"] for row in seeds]
-    half = f" ± {STUDENT[3] * standard_error(closed):.0f}" if len(seeds) == len(SEEDS) else ""
+    half = half_width(closed)
+    spread = "" if half is None else f" ± {half:.0f}"
     beauty = [row["aesthetics"] for row in seeds]
     return [
         name, f"{average([b['mean'] for b in beauty]):.2f}",
         f"{100 * average([b['win_rate'] for b in beauty]):.1f} %",
-        f"{average(closed):.0f}{half}",
+        f"{average(closed):.0f}{spread}",
         interval([row["alignment"]["difference"] for row in seeds]),
         interval([row["pickscore"]["difference"] for row in seeds]),
-        ", ".join(str(row["rounds"]) for row in seeds if "rounds" in row) or "9, 9, 9"]
+        ", ".join(str(row["rounds"]) for row in seeds)]
 
 
 def of_tiny() -> list[dict]:
     """The demo's three seeds, from results/effect.json."""
     found = read_json(RESULTS / "effect.json")["results"]
-    return [found[f"seed{seed}"] for seed in SEEDS]
+    return [found[f"seed{seed}"] | dict(rounds=effect.DEMO_ROUNDS) for seed in SEEDS]
 
 
 def render(results: dict) -> str:
@@ -226,8 +204,7 @@ def draw(results: dict) -> str:
     """The arms' gains as a picture."""
     def arm(name: str, seeds: list[dict]) -> tuple:
         values = [row["aesthetics"]["difference"] for row in seeds]
-        enough = len(values) == len(SEEDS)
-        return name, values, STUDENT[3] * standard_error(values) if enough else None
+        return name, values, half_width(values)
 
     flow = [arm(name, list(results["arms"][name].values())) for name in ARMS
             if name in results["arms"]]

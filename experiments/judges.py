@@ -24,6 +24,12 @@ COUNT, SEED = 2048, 20_000
 COLUMNS = ("accuracy", "standard_error", "pairs", "difference", "difference_standard_error")
 
 
+def records(table: dict[str, dict]) -> dict[str, dict]:
+    """A table of accuracies as results keep it: {judge: {timestep: {column: figure}}}."""
+    return {name: {t: dict(zip(COLUMNS, row)) for t, row in rows.items()}
+            for name, rows in table.items()}
+
+
 def main() -> None:
     """Judge the pairs, print the table, keep it."""
     parser = plain_parser(__doc__)
@@ -39,12 +45,8 @@ def main() -> None:
     models = {name: load_clip(str(source)) for name, source in sources.items()}
     table = judge_table("tiny", models, COUNT, SEED)
     print_table(table)
-    judges = {
-        name: {t: dict(zip(COLUMNS, row)) for t, row in rows.items()}
-        for name, rows in table.items()
-    }
     write_json(ROOT / "experiments/results/judges.json", dict(
-        date=time.strftime("%Y-%m-%d"), torch=torch.__version__, pairs=COUNT, judges=judges
+        date=time.strftime("%Y-%m-%d"), torch=torch.__version__, pairs=COUNT, judges=records(table)
     ))
 
 

@@ -203,20 +203,26 @@ def read_log(folder: Path) -> list[dict]:
 
 
 def train(name: str, options: dict, seed: int) -> Path:
-    """Run until both budgets are spent; returns the run folder.
+    """Run until both budgets are spent; returns the run folder."""
+    folder = RUNS / f"{name.replace(' ', '-').replace('=', '')}-seed{seed}"
+    train_until(folder, options | dict(seed=seed), dict(updates=UPDATES, evaluations=EVALUATIONS))
+    return folder
+
+
+def train_until(folder: Path, options: dict, budgets: dict[str, int]) -> list[dict]:
+    """Run until the log's cumulative fields have reached `budgets`; returns the log.
 
     MOST_ROUNDS end it too: some arms find next to no pairs.
     """
-    folder = RUNS / f"{name.replace(' ', '-').replace('=', '')}-seed{seed}"
-    fixed = dict(out=folder, seed=seed, rounds=3, snapshot_every=1, grid_every=0, save_every=5)
+    fixed = dict(out=folder, rounds=3, snapshot_every=1, grid_every=0, save_every=5)
     options = fixed | options
     script = options.pop("script", "spo_train.py")
     while True:
         log = read_log(folder)
         if log:
-            share = min(log[-1]["updates"] / UPDATES, log[-1]["evaluations"] / EVALUATIONS)
+            share = min(log[-1][what] / amount for what, amount in budgets.items())
             if share >= 1 or len(log) >= MOST_ROUNDS:
-                return folder
+                return log
             enough = max(len(log) + 1, math.ceil(len(log) / max(share, 0.02)))
             options["rounds"] = min(enough, MOST_ROUNDS)
         words = [word for k, v in options.items() for word in (f"--{k}", str(v))]
