@@ -90,9 +90,15 @@ class Resample(nn.Module):
         self.conv = nn.Conv2d(width, width, 3, stride=1 if up else 2, padding=1 if up else 0)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.up:
-            return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
-        return self.conv(F.pad(x, (0, 1, 0, 1)))        # padded on the right and below only
+        if not self.up:
+            return self.conv(F.pad(x, (0, 1, 0, 1)))    # padded on the right and below only
+        if x.device.type == "cpu":
+            # Each pixel becomes four alike: the taps that see it are added up beforehand, which
+            # leaves 4 of 9 products.
+            taps = F.avg_pool2d(self.conv.weight, 2, stride=1, padding=1, divisor_override=1)
+            return F.conv_transpose2d(x, taps.flip(2, 3).transpose(0, 1), self.conv.bias,
+                                      stride=2, padding=1)
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
 class Level(nn.Module):
