@@ -6,6 +6,7 @@ import math
 import pickle
 import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -786,3 +787,10 @@ def test_a_network_is_planned_without_torchs_compiler(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "normal_", normal_)
     planned = loading.build(CLIP, clip_spm.clip_h(step_aware=True), Path("a file"))
     assert all(p.is_meta for p in planned.parameters())
+
+
+def test_loading_leaves_torchs_compiler_alone():
+    """A second of every command that trains nothing. Some products on the meta device import it."""
+    code = ("import sys, loading; loading.load_clip('tiny/model/pickscore'); loading.load_pipeline('tiny'); "
+            "sys.exit('torch._dynamo' in sys.modules)")
+    assert subprocess.run([sys.executable, "-c", code], cwd=TINY.parent.parent).returncode == 0
