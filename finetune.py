@@ -313,9 +313,19 @@ def loss_scaler(config: TrainConfig, device: torch.device) -> torch.amp.GradScal
     return scaler
 
 
-def overflowed(scaler: torch.amp.GradScaler, loss: float) -> bool:
-    """Are gradients infinite because they were scaled, which the next step mends, not by fault?"""
-    return scaler.is_enabled() and math.isfinite(loss) and scaler.get_scale() >= 1
+def make_step(scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer,
+              rounds: tracking.Rounds, sound: bool, loss: float) -> bool:
+    """An optimizer step, skipped unless its gradients are `sound` -> was it skipped by fault?
+
+    Gradients that are infinite only because they were scaled are no fault: the next step mends it.
+    `rounds.bad` counts the faults in a row.
+    """
+    fault = not (sound or scaler.is_enabled() and math.isfinite(loss) and scaler.get_scale() >= 1)
+    if sound:
+        scaler.step(optimizer)
+    scaler.update()
+    rounds.bad = 0 if sound else rounds.bad + fault
+    return fault
 
 
 def save_lora(pipe: Pipeline, folder: Path) -> None:
@@ -608,18 +618,15 @@ class Minibatch:
         trainer.processes.sum([p.grad for p in trainer.weights] + [self.sums])
         trainer.scaler.unscale_(trainer.optimizer)
         norm = float(torch.nn.utils.clip_grad_norm_(trainer.weights, trainer.config.clip_norm))
-        if math.isfinite(norm):
-            trainer.scaler.step(trainer.optimizer)
-            trainer.rounds.bad = 0
+        sound = math.isfinite(norm)
+        if make_step(trainer.scaler, trainer.optimizer, trainer.rounds, sound, float(self.sums[0])):
+            self.report()
+        if sound:
             totals.used += self.size
             totals.norms.append(norm)
             totals.sums += self.sums.cpu()
         else:
             totals.skipped += 1
-            if not overflowed(trainer.scaler, float(self.sums[0])):
-                trainer.rounds.bad += 1
-                self.report()
-        trainer.scaler.update()
         trainer.optimizer.zero_grad(set_to_none=True)
 
     def report(self) -> None:

@@ -36,7 +36,7 @@ from diffusion import (
     negative,
     tokenize,
 )
-from finetune import TrainConfig, decide_compiling, load_model, loss_scaler, overflowed
+from finetune import TrainConfig, decide_compiling, load_model, loss_scaler, make_step
 from loading import DTYPES, SDXL_VAE, TINY, Pipeline, load_judging
 from pairs import (
     Pairs,
@@ -400,15 +400,9 @@ class Trainer:
             group["lr"] = lr * factor
         losses = found.stats[:, 0].tolist()
         sound = all(map(math.isfinite, norms + losses))
-        if sound:
-            self.scaler.step(self.optimizer)
-            self.rounds.bad = 0
-        else:
-            self.skipped += 1
-            if not overflowed(self.scaler, sum(losses)):
-                self.rounds.bad += 1
-                report_fault(step + 1, models, found, processes.main)
-        self.scaler.update()
+        if make_step(self.scaler, self.optimizer, self.rounds, sound, sum(losses)):
+            report_fault(step + 1, models, found, processes.main)
+        self.skipped += not sound
         self.optimizer.zero_grad(set_to_none=True)
         return dict(loss=losses[0] if sound else None, accuracy=float(found.stats[0, 1]),
                     grad_norm=norms[0] if sound else None, lr=lr, skipped=self.skipped,
