@@ -549,11 +549,10 @@ def find_all(config: EvaluateConfig, sources: dict) -> tuple[PromptSet | None, d
                          "(only tiny brings its own)")
     with option("prompts"):
         chosen = join_sets(config.prompts, config.limit, config.seed)
-    if "geneval" in sources or config.export_geneval:
-        if len(chosen.rows) < len(chosen.prompts):
-            raise InputError("geneval: wants its own prompts alone, "
-                             "--prompts geneval=evaluation_metadata.jsonl")
-        geneval.check_rows(chosen.rows)
+    alone = chosen.rows and len(config.prompts) == 1
+    if not alone and ("geneval" in sources or config.export_geneval):
+        raise InputError("geneval: wants its own prompts alone, "
+                         "--prompts geneval=evaluation_metadata.jsonl")
     if config.images:
         return chosen, {}, find_images(config.images,
                                        len(chosen.prompts) * config.images_per_prompt)

@@ -27,22 +27,12 @@ from PIL import Image
 from clip_spm import CLIP, upright
 from loading import check_vocabulary, load_clip
 from metrics import DETECTOR, Metric, picture_vectors, preprocess_bytes, rgb, text_vectors
+from prompt_sets import CLASSES, COLOURS, MOST
 from training import fingerprint, write_text
 from weights import InputError, fetch, first_line
 
 TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
-COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
-# COCO's 80 classes in the detector's order, matched by place: three names are GenEval's own.
-CLASSES = """person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light,
-fire hydrant, stop sign, parking meter, bench, bird, cat, dog, horse, sheep, cow, elephant, bear,
-zebra, giraffe, backpack, umbrella, handbag, tie, suitcase, frisbee, skis, snowboard, sports ball,
-kite, baseball bat, baseball glove, skateboard, surfboard, tennis racket, bottle, wine glass, cup,
-fork, knife, spoon, bowl, banana, apple, sandwich, orange, broccoli, carrot, hot dog, pizza, donut,
-cake, chair, couch, potted plant, bed, dining table, toilet, tv, laptop, computer mouse, tv remote,
-computer keyboard, cell phone, microwave, oven, toaster, sink, refrigerator, book, clock, vase,
-scissors, teddy bear, hair drier, toothbrush""".replace("\n", " ").split(", ")
 THRESHOLD, COUNTING_THRESHOLD = 0.3, 0.9        # of the detector's score
-MOST = 16               # objects of one class
 SLACK = 0.1             # share of both sizes by which two objects may be off without a relation
 
 
@@ -56,19 +46,6 @@ class Found:
 
 
 # The rules: pure functions on detections
-
-def check_rows(rows: list[dict]) -> None:
-    """InputError for what the detector cannot tell: all pictures of it would count as wrong."""
-    known = {"class": CLASSES, "count": range(1, MOST + 1), "color": [None, *COLOURS]}
-    for row in rows:
-        for want in row.get("include", []) + row.get("exclude", []):
-            for name, values in known.items():
-                if want.get(name) not in values:
-                    raise InputError(f"geneval: the metadata of {row['prompt']!r} ask for the "
-                                     f"{name} {want[name]!r}, which the detector cannot tell")
-    if len({row["prompt"] for row in rows}) < len(rows):
-        raise InputError("geneval: the metadata have a prompt twice, and may ask for two things")
-
 
 def keep(found: list[Found], tag: str) -> dict[str, list[Found]]:
     """Class -> its objects above the tag's threshold, best first."""

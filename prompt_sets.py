@@ -33,6 +33,18 @@ SETS = {        # name -> (hub data set or file in it, what to fetch of it, numb
     "parti": ("nateraw/parti-prompts/PartiPrompts.tsv", [], 1632),
     "geneval": ("", [], 553),
 }
+# What GenEval's metadata may ask for, as its detector can tell nothing else.
+COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
+# COCO's 80 classes in the detector's order, matched by place: three names are GenEval's own.
+CLASSES = """person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light,
+fire hydrant, stop sign, parking meter, bench, bird, cat, dog, horse, sheep, cow, elephant, bear,
+zebra, giraffe, backpack, umbrella, handbag, tie, suitcase, frisbee, skis, snowboard, sports ball,
+kite, baseball bat, baseball glove, skateboard, surfboard, tennis racket, bottle, wine glass, cup,
+fork, knife, spoon, bowl, banana, apple, sandwich, orange, broccoli, carrot, hot dog, pizza, donut,
+cake, chair, couch, potted plant, bed, dining table, toilet, tv, laptop, computer mouse, tv remote,
+computer keyboard, cell phone, microwave, oven, toaster, sink, refrigerator, book, clock, vase,
+scissors, teddy bear, hair drier, toothbrush""".replace("\n", " ").split(", ")
+MOST = 16               # objects of one class
 
 
 def checked_prompt(prompt: str, place: str) -> str:
@@ -216,12 +228,17 @@ class PromptSet:
 
 
 def read_geneval(path: Path) -> list[dict]:
-    """GenEval's metadata, one object a line; InputError that names a line which is none."""
+    """GenEval's metadata, one object a line.
+
+    InputError for a line that is none, or asks for what the detector cannot tell: all pictures of
+    it would count as wrong. Also for a prompt that is there twice.
+    """
     try:
         rows = json_lines(path)
     except InputError as error:
         raise InputError(f"{error}: not a readable file of GenEval's metadata, "
                          "evaluation_metadata.jsonl") from None
+    known = {"class": CLASSES, "count": range(1, MOST + 1), "color": [None, *COLOURS]}
     for number, row in rows.items():
         try:
             wants = [*enumerate(row.get("include", [])), *((0, w) for w in row.get("exclude", []))]
@@ -232,6 +249,13 @@ def read_geneval(path: Path) -> list[dict]:
             raise InputError(f"{path}: line {number} is no GenEval metadata "
                              "(tag, prompt, include: each with class and count, its position "
                              "to one before it)") from None
+        for _, want in wants:
+            for name, values in known.items():
+                if want.get(name) not in values:
+                    raise InputError(f"geneval: the metadata of {row['prompt']!r} ask for the "
+                                     f"{name} {want[name]!r}, which the detector cannot tell")
+    if len({row["prompt"] for row in rows.values()}) < len(rows):
+        raise InputError("geneval: the metadata have a prompt twice, and may ask for two things")
     return list(rows.values())
 
 

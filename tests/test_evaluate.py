@@ -575,8 +575,9 @@ def test_geneval_end_to_end(kind, tmp_path, monkeypatch):
     text = (tmp_path / "e/results.md").read_text()
     assert "| base | 62.50 ± " in text and "| base | 75.00 | 50.00 | 62.50 |" in text
     assert len(list((tmp_path / "export/base").glob("*/samples/*.png"))) == 28 and (tmp_path / "export/base/00006/metadata.jsonl").exists()
-    with pytest.raises(InputError, match="wants its own prompts"):
-        call("evaluate", *words)
+    for prompts in ((), ("--prompts", *2 * [f"geneval={tmp_path / 'm.jsonl'}"])):
+        with pytest.raises(InputError, match="wants its own prompts alone"):
+            call("evaluate", *words, *prompts)
 
 
 def test_two_processes_evaluate_what_one_does(kind, trained, tmp_path):

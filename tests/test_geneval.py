@@ -15,7 +15,7 @@ from conftest import FACTS, randomize, seeded
 from loading import first_tokenizer
 from geneval import CLASSES, COLOURS, TAGS, Found, colour_words, export, instances, judge, keep, name_colours, relations
 from metrics import find_metric, preprocess_bytes
-from prompt_sets import prompt_set
+from prompt_sets import SETS, prompt_set
 from weights import InputError
 
 METADATA = FACTS.parent / "data/prompts/geneval_evaluation_metadata.jsonl"
@@ -268,14 +268,20 @@ def test_metric_looks_prompts_up(detector, clip, tmp_path, monkeypatch):
 @pytest.mark.parametrize("entry, says", [
     ({"class": "unicorn", "count": 1}, "the class 'unicorn'"), ({"class": "cat", "count": 17}, "the count 17"),
     ({"class": "cat", "count": 1, "color": "mauve"}, "the color 'mauve'")])
-def test_metadata_that_the_detector_cannot_tell(entry, says):
-    """Every picture would count as wrong."""
-    geneval.check_rows([POSITION])
+def test_metadata_that_the_detector_cannot_tell(entry, says, tmp_path, monkeypatch):
+    """Every picture would count as wrong; said where they are read, whoever scores."""
+    monkeypatch.setitem(SETS, "geneval", ("", [], 1))
+
+    def read(*rows: dict) -> list[dict]:
+        (tmp_path / "m.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        return prompt_set(f"geneval={tmp_path / 'm.jsonl'}").rows
+
+    assert read(POSITION) == [POSITION]
     for row in (want("single_object", entry), want("counting", POSITION["include"][0], exclude=(entry,))):
         with pytest.raises(InputError, match=f"'p' ask for {says}, which the detector cannot tell"):
-            geneval.check_rows([row])
+            read(row)
     with pytest.raises(InputError, match="a prompt twice"):
-        geneval.check_rows([POSITION, POSITION])
+        read(POSITION, POSITION)
 
 
 def test_scipy_is_told_of_in_one_line(detector, monkeypatch):
@@ -328,7 +334,6 @@ def test_export_leaves_nothing_stale_and_turns_pictures(tmp_path):
 def test_official_metadata():
     """All 553: the tags' counts; every class is one of the detector's; a picture with just what is listed is right, one without is not."""
     rows = prompt_set(f"geneval={METADATA}").rows
-    geneval.check_rows(rows)
     assert Counter(r["tag"] for r in rows) == dict(zip(TAGS, (80, 99, 80, 94, 100, 100))) and len({r["prompt"] for r in rows}) == 553
     place = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
     for row in rows:
