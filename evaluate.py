@@ -299,55 +299,57 @@ def save_png(path: Path, image: Image.Image) -> None:
 
 # The scores
 
-def score_all(metric: Metric, files: dict[str, list[Path]], digests: dict[str, str],
-              prompts: list[str], batch: int, processes: Processes,
-              folder: Path) -> dict[str, list[float]]:
-    """{model: one score per picture}, on every process.
+def score_model(metric: Metric, name: str, paths: list[Path], pictures: str, prompts: list[str],
+                batch: int, processes: Processes, folder: Path) -> list[float]:
+    """One score per picture of a model, on every process; `pictures`: their digest.
 
     Kept in folder/MODEL.METRIC.json while pictures, prompts and weights last. Until all are there,
     each process keeps its own after every batch in a .part file beside it (None where it has none);
     the next start, with however many processes, goes on from all of them.
     """
-    out = {}
-    for name, paths in files.items():
-        identity = dict(formula=metric.formula, weights=metric.weights, pictures=digests[name],
-                        prompts=hashlib.sha256("\n".join(prompts).encode()).hexdigest())
-        stem = f"{name}.{metric.name}"
+    stem, count = f"{name}.{metric.name}", len(prompts)
+    identity = dict(formula=metric.formula, weights=metric.weights, pictures=pictures,
+                    prompts=hashlib.sha256("\n".join(prompts).encode()).hexdigest())
+    # What is kept: all is in the main process's part before another overwrites its own.
+    earlier = [read_json(path) for path in score_files(folder, stem)] if processes.main else []
+    own = {i: score for old in earlier if old.get("identity") == identity
+           for i, score in enumerate(old["scores"]) if score is not None}
+    if own:
+        write_scores(folder / f"{stem}.part0.json", identity, own, count)
+    kept = processes.union(own)
+    # What is left to do.
+    todo = [i for i in range(count) if i not in kept]
+    mine = [todo[i] for i in processes.share(len(todo))]
+    # Score it.
+    for begin in tqdm(range(0, len(mine), batch), f"{metric.name} {name}",
+                      disable=not processes.main):
+        part = mine[begin:begin + batch]
+        scores = metric.score([open_image(paths[i]) for i in part], [prompts[i] for i in part])
+        for i, score in zip(part, scores.double().tolist()):
+            if not np.isfinite(score):
+                raise InputError(f"{metric.name}: {score} for {paths[i]} of {name}, "
+                                 f"prompt {prompts[i]!r}; the metric's weights or the picture "
+                                 "are damaged")
+            own[i] = score
+        write_scores(folder / f"{stem}.part{processes.rank}.json", identity, own, count)
+    # Put it together.
+    whole = processes.union(own)
+    if processes.main:
+        write_scores(folder / f"{stem}.json", identity, whole, count)
+        for path in set(score_files(folder, stem)) - {folder / f"{stem}.json"}:
+            path.unlink()
+    return [whole[i] for i in range(count)]
 
-        def written() -> list[Path]:
-            return [p for p in folder.glob("*")
-                    if p.name == f"{stem}.json" or p.name.startswith(f"{stem}.part")]
 
-        def keep(file: str, scores: dict[int, float]) -> None:
-            write_json(folder / file, dict(identity=identity,
-                                           scores=[scores.get(i) for i in range(len(prompts))]))
+def score_files(folder: Path, stem: str) -> list[Path]:
+    """The files that a model's scores are in, whole or in parts."""
+    return [p for p in folder.glob("*")
+            if re.fullmatch(re.escape(stem) + r"(\.part\d+)?\.json", p.name)]
 
-        earlier = [read_json(path) for path in written()] if processes.main else []
-        own = {i: score for old in earlier if old.get("identity") == identity
-               for i, score in enumerate(old["scores"]) if score is not None}
-        if own:
-            keep(f"{stem}.part0.json", own)             # before another process overwrites its own
-        kept = processes.union(own)
-        todo = [i for i in range(len(prompts)) if i not in kept]
-        mine = [todo[i] for i in processes.share(len(todo))]
-        for begin in tqdm(range(0, len(mine), batch), f"{metric.name} {name}",
-                          disable=not processes.main):
-            part = mine[begin:begin + batch]
-            scores = metric.score([open_image(paths[i]) for i in part], [prompts[i] for i in part])
-            for i, score in zip(part, scores.double().tolist()):
-                if not np.isfinite(score):
-                    raise InputError(f"{metric.name}: {score} for {paths[i]} of {name}, "
-                                     f"prompt {prompts[i]!r}; the metric's weights or the picture "
-                                     "are damaged")
-                own[i] = score
-            keep(f"{stem}.part{processes.rank}.json", own)
-        kept |= processes.union(own)
-        out[name] = [kept[i] for i in range(len(prompts))]
-        if processes.main:
-            keep(f"{stem}.json", kept)
-            for path in set(written()) - {folder / f"{stem}.json"}:
-                path.unlink()
-    return out
+
+def write_scores(path: Path, identity: dict, scores: dict[int, float], count: int) -> None:
+    """{picture: score} as a list of all `count`, None where there is none yet."""
+    write_json(path, dict(identity=identity, scores=[scores.get(i) for i in range(count)]))
 
 
 def open_image(path: Path) -> Image.Image:
@@ -637,9 +639,10 @@ def score_pictures(config: EvaluateConfig, load, files: dict[str, list[Path]], p
     for word in config.metrics:
         metric = load(word)
         formulas[metric.name] = metric.formula
-        for model, row in score_all(metric, files, digests, prompts, config.batch, processes,
-                                    Path(config.out) / "scores").items():
-            scores[model][metric.name] = row
+        for name, paths in files.items():
+            scores[name][metric.name] = score_model(
+                metric, name, paths, digests[name], prompts, config.batch, processes,
+                Path(config.out) / "scores")
         del metric                      # one scorer in memory at a time
     return formulas, scores
 
