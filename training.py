@@ -232,6 +232,7 @@ def run_script(main) -> None:
     for stream in (sys.stdout, sys.stderr):     # what the terminal's code page lacks is spelt out
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+            stream.write, stream.flush = _unheard(stream, "write"), _unheard(stream, "flush")
     try:
         main()
     except InputError as error:
@@ -256,6 +257,19 @@ def run_script(main) -> None:
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _unheard(stream: io.TextIOWrapper, method: str):
+    """Its write or flush, which lets all go nowhere once nobody reads it: the work goes on."""
+    call = getattr(stream, method)
+
+    def careful(*text: str) -> int | None:
+        try:
+            return call(*text)
+        except BrokenPipeError:         # `| head`, or a tee that Ctrl-C has ended
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+    return careful
 
 
 def _fail(message: str) -> int:

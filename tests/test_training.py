@@ -25,6 +25,7 @@ import torch.distributed.run
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
+from tqdm import tqdm
 
 import training
 
@@ -384,6 +385,31 @@ def test_what_is_printed_survives_every_code_page(code_page, monkeypatch):
     out.flush()
     assert caught.value.code == 2 and out.buffer.getvalue().startswith(b"\\u63d0\\u793a/p.png ")
     assert errors.buffer.getvalue().endswith(b"error: \\u4e00\\u53ea\\u732b: not found\n")
+
+
+@pytest.mark.parametrize("buffering", [-1, 1], ids=["block", "line"])
+def test_what_nobody_reads_any_more_ends_no_work(buffering, monkeypatch):
+    """`| head`, a `tee` that has ended: no message, no traceback, the exit status is the work's own, and a flush at the end says nothing."""
+    streams = []
+    for name in ("stdout", "stderr"):
+        read, write = os.pipe()
+        os.close(read)
+        streams.append(open(write, "w", buffering, encoding="utf-8"))
+        monkeypatch.setattr(sys, name, streams[-1])
+
+    def main():
+        for _ in tqdm(range(3), mininterval=0):
+            print("x" * 5000)
+        print("said at once", flush=True)
+        training.warn("heard by nobody")
+        raise InputError("reached")
+
+    with pytest.raises(SystemExit) as caught:
+        run_script(main)
+    assert caught.value.code == 2 and "reached" in str(caught.value.__context__)
+    for stream in streams:
+        print("what remains in the buffer", file=stream)
+        stream.close()
 
 
 @pytest.mark.parametrize("device", ["foo", "cuda", "cuda:0", "cuda:", "meta"])
