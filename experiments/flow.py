@@ -106,17 +106,18 @@ def tune(method: str) -> dict:
                              for i in permutation(len(captions), "choice")[:128]))
     chosen = {name: values[0] for name, values in settings.items()}
     scores = {}
+
+    def score(tried: dict) -> float:
+        words = " ".join(f"{key} {number:g}" for key, number in tried.items())
+        if words not in scores:
+            lora, _ = train(f"{method} {words}", start | tried, RATE_SEED)
+            results = judged(f"choice/{method} {words}", dict(tried=lora), "--prompts", str(file),
+                             "--metrics", "pickscore", "--seed", "10000")
+            scores[words] = results["results"]["tried"]["pickscore"]["mean"]
+        return scores[words]
+
     for name, values in settings.items():
-        for value in values:
-            tried = chosen | {name: value}
-            words = " ".join(f"{key} {number:g}" for key, number in tried.items())
-            if words not in scores:
-                lora, _ = train(f"{method} {words}", start | tried, RATE_SEED)
-                results = judged(f"choice/{method} {words}", dict(tried=lora), "--prompts",
-                                 str(file), "--metrics", "pickscore", "--seed", "10000")
-                scores[words] = results["results"]["tried"]["pickscore"]["mean"]
-            if scores[words] == max(scores.values()):
-                chosen = tried
+        chosen = max([chosen | {name: value} for value in values], key=score)
     keep("tuned", {method: dict(chosen=chosen, pickscore=scores)})
     return start | chosen
 

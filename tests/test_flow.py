@@ -167,6 +167,23 @@ def test_the_page_is_what_the_results_say(monkeypatch):
     assert all(row["evaluations"] >= study.EVALUATIONS for arm in found["arms"].values() for row in arm.values())
 
 
+def test_the_search_chooses_what_the_results_say(monkeypatch, tmp_path):
+    """Replayed from the scores in results/flow.json: the same runs in the same order, each once, and the same choice."""
+    monkeypatch.syspath_prepend(str(ROOT / "experiments"))
+    import flow as study
+    recorded, wanted, runs = study.kept()["tuned"], {}, []
+    monkeypatch.setattr(study, "RUNS", tmp_path)
+    monkeypatch.setattr(study, "kept", dict)
+    monkeypatch.setattr(study, "keep", lambda part, value: wanted.update(value))
+    monkeypatch.setattr(study, "train", lambda name, options, seed: (runs.append(name) or tmp_path, {}))
+    monkeypatch.setattr(study, "judged", lambda folder, *_: dict(results=dict(tried=dict(pickscore=dict(
+        mean=next(found["pickscore"][words] for method, found in recorded.items() for words in found["pickscore"] if folder == f"choice/{method} {words}"))))))
+    for method, found in recorded.items():
+        assert study.tune(method) == study.TUNED[method][0] | found["chosen"]
+        assert list(wanted[method]["pickscore"]) == list(found["pickscore"])
+    assert wanted == recorded and runs == [f"{method} {words}" for method, found in recorded.items() for words in found["pickscore"]]
+
+
 @pytest.mark.parametrize("shared", [3, None, ["model"]])
 def test_shared_that_is_no_path_is_one_line(shared, tmp_path):
     (tmp_path / "model_index.json").write_text(json.dumps(dict(shared=shared)))
