@@ -26,8 +26,8 @@ import overoptimization
 import tables
 from evaluate import compare
 from loading import load_pipeline
-from training import plain_parser, read_json, refuse, run_script, write_json
-from weights import read_weights
+from training import plain_parser, read_json, run_script, write_json
+from weights import InputError, read_weights
 
 SEEDS, ROUNDS, MEANS = overoptimization.SEEDS, (10, 12, 14, 16), (1, 3)
 SAFE, CLOSED = 0.82, 0.80
@@ -42,7 +42,7 @@ def candidate(seed: int, rounds: int, count: int) -> Path:
     files = [kept / f"{rounds - overoptimization.EVERY * i:05d}" / NAME for i in range(count)]
     for file in files:
         if not file.exists():
-            refuse(f"{file}: not there yet; run experiments/overoptimization.py first")
+            raise InputError(f"{file}: not there; run experiments/overoptimization.py first")
     out = RUNS / f"seed{seed}-{rounds}-{count}.safetensors"
     parts = [read_weights(file) for file in files]
     mean = {}
