@@ -70,6 +70,9 @@ All of them are in `config.json`.
 TINY = """The tiny model is a toy of 64 x 64 pixels. It is not on the Hub: run this in the folder of
 the project that holds `tiny/model`. ComfyUI and A1111 do not know it, so their lines below are for
 a LoRA of SD-1.5 or SDXL."""
+FLOW = """The tiny flow-matching model is a toy of 64 x 64 pixels, and not on the Hub. diffusers,
+ComfyUI and A1111 have no pipeline for a UNet that matches a flow: draw with `python evaluate.py
+--model tiny-flow`. Their lines below are for a LoRA of SD-1.5 or SDXL."""
 OWN = "The base is not on the Hub: write the path of your folder for `FOLDER/OF/...`."
 BEST = """The LoRA here is that of the last round. `best/` holds that of the saved round with the
 highest score."""
@@ -94,8 +97,8 @@ def base_of(config: dict) -> str:
 def about_base(config: dict) -> dict[str, str]:
     """What the page says of the base. No path of this machine is told."""
     if config["model"] in ("tiny", "tiny-flow"):
-        source = "tiny/model" if config["model"] == "tiny" else "tiny/flow"
-        return dict(base="this project's tiny model", source=source, note=TINY,
+        source, note = ("tiny/model", TINY) if config["model"] == "tiny" else ("tiny/flow", FLOW)
+        return dict(base="this project's tiny model", source=source, note=note,
                     prompt="a red circle above a blue cross")
     base = base_of(config)
     own = Path(config["model"]).name

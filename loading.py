@@ -435,8 +435,8 @@ def check_schedule(folder: Path, pipe: "Pipeline") -> None:
     ours, theirs = pipe.schedule, read_schedule(folder)
     same = ours.flow or theirs.flow or torch.equal(ours.alphas_cumprod, theirs.alphas_cumprod)
     if not same or ours.prediction_type != theirs.prediction_type:
-        raise InputError(f"{folder}: made for {theirs.prediction_type} and "
-                         f"{'the same' if same else 'other'} betas, {pipe.name} for "
+        raise InputError(f"{folder}: made for {theirs.prediction_type}"
+                         f"{'' if same else ' and other betas'}, {pipe.name} for "
                          f"{ours.prediction_type}; evaluate it as a --model of its own")
 
 

@@ -93,12 +93,17 @@ class Resample(nn.Module):
         if not self.up:
             return self.conv(F.pad(x, (0, 1, 0, 1)))    # padded on the right and below only
         if x.device.type == "cpu":
-            # Each pixel becomes four alike: the taps that see it are added up beforehand, which
-            # leaves 4 of 9 products.
-            taps = F.avg_pool2d(self.conv.weight, 2, stride=1, padding=1, divisor_override=1)
-            return F.conv_transpose2d(x, taps.flip(2, 3).transpose(0, 1), self.conv.bias,
-                                      stride=2, padding=1)
+            return enlarged(self.conv, x)
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+def enlarged(conv: nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
+    """`conv` of the map at twice its size, as one transposed convolution: 4 of 9 products.
+
+    Each pixel becomes four alike, so the taps that see it are added up beforehand.
+    """
+    taps = F.avg_pool2d(conv.weight, 2, stride=1, padding=1, divisor_override=1)
+    return F.conv_transpose2d(x, taps.flip(2, 3).transpose(0, 1), conv.bias, stride=2, padding=1)
 
 
 class Level(nn.Module):

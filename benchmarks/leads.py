@@ -23,6 +23,7 @@ import ddim
 import lora
 from loading import Pipeline
 from unet import Attention, ResnetBlock, TransformerBlock, UNet
+from vae import Resample, enlarged
 
 SMALL = 32          # samples up to which a call of the UNet gets a CUDA graph
 
@@ -71,6 +72,15 @@ def groupnorm(pipe: Pipeline) -> None:
     for block in [*found(pipe.unet, ResnetBlock), pipe.vae.decoder]:
         for norm in found(block, nn.GroupNorm):
             norm.forward = MethodType(norm_by_channel, norm)
+
+
+def enlarge(pipe: Pipeline) -> None:
+    """The decoder's enlargements, each with the convolution after it, at 4 of 9 products.
+
+    That saves 15 % of SD-1.5's decode in arithmetic. On a CPU the program has them so already.
+    """
+    for layer in found(pipe.vae.decoder, Resample):
+        layer.forward = MethodType(lambda resample, x: enlarged(resample.conv, x), layer)
 
 
 # Attention
@@ -247,7 +257,8 @@ def graphs(pipe: Pipeline) -> None:
 
 
 LEADS = {function.__name__: function for function in (          # what promises most comes first
-    groupnorm, cudnn, padded_cudnn, qkv, whole, graphs, padded_flash, flash, efficient, text)}
+    groupnorm, cudnn, padded_cudnn, qkv, enlarge, whole, graphs, padded_flash, flash, efficient,
+    text)}
 
 
 # Larger training batches: a setting, not a change of the pipeline

@@ -54,14 +54,15 @@ def trained(rounds: int, options: dict) -> Path:
 
 
 @torch.no_grad()
-def judged(pipe: Pipeline, lora: str, guidance: float) -> dict[str, list[float]]:
+def judged(pipe: Pipeline, lora: str, guidance: float,
+           pictures: int = PICTURES) -> dict[str, list[float]]:
     """Aesthetics and alignment of each picture with a LoRA, or without one if it is empty."""
     train, _ = world.split_captions()
     order = permutation(len(train), "arms")
-    captions = [train[order[i % len(train)]] for i in range(PICTURES)]
+    captions = [train[order[i % len(train)]] for i in range(pictures)]
     out = dict(aesthetics=[], alignment=[])
     wear(pipe, lora)
-    for first in range(0, PICTURES, 64):
+    for first in range(0, pictures, 64):
         part = captions[first:first + 64]
         seeds = [NOISE + first + i for i in range(len(part))]
         images = generate(pipe, [c.text for c in part], seeds, 64, guidance_scale=guidance)

@@ -98,11 +98,11 @@ def cells(name: str, row: dict) -> list[str]:
     return [title, spread[0], *against[:2], spread[1], against[2], spread[2]]
 
 
-def goal(row: dict) -> str:
+def goal(row: dict, closed: float = CLOSED) -> str:
     """What a seed reaches of the goal, in words of the table."""
     fall = -row["alignment"]["difference"]
     bound = fall + 1.96 * row["alignment"]["difference_standard_error"]
-    reached = row["closed"] >= CLOSED and fall <= FALL and bound <= BOUND
+    reached = row["closed"] >= closed and fall <= FALL and bound <= BOUND
     return (f"{'reached' if reached else 'missed'}: {100 * row['closed']:.0f} %, "
             f"alignment down {100 * fall:.1f} points (at most {100 * bound:.1f})")
 

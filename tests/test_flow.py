@@ -202,3 +202,4 @@ def test_fractions_are_rounded_where_people_read_them(flow):
 
 def test_its_card_names_its_folder():
     assert card.about_base(dict(model="tiny-flow"))["source"] == "tiny/flow" and card.about_base(dict(model="tiny"))["source"] == "tiny/model"
+    assert "tiny-flow" in card.about_base(dict(model="tiny-flow"))["note"]

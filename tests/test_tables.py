@@ -5,13 +5,16 @@ import sys
 from xml.etree import ElementTree
 
 import pytest
+import torch
+from safetensors.torch import save_file
 from scipy import stats
 
 from helpers import ROOT
-from weights import InputError
+from weights import InputError, read_weights
 
 sys.path.insert(0, str(ROOT / "experiments"))
 import figures  # noqa: E402
+import further  # noqa: E402
 import overoptimization  # noqa: E402
 import tables  # noqa: E402
 
@@ -240,3 +243,27 @@ def test_the_first_signal_is_in_time_with_every_seed():
     assert "First, and in time with every seed: `ratio_win`, on average 4 rounds" in text      # mean of 21, 22, 23 is 1.022: 22
     record["seeds"]["1"] = dict(record["seeds"]["1"], truth={k: dict(v, alignment=0.98) for k, v in truth.items()})
     assert "No signal is in time with every seed." in over.render(record)
+
+
+def test_a_mean_of_loras_is_the_mean_of_their_products(tmp_path, monkeypatch):
+    monkeypatch.setattr(overoptimization, "RUNS", tmp_path)
+    monkeypatch.setattr(further, "RUNS", tmp_path / "means")
+    products = []
+    for rounds in (8, 10, 12):
+        a, b = torch.randn(2, 5), torch.randn(3, 2)
+        (tmp_path / f"seed0/loras/{rounds:05d}").mkdir(parents=True)
+        save_file({"unet.x.lora_A.weight": a, "unet.x.lora_B.weight": b}, tmp_path / f"seed0/loras/{rounds:05d}" / further.NAME)
+        products.append(b @ a)
+    mean = read_weights(further.candidate(0, 12, 3))
+    torch.testing.assert_close(mean["unet.x.lora_B.weight"] @ mean["unet.x.lora_A.weight"], sum(products) / 3)
+    with pytest.raises(InputError, match="run experiments/overoptimization.py first"):
+        further.candidate(0, 14, 3)
+
+
+def test_the_candidate_of_the_raised_goal_by_hand():
+    def arm(*rows):
+        return {str(seed): dict(closed=closed, alignment=dict(difference=change)) for seed, (closed, change) in enumerate(rows)}
+
+    found = dict(a=arm((0.90, -0.02), (0.82, 0.0)), b=arm((0.83, -0.005), (0.84, -0.01)), c=arm((0.95, 0.0), (0.81, 0.0)))
+    assert further.choose(found) == "b"                     # c is not safe in every seed, a falls more
+    assert further.choose({name: found[name] for name in "c"} | dict(d=arm((0.7, 0.0), (0.99, 0.0)))) == "c"

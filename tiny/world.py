@@ -201,6 +201,7 @@ class Thing:
     y: float
 
 
+@functools.cache
 def _templates(side: int = 24) -> torch.Tensor:
     """Each shape's mask, stretched to its own bounding box -> [4, side * side]."""
     axis = torch.arange(96) - 47.5
