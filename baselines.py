@@ -1,8 +1,9 @@
 """SPO's rivals on SPO's own sampler, model, LoRA and command line (paper, section 3, Tables 1, 2).
 
     python baselines.py --method d3po                           # the embedded tiny model
-    python baselines.py --method ddpo --model sd15 --prompts 4k_training_prompts.json
-    torchrun --nproc_per_node=4 baselines.py --method diffusion-dpo --model sdxl --pairs FOLDER
+    python baselines.py --method ddpo --model sd15 --prompts PROMPTS.json --out runs/ddpo
+    torchrun --nproc_per_node=4 baselines.py --method diffusion-dpo --model sdxl --pairs FOLDER \\
+        --out runs/dpo
 
 Online, from prompts alone; PickScore is the reward, seen only at the end of a trajectory:
     ddpo            policy gradient on the reward, clipped as in PPO (Black et al. 2023)

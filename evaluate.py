@@ -17,6 +17,7 @@
     python evaluate.py --trace "two squares" --lora spo=runs/spo    # one SPO trajectory, drawn
 
 The defaults are the paper's protocol (DDIM, 20 steps, guidance 5); it is written into every result.
+Another model, protocol or list of prompts needs another --out.
 """
 import needs  # noqa: F401
 import datetime

@@ -8,7 +8,8 @@
                 minibatch.step()
             trainer.end(turn, stats)            # log, checkpoint, samples; leaves on a signal
 
-SPO (spo_train.py) and its rivals (baselines.py) differ in what stands inside. Each writes the loop.
+SPO (spo_train.py) and its rivals (baselines.py) differ in what stands inside. Each writes the
+loop itself.
 
 Shapes: N slots, a slot being whatever a method learns from: a step of a pair, a pair of pictures.
 """
@@ -106,8 +107,8 @@ class TrainConfig(ModelConfig):
 @dataclass
 class RunConfig(TrainConfig):
     """What every method that trains a LoRA needs."""
-    prompts: str = opt("", "training prompts: .txt, .json, .jsonl, .parquet or a hub data set (P: "
-                       "4k Pick-a-Pic captions); empty: tiny's own")
+    prompts: str = opt("", "training prompts: .txt, .json, .jsonl, .csv, .tsv, .parquet or a hub "
+                       "data set (P: 4k Pick-a-Pic captions); empty: tiny's own")
     sample_prompts: int = opt(0, "use so many of them, drawn by the seed (P: 4000); 0: all",
                               least=0)
     judge_dtype: str = opt("fp32", "of the judge's weights (O: fp32, on a GPU with TF32 products)",

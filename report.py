@@ -3,7 +3,8 @@
     python evaluate.py --lora base= spo=runs/spo --curves spo=runs/spo  # writes report.html, too
 
 The page needs no network and no server: pictures are embedded as thumbnails, charts are SVG, a
-short script sorts, compares two models on one picture, and enlarges.
+short script sorts, compares two models on one picture, and enlarges. A training has a shorter page,
+which follows it (write_live).
 """
 import base64
 import contextlib

@@ -1,7 +1,7 @@
 """Train the step-aware preference model (SPM): which of two noisy latents will look better?
 
     python spm_train.py                                     # tiny: the embedded world's preferences
-    torchrun --nproc_per_node=4 spm_train.py --model sd15 --pairs FOLDER    # people's, of pictures
+    torchrun --nproc_per_node=4 spm_train.py --model sd15 --pairs FOLDER --out runs/spm15
 
 Both pictures of a pair are encoded and get the same noise at the same t. The frozen UNet predicts
 their clean latents; these are decoded and shown to a CLIP that starts out equal to PickScore and

@@ -1,8 +1,8 @@
 """SPO and MSPO: step-by-step preference optimization of a text-to-image model (paper, section 4).
 
     python spo_train.py                                 # the embedded tiny model, two minutes
-    python spo_train.py --model sd15 --prompts 4k_training_prompts.json                 # one GPU
-    torchrun --nproc_per_node=4 spo_train.py --model sdxl --prompts 4k_training_prompts.json
+    python spo_train.py --model sd15 --prompts PROMPTS.json --out runs/sd15             # one GPU
+    torchrun --nproc_per_node=4 spo_train.py --model sdxl --prompts PROMPTS.json --out runs/sdxl
 
 One round:
     sample   Walk down the DDIM trajectory of every prompt. Where t_min <= t <= t_max, draw k

@@ -1,6 +1,6 @@
 """A human study on one page (paper, Figure 6): two models' pictures side by side, blind.
 
-    python evaluate.py --lora base= spo=spo.safetensors --prompts parti --study study.html
+    python evaluate.py --model sdxl --lora base= spo=FILE --prompts parti --study study.html
     python evaluate.py --tally votes-*.json
 
 Send the page to the raters; it needs no network. It explains itself, says how long it takes, and

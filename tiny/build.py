@@ -1,6 +1,6 @@
 """Train the embedded laboratory from nothing: VAE, CLIP, UNet, PickScore and the step-aware judge.
 
-    python -m tiny.build                          # all, into tiny/model: 2 to 3 h on 2 slow cores
+    python -m tiny.build                          # all, into tiny/: 2 to 3 h on 2 slow cores
     python -m tiny.build --stages spm --out DIR   # one stage again, on what the folder holds
 
 The hours are estimated from single steps. Every stage is seeded, ends with a quality gate that
