@@ -385,8 +385,8 @@ WATCH = (           # the advice of docs/watch.md, with the newest values
     "should rise. The prompts and seeds are the same every time.",
     "valid_share {valid_share:.3g}: if it is near zero, lower --threshold. margin {margin:.3g}: "
     "far below 1 / beta (beta is {beta:g}), the loss does not yet hold the LoRA near the base.",
-    "ratio_win {ratio_win:.4g}, ratio_lose {ratio_lose:.4g}: both climbing above 1.02 is an early "
-    "sign of over-optimization. Look at the pictures.",
+    "ratio_win {ratio_win:.4g}, ratio_lose {ratio_lose:.4g}: they climb while the run leaves the "
+    "base; above 1.02 it has mostly gone on too long. best/ is earlier. Look at the pictures.",
     "accuracy {accuracy:.3g} (chance: 0.5), loss {loss:.3g} (chance: 0.693) in the newest step. "
     "Single steps are noisy: look at the curves. Unreadable pairs so far: {unreadable}.")
 TRACES = """<h2 id="trajectories">Trajectories</h2>

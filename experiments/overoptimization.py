@@ -1,6 +1,6 @@
 """Going on too long: 40 rounds of the demo, three seeds. Which logged number announces the harm?
 
-    python experiments/overoptimization.py            # an hour on one core; or --seeds 0
+    python experiments/overoptimization.py            # an hour on one busy core; or --seeds 0
     python experiments/overoptimization.py --render   # table and picture again, from the JSON
 
 Continues where it stopped. Every second round's LoRA is judged by ground truth on the 256 held-out
@@ -117,6 +117,9 @@ def render(record: dict) -> str:
     seeds = record["seeds"]
     begins = {s: harm(run["truth"], record["base"]) for s, run in seeds.items()}
     rows = [["**harm begins**", "", *(str(b or "never") for b in begins.values())]]
+    kept = [run["log"]["validation_score"] for run in seeds.values()]
+    rows.append(["`best/`: highest `validation_score`", "asked afterwards, no part of the rule",
+                 *(str(1 + values.index(max(values))) for values in kept)])
     leads = {}
     for name, bound in SIGNALS.items():
         off = {s: alarm(run["log"][name], bound) for s, run in seeds.items()}

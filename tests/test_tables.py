@@ -267,3 +267,11 @@ def test_the_candidate_of_the_raised_goal_by_hand():
     found = dict(a=arm((0.90, -0.02), (0.82, 0.0)), b=arm((0.83, -0.005), (0.84, -0.01)), c=arm((0.95, 0.0), (0.81, 0.0)))
     assert further.choose(found) == "b"                     # c is not safe in every seed, a falls more
     assert further.choose({name: found[name] for name in "c"} | dict(d=arm((0.7, 0.0), (0.99, 0.0)))) == "c"
+
+
+def test_the_advice_on_too_many_rounds_is_what_the_json_says():
+    record = json.loads(overoptimization.RECORD.read_text(encoding="utf-8"))
+    folder, page = overoptimization.RESULTS, (ROOT / "docs/watch.md").read_text(encoding="utf-8")
+    assert overoptimization.render(record) == (folder / "overoptimization.md").read_text(encoding="utf-8")
+    assert overoptimization.picture(record) == (folder / "overoptimization.svg").read_text(encoding="utf-8")
+    assert all(line in page for line in overoptimization.render(record).splitlines() if line.startswith("|"))
