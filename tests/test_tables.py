@@ -275,3 +275,14 @@ def test_the_advice_on_too_many_rounds_is_what_the_json_says():
     assert overoptimization.render(record) == (folder / "overoptimization.md").read_text(encoding="utf-8")
     assert overoptimization.picture(record) == (folder / "overoptimization.svg").read_text(encoding="utf-8")
     assert all(line in page for line in overoptimization.render(record).splitlines() if line.startswith("|"))
+
+
+def test_the_raised_goal_is_read_off_the_json():
+    record = json.loads(further.RECORD.read_text(encoding="utf-8"))
+    assert further.choose(record["found"]) == record["chosen"]
+    lines = [line for line in further.markdown(record).splitlines() if line.startswith("|")]
+    details, page = ((ROOT / "experiments" / name).read_text(encoding="utf-8") for name in ("details.md", "README.md"))
+    assert all(line in details for line in lines[:-3])
+    for seed in map(str, further.SEEDS):                        # this page says the same in fewer words
+        row = record["held"][f"seed{seed}"]
+        assert row["closed"] >= further.CLOSED and f"{100 * row['closed']:.0f} %, down {-100 * row['alignment']['difference']:.1f}" in page
