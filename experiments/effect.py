@@ -6,7 +6,7 @@
 Continues where it stopped; writes results/effect.json and effect.md. Settings, seeds and held-out
 prompts are fixed here, before any run. The project's own goal, for every seed, on 1,024 pictures:
 at least 70 % of the distance closed, and alignment down by at most one percentage point, the upper
-95 % bound of its fall at most 1.8 points.
+95 % bound of its fall at most 1.8 points. further.py raises it to 80 %.
 """
 import platform
 import subprocess
