@@ -72,11 +72,15 @@ def judged(pipe: Pipeline, lora: str, guidance: float,
     return out
 
 
+def distance() -> float:
+    """From the base to the best pictures in aesthetics: held-out captions, drawn at guidance 3."""
+    effect = read_json(RESULTS.with_name("effect.json"))
+    return effect["ceiling"]["best_through_vae"] - effect["results"]["base"]["aesthetics"]["mean"]
+
+
 def table(arms: dict[str, dict]) -> str:
     """The arms that have been measured, as Markdown."""
-    effect = read_json(RESULTS.with_name("effect.json"))
-    base = effect["results"]["base"]["aesthetics"]["mean"]
-    distance = effect["ceiling"]["best_through_vae"] - base     # of pictures drawn at guidance 3
+    whole = distance()
     lines = [
         "| one training seed | aesthetics | distance closed | alignment, paired |",
         "|---|---|---|---|",
@@ -84,7 +88,7 @@ def table(arms: dict[str, dict]) -> str:
     for name in [name for name in ARMS if name in arms]:
         beauty, change = arms[name]["aesthetics"], arms[name]["alignment"]
         before = beauty["mean"] - beauty["difference"]
-        closed = f"{beauty['difference'] / distance:.0%}" if arms[name]["guidance"] == 3 else ""
+        closed = f"{beauty['difference'] / whole:.0%}" if arms[name]["guidance"] == 3 else ""
         lines.append(
             f"| {name} | {before:.2f} to {beauty['mean']:.2f} | {closed} | "
             f"{change['difference']:+.3f} ± {change['difference_standard_error']:.3f} |"

@@ -29,7 +29,9 @@ from loading import load_pipeline
 from training import plain_parser, read_json, run_script, write_json
 from weights import InputError, read_weights
 
-SEEDS, ROUNDS, MEANS = overoptimization.SEEDS, (10, 12, 14, 16), (1, 3)
+SEEDS = overoptimization.SEEDS
+CANDIDATES = {f"{rounds} rounds, mean of {count}": (rounds, count)
+              for rounds in (10, 12, 14, 16) for count in (1, 3)}
 SAFE, CLOSED = 0.82, 0.80
 PICTURES, GUIDANCE = 512, 3
 RUNS, RECORD = ROOT / "runs/further", ROOT / "experiments/results/further.json"
@@ -69,25 +71,22 @@ def choose(found: dict[str, dict]) -> str:
 def measure() -> None:
     """Judge every candidate on training captions, the chosen one on the held-out ones."""
     record = read_json(RECORD) if RECORD.exists() else dict(found={})
-    known = read_json(effect.RESULTS / "effect.json")
-    top = known["ceiling"]
-    distance = top["best_through_vae"] - known["results"]["base"]["aesthetics"]["mean"]
-    pipe = load_pipeline("tiny")
+    pipe, whole = load_pipeline("tiny"), alignment.distance()
     base = None
-    for rounds in ROUNDS:
-        for count in MEANS:
-            rows = record["found"].setdefault(f"{rounds} rounds, mean of {count}", {})
-            for seed in [s for s in SEEDS if str(s) not in rows]:
-                base = base or alignment.judged(pipe, "", GUIDANCE, PICTURES)
-                file = candidate(seed, rounds, count)
-                scores = alignment.judged(pipe, str(file), GUIDANCE, PICTURES)
-                row = {metric: compare(scores[metric], base[metric]) for metric in scores}
-                rows[str(seed)] = dict(row, closed=row["aesthetics"]["difference"] / distance)
-                write_json(RECORD, record)
+    for name, (rounds, count) in CANDIDATES.items():
+        rows = record["found"].setdefault(name, {})
+        for seed in [s for s in SEEDS if str(s) not in rows]:
+            base = base or alignment.judged(pipe, "", GUIDANCE, PICTURES)
+            file = candidate(seed, rounds, count)
+            scores = alignment.judged(pipe, str(file), GUIDANCE, PICTURES)
+            row = {metric: compare(scores[metric], base[metric]) for metric in scores}
+            rows[str(seed)] = dict(row, closed=row["aesthetics"]["difference"] / whole)
+            write_json(RECORD, record)
     chosen = choose(record["found"])
     if record.get("chosen") != chosen:
-        rounds, count = (int(word) for word in chosen.split() if word.isdigit())
+        rounds, count = CANDIDATES[chosen]
         names = [f"seed{s}={candidate(s, rounds, count)}" for s in SEEDS]
+        top = read_json(effect.RESULTS / "effect.json")["ceiling"]
         held = effect.judged(f"further {rounds} {count}", names, 4, top)["results"]
         write_json(RECORD, record | dict(
             chosen=chosen, held=held, date=time.strftime("%Y-%m-%d"), torch=torch.__version__))
