@@ -63,8 +63,11 @@ SCRIPT = """
 const at = name => document.getElementById(name);
 const data = JSON.parse(at("data").textContent), kept = "study-" + data.study;
 const questions = Object.keys(data.questions), total = data.items.length * questions.length;
-let state = null;
-try { state = JSON.parse(localStorage.getItem(kept)); } catch (error) { state = null; }
+// The later of two copies: a browser is slow to write localStorage, a closed tab forgets its own.
+const places = ["sessionStorage", "localStorage"], read = place => {
+  try { return JSON.parse(window[place].getItem(kept)); } catch (error) { return null; }
+};
+let state = places.map(read).filter(found => found).sort((a, b) => b.time - a.time)[0];
 state = state || { rater: Math.floor(Math.random() * 2 ** 31), votes: [] };
 // How many votes make a sitting; the next one is offered, never asked for.
 const sitting = data.sitting * questions.length;
@@ -89,7 +92,8 @@ for (let i = order.length - 1; i > 0; i--) {
 }
 
 function keep() {
-  try { localStorage.setItem(kept, JSON.stringify(state)); }
+  state.time = Date.now();
+  try { places.forEach(place => window[place].setItem(kept, JSON.stringify(state))); }
   catch (error) { at("note").textContent = "This browser keeps nothing: do not reload."; }
 }
 
@@ -171,7 +175,7 @@ document.addEventListener("keydown", event => {
   if (event.key in keys) { event.preventDefault(); vote(keys[event.key]); }
   if (event.key == "Backspace" && state.votes.length) { event.preventDefault(); back(); }
 });
-keep();
+// Nothing is written before a vote: what a page has not read yet must not be overwritten.
 show();
 """
 BODY = """<main id="introduction">
