@@ -25,7 +25,7 @@ import math
 import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import zip_longest
+from itertools import groupby, zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -214,25 +214,30 @@ def world_metric(name: str) -> Metric:
     from tiny import world
     captions = {c.text: c for c in world.all_captions()}
 
-    def pixels(image: Image.Image) -> torch.Tensor:
-        if image.width != image.height:
-            raise InputError(f"{name}: a picture of {image.width} x {image.height}; "
-                             "the tiny world's are square")
-        return rgb(image) / 255
+    def pixels(images: list[Image.Image]) -> list[torch.Tensor]:
+        """In order, neighbours of one size together: [N, 3, S, S] in [0, 1] each."""
+        out = []
+        for (width, height), group in groupby(images, lambda image: image.size):
+            if width != height:
+                raise InputError(f"{name}: a picture of {width} x {height}; the tiny world's are "
+                                 "square")
+            out.append(torch.cat([rgb(image) for image in group]) / 255)
+        return out
 
     def aligned(images: list[Image.Image], prompts: list[str]) -> torch.Tensor:
         unknown = [p for p in prompts if p not in captions]
         if unknown:
             raise InputError(f"alignment: {unknown[0]!r} is no caption of the tiny world "
                              "(see tiny/model/held_out_prompts.txt)")
-        return torch.cat([world.alignment(pixels(image), [captions[p]])
-                          for image, p in zip(images, prompts)])
+        found = [things for part in pixels(images) for things in world.find_things(part)]
+        return torch.tensor([float(world.fulfils(things, captions[p]))
+                             for things, p in zip(found, prompts)])
 
     if name == "alignment":
         return Metric(name, "share of pictures that show exactly what the caption says, "
                             "read from pixels (0..1)", aligned)
     return Metric(name, "10 x mean(vividness, cleanliness) read from pixels (0..10)",
-                  lambda images, _: torch.cat([world.aesthetics(pixels(i)) for i in images]))
+                  lambda images, _: torch.cat([world.aesthetics(p) for p in pixels(images)]))
 
 
 def pickscore(source: str, tokenizer, device: torch.device) -> Metric:

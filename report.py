@@ -15,6 +15,7 @@ import json
 import os
 import time
 from pathlib import Path
+from zlib import Z_RLE
 
 from PIL import Image, ImageDraw
 
@@ -404,7 +405,7 @@ def data_uri(image: Image.Image, side: int = 0, quality: int = 85) -> str:
     if side and max(image.size) > side:
         image.thumbnail((side, side), Image.Resampling.LANCZOS)
     kind = "png" if max(image.size) <= 128 else "jpeg"
-    image.save(handle, kind, **({} if kind == "png" else dict(quality=quality)))
+    image.save(handle, kind, quality=quality, compress_type=Z_RLE)      # JPEG's, PNG's
     return f"data:image/{kind};base64,{base64.b64encode(handle.getvalue()).decode()}"
 
 
