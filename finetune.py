@@ -76,8 +76,8 @@ class ModelConfig:
     vae_dtype: str = opt("", "of the VAE's weights; empty: fp16 where --dtype is bf16, as fast and "
                          "less rounded; else as --dtype; fp32 where fp16 would overflow",
                          ("", *DTYPES))
-    vae: str = opt("", "another VAE: folder, hub id or file; empty: the model's own (sdxl: one "
-                   "that is safe in fp16)")
+    vae: str = opt("", "another VAE: name of a model, folder, hub id or file; empty: the model's "
+                   "own (sdxl: one that is safe in fp16)")
     prediction_type: str = opt("", "empty: as the folder or file says, else epsilon",
                                ("", "epsilon", "v_prediction"))
     negative: str = opt("", "guidance's other side: zeros, or the empty prompt encoded; empty: as "

@@ -188,9 +188,16 @@ def part_of(root: Path, part: str) -> Path:
 
 
 def fetch_part(source: str, part: str = "") -> Path:
-    """The folder of one network: `part` of a whole model, or all of a folder or hub id."""
+    """The folder of one network: `part` of a whole model, or all of a folder or hub id.
+
+    A whole model may also be one of NAMES.
+    """
+    source = NAMES.get(source, source) if part else source
     root = fetch(source, [f"{part}/config.json", "config.json"])
-    part = part if (root / part).is_dir() else ""
+    if part and part_of(root, part).is_dir():
+        root = part_of(root, part).parent
+    else:
+        part = ""
     return fetch_weights(source, root, [part]) / part
 
 

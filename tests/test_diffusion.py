@@ -379,6 +379,12 @@ SDXL_FILES = """.gitattributes LICENSE.md README.md comparison.png model_index.j
     vae_decoder/model.onnx vae_encoder/model.onnx""".split()
 
 
+@pytest.mark.parametrize("name", ["tiny", "tiny-flow"])
+def test_a_vae_by_its_models_name(name):
+    """The flow's own folder says whose VAE it shares."""
+    assert loading.fetch_part(name, "vae").samefile(loading.TINY / "vae")
+
+
 def test_only_what_is_used_is_downloaded(tmp_path, monkeypatch):
     """Of SDXL's real files; and of repositories that hold other variants, the first of them that is there."""
     got = hub(monkeypatch, tmp_path / "a", SDXL_FILES)
