@@ -61,8 +61,9 @@ def checked_prompt(prompt: str, place: str) -> str:
 # Any file or data set
 
 def read_prompts(source: str, sample: int = 0, seed: int = 0, distinct: bool = True) -> list[str]:
-    """Prompts from .txt (one a line), .json, .jsonl (strings, or objects with `caption`), .csv,
-    .tsv (a column `caption`, `prompt` or `text`, also in capitals) or .parquet (`caption`).
+    """Prompts from .txt (one a line), .json, .jsonl (strings, or objects with `caption` or
+    `prompt`), .csv, .tsv (a column `caption`, `prompt` or `text`, also in capitals) or .parquet
+    (`caption`).
 
     Parquet may also be a folder or a hub data set (`owner/name[/file.parquet]`); each caption once
     if `distinct`. `sample` > 0 keeps that many, drawn by `seed`. Raises InputError that names the
@@ -189,7 +190,7 @@ def _read_file(path: Path) -> list[str]:
     for i, prompt in enumerate(prompts):
         if not isinstance(prompt, str):
             raise InputError(f"{path}: entry {i + 1} is neither a string "
-                             "nor an object with `caption`")
+                             "nor an object with `caption` or `prompt`")
     return [prompt.strip() for prompt in prompts if prompt.strip()]
 
 
@@ -239,6 +240,7 @@ def read_geneval(path: Path) -> list[dict]:
         raise InputError(f"{error}: not a readable file of GenEval's metadata, "
                          "evaluation_metadata.jsonl") from None
     known = {"class": CLASSES, "count": range(1, MOST + 1), "color": [None, *COLOURS]}
+    lines = {}                          # prompt -> its line
     for number, row in rows.items():
         try:
             wants = [*enumerate(row.get("include", [])), *((0, w) for w in row.get("exclude", []))]
@@ -252,10 +254,12 @@ def read_geneval(path: Path) -> list[dict]:
         for _, want in wants:
             for name, values in known.items():
                 if want.get(name) not in values:
-                    raise InputError(f"geneval: the metadata of {row['prompt']!r} ask for the "
+                    raise InputError(f"{path}: line {number}, {row['prompt']!r}, asks for the "
                                      f"{name} {want[name]!r}, which the detector cannot tell")
-    if len({row["prompt"] for row in rows.values()}) < len(rows):
-        raise InputError("geneval: the metadata have a prompt twice, and may ask for two things")
+        first = lines.setdefault(row["prompt"], number)
+        if first != number:
+            raise InputError(f"{path}: line {number} has the prompt of line {first} again, "
+                             f"{row['prompt']!r}, and may ask for something else; leave one out")
     return list(rows.values())
 
 

@@ -1,5 +1,6 @@
 """geneval.py: the rules case by case on made-up detections, the detector's outputs by hand, colours, folders, the official metadata."""
 import json
+import re
 import sys
 from collections import Counter
 
@@ -277,11 +278,12 @@ def test_metadata_that_the_detector_cannot_tell(entry, says, tmp_path, monkeypat
         return prompt_set(f"geneval={tmp_path / 'm.jsonl'}").rows
 
     assert read(POSITION) == [POSITION]
+    file = re.escape(str(tmp_path / "m.jsonl"))
     for row in (want("single_object", entry), want("counting", POSITION["include"][0], exclude=(entry,))):
-        with pytest.raises(InputError, match=f"'p' ask for {says}, which the detector cannot tell"):
-            read(row)
-    with pytest.raises(InputError, match="a prompt twice"):
-        read(POSITION, POSITION)
+        with pytest.raises(InputError, match=f"{file}: line 2, 'p', asks for {says}, which the detector cannot tell"):
+            read(POSITION | dict(prompt="q"), row)
+    with pytest.raises(InputError, match=f"{file}: line 3 has the prompt of line 1 again, 'p', "):
+        read(POSITION, POSITION | dict(prompt="q"), POSITION)
 
 
 def test_scipy_is_told_of_in_one_line(detector, monkeypatch):
