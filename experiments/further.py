@@ -110,7 +110,11 @@ def main() -> None:
     parser.add_argument("--render", action="store_true", help="only print the tables again")
     if not parser.parse_args().render:
         measure()
-    print(markdown(read_json(RECORD)))
+    record = read_json(RECORD)
+    if "chosen" not in record:
+        raise InputError(f"{RECORD}: not all is judged yet; run experiments/further.py "
+                         "without --render")
+    print(markdown(record))
 
 
 if __name__ == "__main__":

@@ -260,6 +260,15 @@ def test_a_mean_of_loras_is_the_mean_of_their_products(tmp_path, monkeypatch):
         further.candidate(0, 14, 3)
 
 
+def test_a_study_that_was_stopped_is_not_rendered(tmp_path, monkeypatch):
+    record = json.loads(further.RECORD.read_text(encoding="utf-8"))
+    monkeypatch.setattr(further, "RECORD", tmp_path / "further.json")
+    monkeypatch.setattr(sys, "argv", ["further.py", "--render"])
+    further.RECORD.write_text(json.dumps(dict(found=record["found"])), encoding="utf-8")
+    with pytest.raises(InputError, match="further.json: not all is judged yet; run .* without --render"):
+        further.main()
+
+
 def test_the_candidate_of_the_raised_goal_by_hand():
     def arm(*rows):
         return {str(seed): dict(closed=closed, alignment=dict(difference=change)) for seed, (closed, change) in enumerate(rows)}
