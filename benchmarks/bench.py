@@ -630,7 +630,11 @@ def timed_parts(task: Task, name: str, sides: dict[str, Side], repeats: int) -> 
 
 
 def costs(task: Task, small: TinyDecoder | None) -> dict[str, float | None]:
-    """Floating-point operations of one forward of each network, counted."""
+    """Floating-point operations of one forward of each network, counted.
+
+    The official decoder's are those of ours on the meta device: on a CPU ours takes fewer for its
+    enlargements.
+    """
     pipe, clip = task.pipe, task.clip
     for module in (pipe.unet, pipe.vae, clip, *([small] if small else [])):
         module.to(pipe.device)
@@ -638,10 +642,12 @@ def costs(task: Task, small: TinyDecoder | None) -> dict[str, float | None]:
     t = torch.zeros(1, device=pipe.device)
     c = task.cond[:1]
     dtype = pipe.vae.post_quant_conv.weight.dtype
+    official = copy.deepcopy(pipe.vae).to("meta")
     with torch.no_grad(), lora.disabled(pipe.unet), torch.compiler.set_stance("force_eager"):
         pixels = preprocess_decoded(decode(pipe, z), clip.config.vision.image_size)
         return dict(
             unet_flops=flops_of(lambda: pipe.unet(z, t, c.prompt_embeds, c.pooled, c.time_ids)),
+            official_decode_flops=flops_of(lambda: official.decode(z.to("meta", dtype))),
             decode_flops=flops_of(lambda: decode(pipe, z)),
             small_decode_flops=flops_of(lambda: small(z.to(dtype))) if small else None,
             judge_flops=flops_of(lambda: clip.image_features(pixels, t)),
@@ -659,7 +665,8 @@ def work(name: str, task: Task, cost: dict[str, float | None]) -> float:
     # x_t's per prompt: ours shares a group's first one between winner and loser.
     visits = 2 * slots if name == "official" else 2 * slots - groups
     passes = 2 * (at_one + task.config.k * at_k) + visits * 2 * 3
-    drawn = cost["small_decode_flops" if name == "taesd" else "decode_flops"]
+    decoders = dict(official="official_decode_flops", taesd="small_decode_flops")
+    drawn = cost[decoders.get(name, "decode_flops")]
     judged = groups * task.config.k * (drawn + cost["judge_flops"])
     return passes * cost["unet_flops"] + judged
 
