@@ -555,7 +555,7 @@ def load_pipeline(source: str = "tiny", dtype: torch.dtype = torch.float32,
     """Load a model by name (a key of NAMES), folder, hub id or single-file checkpoint.
 
     Folders and hub repositories are in the diffusers layout. `unet` and `vae` replace those parts
-    by the ones of another folder, hub id or file (a full fine-tune; SDXL's fp16-safe VAE).
+    by the ones of another name, folder, hub id or file (a full fine-tune; SDXL's fp16-safe VAE).
     `prediction_type` (epsilon, v_prediction) wins over what the model says. `tokenizer` (a folder
     or hub id with `tokenizer/`) is for single files, which carry none. `vae_dtype`: the VAE's own,
     see safe_dtype; SDXL's stock VAE stays fp32. Raises InputError where a file is missing or does
