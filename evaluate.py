@@ -252,14 +252,14 @@ def undrawn(models: dict[str, str], count: int, processes: Processes,
         for name in models} if processes.main else {})
 
 
-def rehearse(pipe: Pipeline, models: dict[str, str], words: tuple[str, ...], load, prompt: str,
-             side: int) -> None:
-    """Wear every candidate, then let every metric (`load(word)`) score a blank picture.
-
-    What is wrong with a file is so said before hours of drawing, not after.
-    """
+def try_on(pipe: Pipeline, models: dict[str, str]) -> None:
+    """Wear every candidate once: a fault of a file is told before hours of drawing, not after."""
     for source in [*models.values(), ""]:
         wear(pipe, source)
+
+
+def rehearse(words: tuple[str, ...], load, prompt: str, side: int) -> None:
+    """Let every metric, `load(word)`, score a blank picture: so too with what metrics lack."""
     for word in words:
         load(word).score([Image.new("RGB", (side, side))], [prompt])
 
@@ -672,6 +672,7 @@ def main() -> None:
     pipe = None if config.images else load_model(config, processes)
     tokenizer = pipe.tokenizers[0] if pipe else tokenizer
     if config.trace or config.prompt:
+        try_on(pipe, models)
         return (draw_trajectories if config.trace else draw_prompt)(pipe, models, config, folder)
 
     def load(word: str) -> Metric:
@@ -688,7 +689,8 @@ def main() -> None:
             name: worn_by(source) for name, source in models.items()}), processes)
         todo = undrawn(models, len(prompts), processes, folder / "images")
         if any(todo.values()):
-            rehearse(pipe, models, config.metrics, load, prompts[0], pipe.side(config.resolution))
+            try_on(pipe, models)
+            rehearse(config.metrics, load, prompts[0], pipe.side(config.resolution))
             draw_all(pipe, models, prompts, config, processes, folder / "images", todo)
         files = {name: [folder / "images" / name / f"{i:05d}.png" for i in range(len(prompts))]
                  for name in models}

@@ -19,7 +19,7 @@ import metrics
 from conftest import seeded
 from diffusion import generate, to_pil
 from finetune import load_model
-from loading import load_pipeline
+from loading import NAMES, load_pipeline
 from evaluate import compare
 from helpers import PROMPTS, call, together
 from metrics import load_metric
@@ -628,6 +628,13 @@ def test_one_prompt_for_every_candidate(small, trained, tmp_path):
     assert (tmp_path / "base.png").read_bytes() == first != (tmp_path / "base-2.png").read_bytes()
     call("evaluate", *words, "--prompt", "a green square", "--lora", f"spo={trained[0]}", "base=")
     assert {p.name for p in tmp_path.glob("*.png")} == {"base.png", "spo.png", "base-2.png", "base-3.png", "spo-3.png"}
+
+
+@pytest.mark.parametrize("words", [("--prompt", "a red circle"), ("--trace", "a red circle")])
+def test_an_unfit_candidate_is_refused_before_a_picture(tmp_path, words):
+    with pytest.raises(InputError, match="made for flow"):
+        call("evaluate", *words, "--lora", "base=", "flow=" + NAMES["tiny-flow"], "--out", tmp_path)
+    assert not [*tmp_path.glob("*.png")]
 
 
 def test_trace_of_any_model(small, spm, trained, tmp_path):
