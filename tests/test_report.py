@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import time
 
 import pytest
 import scipy.stats
@@ -27,6 +28,7 @@ def browser(tmp_path):
     if not shutil.which("chromedriver") or not (found := shutil.which("chromium") or shutil.which("google-chrome")):
         pytest.skip("no chromium and chromedriver on this machine")
     from selenium import webdriver
+    from selenium.common.exceptions import WebDriverException
     options = webdriver.ChromeOptions()
     options.binary_location = found
     for flag in ("--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-sync",
@@ -34,7 +36,14 @@ def browser(tmp_path):
         options.add_argument(flag)
     options.add_experimental_option("prefs", {"download.default_directory": str(tmp_path / "downloads")})
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(shutil.which("chromedriver")))
+    for last in (False, False, True):           # selenium finds a free port, which another program may take before chromedriver does
+        try:
+            driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(shutil.which("chromedriver")))
+            break
+        except WebDriverException:
+            if last:
+                raise
+    driver.set_script_timeout(300)              # 30 s to decode all pictures are few on a busy machine
     yield driver
     errors = [entry for entry in driver.get_log("browser") if entry["level"] == "SEVERE"]
     driver.quit()
@@ -71,14 +80,22 @@ def colours(browser) -> tuple[str, str]:
 
 
 def tap(browser, element, times: int = 1) -> None:
-    """A finger."""
+    """A finger; of several taps, each a tenth of a second after the one before, whatever time the machine takes to bring them."""
     from selenium.webdriver.common.actions.action_builder import ActionBuilder
     from selenium.webdriver.common.actions.pointer_input import PointerInput
     finger = ActionBuilder(browser, mouse=PointerInput("touch", "finger"), duration=20)
     finger.pointer_action.move_to(element)
-    for _ in range(times):
+    if times == 1:
         finger.pointer_action.pointer_down().pointer_up()
     finger.perform()
+    if times > 1:
+        now, place = time.time(), browser.execute_script("""
+            const r = arguments[0].getBoundingClientRect();             // the middle of what is seen of it, where the driver taps, too
+            return { x: (Math.max(0, r.left) + Math.min(innerWidth, r.right)) / 2, y: (Math.max(0, r.top) + Math.min(innerHeight, r.bottom)) / 2 };
+            """, element)
+        for at in [now + n / 10 for n in range(times)]:
+            browser.execute_cdp_cmd("Input.dispatchTouchEvent", dict(type="touchStart", touchPoints=[place], timestamp=at))
+            browser.execute_cdp_cmd("Input.dispatchTouchEvent", dict(type="touchEnd", touchPoints=[], timestamp=at + 0.02))
 
 
 def evaluation(scores: dict, formulas: dict | None = None, groups: dict | None = None, **protocol) -> dict:
@@ -442,7 +459,7 @@ def test_study_in_a_browser(tmp_path, browser):
     assert result["votes"] == expected and result["models"] == ["base", "spo"]
     browser.find_element(By.ID, "save").click()
     from selenium.webdriver.support.ui import WebDriverWait
-    WebDriverWait(browser, 20).until(lambda _: list((tmp_path / "downloads").glob("votes-*.json")))
+    WebDriverWait(browser, 120).until(lambda _: any(path.stat().st_size for path in (tmp_path / "downloads").glob("votes-*.json")))
     saved = next((tmp_path / "downloads").glob("votes-*.json"))
     assert json.loads(saved.read_text()) == result
     assert "1 raters, 18 votes on 6 prompts" in study.tally((str(saved),))
