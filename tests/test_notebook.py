@@ -19,7 +19,8 @@ SIZES = "ROUNDS, PER_ROUND, VALIDATION = 4, 16, 32"     # of the training at the
 def execute(notebook, cwd) -> None:
     """Run all cells in place, in a fresh kernel whose folder is `cwd`; raises what a cell raises."""
     from nbclient import NotebookClient
-    NotebookClient(notebook, timeout=600, kernel_name="python3", record_timing=False, resources=dict(metadata=dict(path=str(cwd)))).execute()
+    NotebookClient(notebook, timeout=600, startup_timeout=600, kernel_name="python3", record_timing=False,
+                   resources=dict(metadata=dict(path=str(cwd)))).execute()
 
 
 def kept() -> dict:
