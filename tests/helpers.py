@@ -25,7 +25,7 @@ from conftest import randomize, sd15_shaped, sdxl_shaped, seeded
 from diffusion import encode_empty
 from finetune import Trainer, Turn, loss_scaler
 from loading import TINY, load_clip
-from training import Processes, run_script
+from training import Processes, lock, run_script
 
 ROOT = Path(__file__).resolve().parent.parent
 PROMPTS = ["a red circle", "two blue squares", "a green cross above a yellow triangle", "three cyan crosses", "a purple square",
@@ -205,6 +205,30 @@ def command(script: str, *words: object) -> subprocess.CompletedProcess:
         except SystemExit as end:
             status = end.code or 0
     return subprocess.CompletedProcess(words, status, out.getvalue(), errors.getvalue())
+
+
+@contextlib.contextmanager
+def taken(folder: Path):
+    """Another process, whose id this is, has the run folder; it is killed at the end."""
+    ready, stay = os.pipe(), os.pipe()
+    child = os.fork()
+    if not child:
+        try:
+            os.close(stay[1])
+            lock(folder)
+            os.write(ready[1], b"!")
+            os.read(stay[0], 1)             # ends with the parent, however that ends
+        finally:
+            os._exit(0)
+    os.close(ready[1])
+    try:
+        assert os.read(ready[0], 1) == b"!"
+        yield child
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        for end in (ready[0], *stay):
+            os.close(end)
 
 
 @contextlib.contextmanager
