@@ -124,9 +124,14 @@ def environment() -> dict[str, str]:
     return os.environ | dict(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT), CUDA_VISIBLE_DEVICES="")
 
 
+def torchrun(processes: int) -> list[str]:
+    """Its words behind `python`. Without an address its processes look for each other by the machine's name, which need not lead anywhere."""
+    return ["-m", "torch.distributed.run", "--standalone", "--local_addr", "127.0.0.1", f"--nproc_per_node={processes}"]
+
+
 def shell(*words: object, check: bool = True, processes: int = 1) -> subprocess.CompletedProcess:
     """Run one of the scripts as a user does; with `processes` > 1 under torchrun. The imports alone take seconds."""
-    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
+    launch = torchrun(processes) if processes > 1 else []
     done = subprocess.run([sys.executable, *launch, *map(str, words)], cwd=ROOT, env=environment(), capture_output=True, text=True)
     assert not check or done.returncode == 0, done.stderr[-3000:]
     return done

@@ -17,7 +17,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 import gentle
 from conftest import assert_close
-from helpers import PROMPTS, ROOT, Job, call, environment, log_of, run_script_here, together
+from helpers import PROMPTS, ROOT, Job, call, environment, log_of, run_script_here, together, torchrun
 
 LORA = "pytorch_lora_weights.safetensors"
 # Seven prompts, three a round: shares of 2 and 1, and in each epoch's last round of 1 and none.
@@ -88,21 +88,24 @@ def test_killed_ranks_are_restarted_and_the_run_ends_the_same(kind, tmp_path):
     """Rank 0 and, once that is mended, rank 1, under torchrun's own agent, which starts each process anew."""
     run, words = tmp_path / "run", (*kind, "--device", "cpu", "--rounds", 14, "--save_every", 1)
     config = LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=2, max_restarts=2, rdzv_backend="c10d", rdzv_endpoint="localhost:0",
-                          run_id="killed", start_method="forkserver", monitor_interval=0.1)
-    arguments = ("spo_train", [*map(str, words), "--out", str(run)], torch.optim.AdamW, {}, str(tmp_path))
-    starts = lambda: (tmp_path / "out0").exists() and (tmp_path / "out0").read_text().count("starting at round")  # noqa: E731
+                          run_id="killed", start_method="forkserver", monitor_interval=0.1, local_addr="127.0.0.1")
+    arguments = ("spo_train", [*map(str, words), "--out", str(run)], gentle.Waiting, {}, str(tmp_path))
+
+    def begun() -> list[int]:
+        """The round that each start has begun with, so far."""
+        return [int(n) for n in re.findall(r"starting at round (\d+);", (tmp_path / "out0").read_text())] if (tmp_path / "out0").exists() else []
+
     with ThreadPoolExecutor(1) as pool:
         job = pool.submit(elastic_launch(config, run_script_here), *arguments)
         for rank in (0, 1):
-            while (starts() <= rank or rounds_of(run) < 2 * rank + 2) and not job.done():
+            while not job.done() and (len(begun()) <= rank or rounds_of(run) < begun()[rank] + 2):        # a checkpoint after the start's is there
                 time.sleep(0.02)
             assert not job.done(), job.result()
             os.kill(int((tmp_path / f"pid{rank}").read_text()), signal.SIGKILL)
         job.result(300)
     together("spo_train", *words, "--out", tmp_path / "whole")
     assert_same_run(run, tmp_path / "whole", 14)
-    begun = re.findall(r"starting at round (\d+)", (tmp_path / "out0").read_text())
-    assert len(begun) == 3 and 0 == int(begun[0]) < int(begun[1]) < int(begun[2])
+    assert len(begun()) == 3 and 0 == begun()[0] < begun()[1] < begun()[2]
 
 
 def test_without_restarts_a_killed_rank_ends_the_job_with_a_message(kind, tmp_path):
@@ -156,7 +159,7 @@ def test_lost_work_is_done_again(kind, tmp_path):
 def test_a_signal_saves_and_the_run_goes_on(kind, tmp_path, number, processes):
     """As a cluster or Ctrl-C stops a job: save, exit, soon; then the same command finishes the run."""
     out = tmp_path / "run"
-    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
+    launch = torchrun(processes) if processes > 1 else []
     words = [sys.executable, *launch, "spo_train.py", *map(str, kind), "--rounds", "1000", "--epochs", "999", "--save_every", "500",
              "--out", str(out)]
     job = subprocess.Popen(words, cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
