@@ -259,7 +259,7 @@ def try_on(pipe: Pipeline, models: dict[str, str]) -> None:
 
 
 def rehearse(words: tuple[str, ...], load, prompt: str, side: int) -> None:
-    """Let every metric, `load(word)`, score a blank picture: so too with what metrics lack."""
+    """Let every metric, `load(word)`, score a blank picture, for the same reason."""
     for word in words:
         load(word).score([Image.new("RGB", (side, side))], [prompt])
 

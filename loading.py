@@ -194,11 +194,10 @@ def fetch_part(source: str, part: str = "") -> Path:
     """
     source = NAMES.get(source, source) if part else source
     root = fetch(source, [f"{part}/config.json", "config.json"])
-    if part and part_of(root, part).is_dir():
-        root = part_of(root, part).parent
-    else:
-        part = ""
-    return fetch_weights(source, root, [part]) / part
+    folder = part_of(root, part)
+    if part and folder.is_dir():
+        return fetch_weights(source, folder.parent, [part]) / part
+    return fetch_weights(source, root, [""])
 
 
 @contextmanager

@@ -229,9 +229,9 @@ def world_metric(name: str) -> Metric:
         if unknown:
             raise InputError(f"alignment: {unknown[0]!r} is no caption of the tiny world "
                              "(see tiny/model/held_out_prompts.txt)")
-        found = [things for part in pixels(images) for things in world.find_things(part)]
-        return torch.tensor([float(world.fulfils(things, captions[p]))
-                             for things, p in zip(found, prompts)])
+        wanted = iter([captions[p] for p in prompts])
+        return torch.cat([world.alignment(part, [next(wanted) for _ in part])
+                          for part in pixels(images)])
 
     if name == "alignment":
         return Metric(name, "share of pictures that show exactly what the caption says, "

@@ -64,7 +64,8 @@ const at = name => document.getElementById(name);
 const data = JSON.parse(at("data").textContent), kept = "study-" + data.study;
 const questions = Object.keys(data.questions), total = data.items.length * questions.length;
 // The later of two copies: a browser is slow to write localStorage, a closed tab forgets its own.
-const places = ["sessionStorage", "localStorage"], read = place => {
+const places = ["sessionStorage", "localStorage"];
+const read = place => {
   try { return JSON.parse(window[place].getItem(kept)); } catch (error) { return null; }
 };
 let state = places.map(read).filter(found => found).sort((a, b) => b.time - a.time)[0];

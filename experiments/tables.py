@@ -664,6 +664,8 @@ def pictures(results: dict) -> dict[str, str]:
         return 1.96 * average(errors or [0.0])
 
     bars = "Bars are 95 % intervals over three training seeds (Student's t)."
+    lacking = any(len(seeds) < len(SEEDS) for seeds in arms.values())
+    few = "Without a bar: fewer than three seeds yet. " if lacking else ""
     shares = [f"evaluations x {s:g}" for s in CURVE] + ["evaluations"]
     lines = {}
     for method in [m for m in METHODS if m in arms]:
@@ -697,7 +699,7 @@ def pictures(results: dict) -> dict[str, str]:
             average(gains_of(arms, DEMO) or [0.0]), axis,
             [f"{bars} Hollow: one seed. Filled: the mean of three.",
              "Verdicts compare arms seed by seed, so bars that overlap are no verdict.",
-             f"Without a bar: fewer than three seeds yet. Dashed: the mean of \"{DEMO}\"."]),
+             f"{few}Dashed: the mean of \"{DEMO}\"."]),
         "alignment.svg": figures.draw_plane(
             "Does beauty cost alignment? All arms at equal network evaluations", plane,
             (axis, "change in pictures that show their caption (percentage points)"),

@@ -335,7 +335,7 @@ def aesthetics(images: torch.Tensor) -> torch.Tensor:
 def _vividness(images: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Chroma of the coloured pixels, as a share of their colour's full one -> [N] in 0..1."""
     inner = 1 - _dilate(1 - mask, 1)                                    # no anti-aliased edge
-    hue = images - images.mean(1, keepdim=True)
+    hue = images - images.mean(1, keepdim=True)                         # its length does not matter
     likeness = torch.einsum("kc,nchw->nkhw", _direction(RGB), hue)
     nearest = likeness.max(1).indices                                   # argmax is slow here
     share = (_chroma(images) / _chroma(RGB)[nearest]).clamp(max=1)
