@@ -91,8 +91,9 @@ class LoRALinear(nn.Module):
         else:
             self.lora_A = nn.Linear(inner, rank, **kind)
             self.lora_B = nn.Linear(rank, outer, **kind)
-        for layer in (self.lora_A, self.lora_B):
-            layer.to_empty(device=base.weight.device)
+        for layer in (self.lora_A, self.lora_B):        # (`to_empty` would load torch's compiler)
+            layer.weight = nn.Parameter(torch.empty(
+                layer.weight.shape, dtype=torch.float32, device=base.weight.device))
         start = torch.randn(self.lora_A.weight.shape, generator=generator or torch.Generator())
         self.lora_A.weight.data.copy_(start / rank)     # drawn on the CPU: the same on every device
         nn.init.zeros_(self.lora_B.weight)

@@ -78,7 +78,7 @@ PRESETS = {
     "tiny": dict(
         prompts=str(TINY / "train_prompts.txt"), dtype="fp32", guidance_scale=3.0, threshold=0.1,
         t_min=501, t_max=951, beta=100.0, lr=4e-4, prompts_per_round=16, pairs_per_step=24,
-        rounds=9, sample_batch=16, train_batch=28, save_every=3, grid_every=3),
+        rounds=9, sample_batch=16, train_batch=28, decode_batch=64, save_every=3, grid_every=3),
     "sd15": dict(),
     "sdxl": dict(
         vae=SDXL_VAE, k=2, j=4, threshold=0.4, lr=1e-5, rank=64, prompts_per_round=8,

@@ -584,7 +584,7 @@ SMALL = dict(sample_batch=1, train_batch=1, decode_batch=1, checkpointing=True)
 
 
 @pytest.mark.parametrize("words, device, size, wanted", [
-    ("", "cpu", 0, dict(memory="normal", sample_batch=16, train_batch=28, decode_batch=16, checkpointing=False)),         # tiny
+    ("", "cpu", 0, dict(memory="normal", sample_batch=16, train_batch=28, decode_batch=64, checkpointing=False)),         # tiny
     ("", "cuda", 8, dict(memory="normal", sample_batch=16)),
     ("--memory low", "cpu", 0, dict(SMALL, memory="low", beta=100.0, prompts_per_round=16)),
     ("--model sd15", "cpu", 0, dict(memory="normal", sample_batch=10, train_batch=10, decode_batch=16, checkpointing=False)),
