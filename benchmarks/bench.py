@@ -266,7 +266,7 @@ class Official:
         for batch in slots.split(config.pairs_per_step):
             with pipe.calls.phase("training"):
                 for part in batch.split(config.train_batch):
-                    steps = take(pairs, part.tolist(), pipe, self.task.empty)
+                    steps = take(pairs, part.tolist(), pipe, self.task.empty, config.steps)
                     self.scaler.scale(self.loss_of(steps).sum() / len(batch)).backward()
                 self.scaler.unscale_(self.optimizer)
                 torch.nn.utils.clip_grad_norm_(self.parameters, config.clip_norm)

@@ -517,6 +517,10 @@ def main() -> None:
     work_down(queue, results, path, card, given)
     write_tables(out, page)
     print(path)
+    failed = [r["name"] for r in results["records"] if r["state"] != "done"]
+    if given.dry and failed:            # of a rehearsal nothing else would be seen
+        raise InputError(f"rehearsed, but not to the end: {', '.join(failed)}; what they said lies "
+                         f"in {work / 'said'}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
 """benchmarks/gpu.py, the one command for a GPU: it is rehearsed on a CPU, skips what is held, ends in time and loses nothing."""
+import contextlib
 import json
 import sys
 import time
@@ -16,9 +17,10 @@ import gpu_tables  # noqa: E402
 @pytest.fixture
 def run(tmp_path, monkeypatch, capsys):
     """The command with these words; returns what it printed and the records by name."""
-    def command(*words: str) -> tuple[str, dict]:
+    def command(*words: str, fail: str = "") -> tuple[str, dict]:
         monkeypatch.setattr(sys, "argv", ["gpu.py", "--work", str(tmp_path), *words])
-        gpu.main()
+        with pytest.raises(gpu.InputError, match=fail) if fail else contextlib.nullcontext():
+            gpu.main()
         file = tmp_path / "dry/gpu_dry_cpu.json"
         found = json.loads(file.read_text())["records"] if file.exists() else []
         return capsys.readouterr().out, {r["name"]: r for r in found}
@@ -40,17 +42,18 @@ def test_the_plan_runs_nothing(run, tmp_path):
 
 
 def test_a_rehearsal_then_nothing_is_left_to_do(run, tmp_path):
-    """SDXL at random weights in the official layout: trained, stopped, resumed, and once under a cap."""
-    names = ("spo sdxl", "setting sdxl low")
+    """SDXL at random weights in the official layout: trained, stopped, resumed, once under a cap; rounds beside the official recipe's."""
+    names = ("spo sdxl", "setting sdxl low", "round sd15")
     said, records = run("--dry", "--only", *names)
     one, other = records["spo sdxl"]["found"], records["setting sdxl low in 24 GB"]["found"]
     assert one["status_when_stopped"] == 143 and [row["round"] for row in one["log"]] == list(range(1, len(one["log"]) + 1)) and one["log"][1:]
     assert all(row["pairs"] > 0 and row["valid_share"] == 1 for row in one["log"]) and one["checkpoint_bytes"] > one["lora_bytes"]
     assert other["fits"] and other["seconds_per_prompt"] > 0 and "| sdxl | `--memory low` | 24 | yes |" in said
+    assert set(records["round sd15"]["found"]["bench"]["sides"]) >= {"official", "eager"}
     assert not (tmp_path / "entry").exists() and (tmp_path / "said/spo_sdxl.txt").exists()
     said, again = run("--dry", "--only", *names)
-    assert said.count(": held") == 2 and again == records
-    assert ": held" not in run("--plan", "--dry", "--only", "round")[0] and "; held" in run("--plan", "--dry", "--only", "spo")[0]
+    assert said.count(": held") == 3 and again == records
+    assert ": held" not in run("--plan", "--dry", "--only", "round sdxl")[0] and "; held" in run("--plan", "--dry", "--only", "spo")[0]
 
 
 def test_a_crash_and_limits_lose_nothing(run, tmp_path, monkeypatch):
@@ -85,7 +88,8 @@ def test_a_crash_and_limits_lose_nothing(run, tmp_path, monkeypatch):
     queue = [entry("a", fine), entry("crash", crash), entry("endless", endless), entry("greedy", greedy), entry("failing", failing),
              entry("b", fine)]
     monkeypatch.setattr(gpu, "entries", lambda: queue)
-    said, records = run("--dry")
+    bad = "rehearsed, but not to the end: crash, endless, greedy, failing"
+    said, records = run("--dry", fail=bad)
     assert tried == ["a", "crash", "endless", "greedy", "failing", "b"]
     assert {name: r["state"] for name, r in records.items()} == dict(
         a="done", crash="failed", endless="stopped", greedy="stopped", failing="stopped", b="done")
@@ -95,11 +99,11 @@ def test_a_crash_and_limits_lose_nothing(run, tmp_path, monkeypatch):
 
     tried.clear()
     queue.insert(3, entry("c", fine))
-    _, again = run("--dry")
+    _, again = run("--dry", fail="crash, endless, greedy, failing")
     assert tried == ["c", "crash", "endless", "greedy", "failing"]              # what failed before comes last
     assert again["a"] == records["a"] and again["c"]["state"] == "done"
     tried.clear()
-    run("--dry", "--minutes", "0.1")                                            # less than what the tables need
+    run("--dry", "--minutes", "0.1", fail=bad)                                            # less than what the tables need
     assert not tried
 
 
