@@ -91,7 +91,7 @@ class LoRALinear(nn.Module):
         else:
             self.lora_A = nn.Linear(inner, rank, **kind)
             self.lora_B = nn.Linear(rank, outer, **kind)
-        for layer in (self.lora_A, self.lora_B):        # (`to_empty` would load torch's compiler)
+        for layer in (self.lora_A, self.lora_B):        # (`to_empty` would import sympy)
             layer.weight = nn.Parameter(torch.empty(
                 layer.weight.shape, dtype=torch.float32, device=base.weight.device))
         start = torch.randn(self.lora_A.weight.shape, generator=generator or torch.Generator())

@@ -517,9 +517,10 @@ def main() -> None:
     work_down(queue, results, path, card, given)
     write_tables(out, page)
     print(path)
-    failed = [r["name"] for r in results["records"] if r["state"] != "done"]
-    if given.dry and failed:            # of a rehearsal nothing else would be seen
-        raise InputError(f"rehearsed, but not to the end: {', '.join(failed)}; what they said lies "
+    undone = [e.name for e in queue
+              if not is_held(results["records"], e, card) and not obstacle(e, card, work)]
+    if given.dry and undone:            # of a rehearsal nothing else would be seen
+        raise InputError(f"rehearsed, but not to the end: {', '.join(undone)}; what they said lies "
                          f"in {work / 'said'}")
 
 

@@ -103,8 +103,9 @@ def test_a_crash_and_limits_lose_nothing(run, tmp_path, monkeypatch):
     assert tried == ["c", "crash", "endless", "greedy", "failing"]              # what failed before comes last
     assert again["a"] == records["a"] and again["c"]["state"] == "done"
     tried.clear()
-    run("--dry", "--minutes", "0.1", fail=bad)                                            # less than what the tables need
+    run("--dry", "--minutes", "0.1", fail=bad)      # less than what the tables need
     assert not tried
+    run("--dry", "--only", "a")                         # other entries' faults are not this one's
 
 
 def test_a_poorer_record_takes_no_better_ones_place():
